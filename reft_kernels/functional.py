@@ -1,0 +1,105 @@
+"""The ops as functions: one adapter (`loreft`), or many through a pool and a plan (`intervene`).
+
+Low level: no Hugging Face, no adapters. Serving stacks call these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .plan import Plan, check_rows, one_segment
+from .pool import Pool
+
+__all__ = ["intervene", "intervene_", "loreft"]
+
+
+def _check(h: Tensor, pool: Pool, plan: Plan) -> None:
+    if h.dim() < 1 or h.shape[-1] != pool.width:
+        raise ValueError(f"h: last dimension must be the pool's width {pool.width}, shape was {list(h.shape)}")
+    if h.device != pool.down.device or h.device != plan.rows.device:
+        raise ValueError(
+            f"h, pool and plan must be on one device; they are on {h.device}, {pool.device} and {plan.rows.device}"
+        )
+    if pool.dtype is not h.dtype and pool.dtype is not torch.float32:
+        raise ValueError(f"pool: its dtype must be h's ({h.dtype}) or torch.float32, was {pool.dtype}")
+
+
+def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
+    """Edits the rows of h that the plan names, in place: h ← h + Uᵀ φ(D h + c). For inference.
+
+    Args:
+        h: [..., d], float32, bfloat16 or float16 (float64 on the reference backend), last dimension
+            contiguous. It is returned.
+        pool: folded adapters, on h's device, in h's dtype or float32.
+        plan: from `reft_kernels.make_plan`.
+
+    Raises:
+        ValueError: h does not fit the pool or plan, or autograd would need h (use `intervene` there).
+    """
+    _check(h, pool, plan)
+    if torch.is_grad_enabled() and h.requires_grad:
+        raise ValueError("h: requires a gradient, which an in-place edit would lose; use intervene, or no_grad")
+    op = ops.INTERVENE_[ops.current_backend(h.device)]
+    op(h, pool.down, pool.up, pool.bias, pool.kind, plan.rows, plan.tiles, plan.spans)
+    return h
+
+
+def intervene(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
+    """`intervene_` out of place, differentiable in h (a pool's own tensors are constants).
+
+    Shapes and errors as `intervene_`. Returns a new contiguous tensor of h's shape and dtype.
+    """
+    _check(h, pool, plan)
+    op = ops.INTERVENE[ops.current_backend(h.device)]
+    return op(h, pool.down, pool.up, pool.bias, pool.kind, plan.rows, plan.tiles, plan.spans, plan.offsets)
+
+
+def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor | Sequence[int] | None = None) -> Tensor:
+    """LoReFT on the rows of h: h + Rᵀ(W h + b − R h) (Wu et al. 2024, arXiv 2404.03592, eq. 2).
+
+    Args:
+        h: [..., d].
+        R: [r, d], the paper's R with orthonormal rows (not checked: any R is computed with).
+        W: [r, d]. R and W are in h's dtype or in float32.
+        b: [r].
+        rows: flat indices into h.reshape(-1, d), each at most once; None for all rows. Rows that lie on
+            the host are checked; rows on an accelerator are not read back, so there one that is out of
+            range is skipped and one that is named twice gives an undefined result.
+
+    Returns:
+        A new tensor like h; rows that are not named are copied to the bit. Differentiable in h, R, W, b.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't fit; rows out of range or named twice.
+    """
+    d = h.shape[-1] if h.dim() else 0
+    if R.dim() != 2 or R.shape[1] != d:
+        raise ValueError(f"R: must be [r, {d}] to fit h {list(h.shape)}, was {list(R.shape)}")
+    if W.shape != R.shape:
+        raise ValueError(f"W: must have R's shape {list(R.shape)}, was {list(W.shape)}")
+    if b.shape != R.shape[:1]:
+        raise ValueError(f"b: must be [{R.shape[0]}], was {list(b.shape)}")
+    for name, tensor in (("R", R), ("W", W), ("b", b)):
+        if tensor.device != h.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but h is on {h.device}")
+    for name, tensor in (("R", R), ("W", W)):
+        if tensor.dtype is not h.dtype and tensor.dtype is not torch.float32:
+            raise ValueError(f"{name}: dtype must be h's ({h.dtype}) or torch.float32, was {tensor.dtype}")
+    count = h.numel() // d if d else 0
+    rank = R.shape[0]
+    if rows is not None and not torch.compiler.is_compiling():
+        check_rows(rows, count)
+    plan = one_segment(rows, count, rank, h.device)
+    wide = torch.promote_types(R.dtype, W.dtype)
+    up = R.to(wide)
+    # The difference is taken in float32 at least and rounded once.
+    fold_dtype = torch.promote_types(wide, torch.float32)
+    down = (W.to(fold_dtype) - R.to(fold_dtype)).to(wide)
+    bias = b.to(fold_dtype)
+    kind = torch.zeros(rank, dtype=torch.int32, device=h.device)
+    op = ops.INTERVENE[ops.current_backend(h.device)]
+    return op(h, down, up, bias, kind, plan.rows, plan.tiles, plan.spans, plan.offsets)

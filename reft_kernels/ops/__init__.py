@@ -1,0 +1,22 @@
+"""The ops: schemas, backends, dispatch, autograd. Knows tensors only; adapters and models live above."""
+
+from . import autograd, reference  # noqa: F401  (they register their implementations)
+from .autograd import InterveneInPlace
+from .backend import BackendUnavailable, backend, current_backend, why_not
+from .schema import ACT_MASK, BACKENDS, INTERVENE, INTERVENE_, INTERVENE_BACKWARD, NO_PRODUCT, TILE, Act
+
+__all__ = [
+    "ACT_MASK",
+    "BACKENDS",
+    "INTERVENE",
+    "INTERVENE_",
+    "INTERVENE_BACKWARD",
+    "NO_PRODUCT",
+    "TILE",
+    "Act",
+    "BackendUnavailable",
+    "InterveneInPlace",
+    "backend",
+    "current_backend",
+    "why_not",
+]

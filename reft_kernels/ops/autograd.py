@@ -1,0 +1,71 @@
+"""The autograd formula of `intervene`, one for all backends, and its in-place form for training.
+
+Kept for backward are the selected rows of h (before the edit) and nothing else of h's size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .schema import BACKENDS, INTERVENE_, INTERVENE_BACKWARD, NAMESPACE, _library
+
+
+def _selected(h: Tensor, rows: Tensor) -> Tensor:
+    return h.reshape(-1, h.shape[-1]).index_select(0, rows.clamp(min=0))
+
+
+def _register(backend: str) -> None:
+    backward_op = INTERVENE_BACKWARD[backend]
+
+    def setup_context(ctx, inputs, output) -> None:
+        h, down, up, bias, kind, rows, tiles, spans, offsets = inputs
+        ctx.save_for_backward(_selected(h, rows), down, up, bias, kind, rows, tiles, spans, offsets)
+
+    def backward(ctx, grad):
+        need = ctx.needs_input_grad
+        dh, ddown, dup, dbias = backward_op(grad, *ctx.saved_tensors, need[0], need[1] or need[2] or need[3])
+        return (
+            dh if need[0] else None,
+            ddown if need[1] else None,
+            dup if need[2] else None,
+            dbias if need[3] else None,
+            *(None,) * 5,
+        )
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::intervene.{backend}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+for _backend in BACKENDS:
+    _register(_backend)
+
+
+class InterveneInPlace(torch.autograd.Function):
+    """`intervene` that edits h itself: autograd sees h change, and no second h is made.
+
+    For h that is not a view and that nobody saved for backward, such as a decoder block's fresh output.
+    """
+
+    @staticmethod
+    def forward(ctx, h, down, up, bias, kind, rows, tiles, spans, offsets, backend: str):
+        ctx.backend = backend
+        ctx.save_for_backward(_selected(h, rows), down, up, bias, kind, rows, tiles, spans, offsets)
+        INTERVENE_[backend](h, down, up, bias, kind, rows, tiles, spans)
+        ctx.mark_dirty(h)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        need = ctx.needs_input_grad
+        dh, ddown, dup, dbias = INTERVENE_BACKWARD[ctx.backend](
+            grad, *ctx.saved_tensors, need[0], need[1] or need[2] or need[3]
+        )
+        return (
+            dh if need[0] else None,
+            ddown if need[1] else None,
+            dup if need[2] else None,
+            dbias if need[3] else None,
+            *(None,) * 6,
+        )

@@ -1,0 +1,142 @@
+"""The reference backend: plain torch in float64 (float32 where a device has no float64).
+
+It is what every other backend is tested against, and it runs anywhere. It reads the plan back to the
+host, so on a GPU it synchronizes: use it to check, not to serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .schema import ACT_MASK, NAMESPACE, NO_PRODUCT, Act, _library
+
+_SLOPE = 0.01
+_QUICK = 1.702
+
+
+def _quick_gelu(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(_QUICK * z)
+
+
+_ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
+    Act.NONE: lambda z: z,
+    Act.RELU: torch.relu,
+    Act.GELU: torch.nn.functional.gelu,
+    Act.GELU_TANH: lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
+    Act.SILU: torch.nn.functional.silu,
+    Act.SIGMOID: torch.sigmoid,
+    Act.TANH: torch.tanh,
+    Act.QUICK_GELU: _quick_gelu,
+    Act.LEAKY_RELU: lambda z: torch.nn.functional.leaky_relu(z, _SLOPE),
+}
+
+
+def activate(z: Tensor, kind: Tensor) -> Tensor:
+    """φ(z), column by column: z [m, r], kind [r]."""
+    out = z
+    for code in torch.unique(kind & ACT_MASK).tolist():
+        if code != Act.NONE:
+            out = torch.where((kind & ACT_MASK) == code, _ACTIVATIONS[code](z), out)
+    return out
+
+
+def activation_slope(z: Tensor, kind: Tensor) -> Tensor:
+    """φ′(z), column by column, through autograd of the definitions above."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(activate(leaf, kind).sum(), leaf)
+    return slope
+
+
+def wide(t: Tensor) -> torch.dtype:
+    """The dtype that sums are taken in."""
+    return torch.float32 if t.device.type == "mps" else torch.float64
+
+
+def _segments(rows: Tensor, tiles: Tensor, spans: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """(indices into the plan's rows, indices into h's rows, pool range) of every segment with work."""
+    table = spans.tolist()
+    grouped: dict[int, list[Tensor]] = {}
+    for segment, start, count in tiles.tolist():
+        if count > 0 and table[segment][1] > 0:
+            places = torch.arange(start, start + count, device=rows.device)
+            grouped.setdefault(segment, []).append(places)
+    for segment, places_of_tiles in grouped.items():
+        places = torch.cat(places_of_tiles)
+        places = places[rows[places] >= 0]
+        if places.numel():
+            first, rank = table[segment]
+            yield places, rows[places].long(), slice(first, first + rank)
+
+
+def _pre_activation(x: Tensor, down: Tensor, bias: Tensor, kind: Tensor) -> Tensor:
+    bare = (kind & NO_PRODUCT) != 0
+    return torch.where(bare, bias, x @ down.masked_fill(bare[:, None], 0).T + bias)
+
+
+def _edited(flat: Tensor, index: Tensor, pool: tuple[Tensor, Tensor, Tensor, Tensor], span: slice) -> Tensor:
+    down, up, bias, kind = pool
+    dtype = wide(flat)
+    x = flat[index].to(dtype)
+    z = _pre_activation(x, down[span].to(dtype), bias[span].to(dtype), kind[span])
+    return (x + activate(z, kind[span]) @ up[span].to(dtype)).to(flat.dtype)
+
+
+def intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
+    flat = h.view(-1, h.shape[-1])
+    pool = (down, up, bias, kind)
+    edits = [(index, _edited(flat, index, pool, span)) for _, index, span in _segments(rows, tiles, spans)]
+    for index, value in edits:
+        flat[index] = value
+
+
+def intervene(h, down, up, bias, kind, rows, tiles, spans, offsets) -> Tensor:
+    out = h.clone(memory_format=torch.contiguous_format)
+    intervene_(out, down, up, bias, kind, rows, tiles, spans)
+    return out
+
+
+def intervene_backward(
+    grad, hs, down, up, bias, kind, rows, tiles, spans, offsets, need_h: bool, need_pool: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dc = Σ p, dD = Σ p hᵀ, dU = Σ v gᵀ, dh = g + Dᵀ p, with v = φ(Dh + c) and p = φ′ ⊙ (U g)."""
+    dtype = wide(grad)
+    dh = grad.clone(memory_format=torch.contiguous_format) if need_h else grad.new_empty(0)
+    if need_pool:
+        ddown, dup, dbias = torch.zeros_like(down), torch.zeros_like(up), torch.zeros_like(bias)
+    else:
+        ddown, dup, dbias = down.new_empty(0), up.new_empty(0), bias.new_empty(0)
+    flat = grad.reshape(-1, grad.shape[-1])
+    out = dh.view(-1, grad.shape[-1])
+    sums: dict[slice | tuple[int, int], list[Tensor]] = {}
+    for places, index, span in _segments(rows, tiles, spans):
+        g, x = flat[index].to(dtype), hs[places].to(dtype)
+        d, u, c, k = down[span].to(dtype), up[span].to(dtype), bias[span].to(dtype), kind[span]
+        d = d.masked_fill(((k & NO_PRODUCT) != 0)[:, None], 0)
+        z = _pre_activation(x, d, c, k)
+        p = activation_slope(z, k) * (g @ u.T)
+        if need_h:
+            out[index] = (g + p @ d).to(grad.dtype)
+        if need_pool:
+            bare = ((k & NO_PRODUCT) != 0)[:, None]
+            parts = [(p.T @ x).masked_fill(bare, 0), activate(z, k).T @ g, p.sum(0)]
+            # Segments may share a range (the same adapter at two position groups): add them up wide.
+            key = (span.start, span.stop)
+            sums[key] = [a + b for a, b in zip(sums[key], parts)] if key in sums else parts
+    for (start, stop), (a, b, c) in sums.items():
+        ddown[start:stop] += a.to(ddown.dtype)
+        dup[start:stop] += b.to(dup.dtype)
+        dbias[start:stop] += c.to(dbias.dtype)
+    return dh, ddown, dup, dbias
+
+
+for _name, _impl in (
+    ("intervene_", intervene_),
+    ("intervene", intervene),
+    ("intervene_backward", intervene_backward),
+):
+    _library.impl(f"{_name}.reference", _impl, "CompositeExplicitAutograd")
+assert NAMESPACE == "reft_kernels"

@@ -1,0 +1,124 @@
+"""The op schemas: what every backend implements, and the contract between plan, pool and kernel.
+
+One op family, three members, each with an overload for every backend::
+
+    intervene_          h[rows] += Uᵀ φ(D h[rows] + c)        in place, inference
+    intervene           the same, out of place, differentiable
+    intervene_backward  gradients of `intervene`
+
+The formula is the one form that all low-rank methods fold to (LoReFT: D = W − R, U = R, c = b;
+Wu et al. 2024, arXiv 2404.03592). Arguments shared by all three:
+
+=========  =================  =============================================================
+argument   shape, dtype       meaning
+=========  =================  =============================================================
+h          [..., d]           hidden states; d contiguous, leading dimensions collapsible to
+                              rows with one stride; float64, float32, bfloat16 or float16
+down       [P, d]             the pool's D rows; h's dtype or float32, contiguous
+up         [P, d]             the pool's U rows; the same dtype as `down`
+bias       [P] float32        the pool's c (float64 in a float64 pool)
+kind       [P] int32          per pool row: activation code (low byte, see `Act`), and
+                              `NO_PRODUCT` where the row has no D (v = φ(c); D is not read,
+                              so 0·Inf can't arise)
+rows       [n] int32          flat row indices into h.view(-1, d), sorted by segment; a
+                              negative entry is padding and is skipped
+tiles      [n_tiles, 3] int32 (segment, start, count): rows[start : start+count] belong to
+                              `segment`; count ≤ `TILE`; a tile never crosses a segment;
+                              count 0 is padding
+spans      [S, 2] int32       (first pool row, rank) of each segment at this layer; rank 0
+                              means that the segment has nothing to do here
+offsets    [S + 1] int32      rows[offsets[s] : offsets[s+1]] is segment s (backward only)
+=========  =================  =============================================================
+
+Rules for every backend: each row of h appears at most once among the segments with rank > 0;
+sums are float32 or wider; a row's result depends, to the bit, on that row and its pool range only
+(not on the tile it shares, nor on the order of rows); rows that no tile names are not written;
+pool rows outside the named spans are never read.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+
+NAMESPACE = "reft_kernels"
+BACKENDS = ("native", "triton", "reference")
+
+#: Largest number of rows in one tile of a plan.
+TILE = 16
+
+#: Flag in `kind`: this pool row has no D; its v is φ(c).
+NO_PRODUCT = 0x100
+
+#: Mask of the activation code in `kind`.
+ACT_MASK = 0xFF
+
+
+class Act(enum.IntEnum):
+    """Activation codes of `kind`. The definitions are torch's; GELU_TANH is the tanh approximation."""
+
+    NONE = 0
+    RELU = 1
+    GELU = 2
+    GELU_TANH = 3
+    SILU = 4
+    SIGMOID = 5
+    TANH = 6
+    QUICK_GELU = 7  # x · sigmoid(1.702 x)
+    LEAKY_RELU = 8  # slope 0.01
+
+
+_POOL = "Tensor down, Tensor up, Tensor bias, Tensor kind"
+_PLAN = "Tensor rows, Tensor tiles, Tensor spans"
+
+_SCHEMAS = {
+    "intervene_": f"(Tensor(a!) h, {_POOL}, {_PLAN}) -> ()",
+    "intervene": f"(Tensor h, {_POOL}, {_PLAN}, Tensor offsets) -> Tensor",
+    # grad like h; hs [n, d]: the rows of h before the edit, in the order of `rows` (rows < 0: anything).
+    # Returns (dh like grad, ddown [P, d], dup [P, d], dbias [P]); what is not needed comes back with
+    # no elements. Pool rows that no row used get zeros.
+    "intervene_backward": (
+        f"(Tensor grad, Tensor hs, {_POOL}, {_PLAN}, Tensor offsets, bool need_h, bool need_pool)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in _SCHEMAS.items():
+    for _backend in BACKENDS:
+        _library.define(f"{_name}.{_backend}{_schema}")
+
+
+def overload(name: str, backend: str) -> torch._ops.OpOverload:
+    """The op `name` of one backend, for example overload("intervene_", "native")."""
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
+
+
+INTERVENE_ = {backend: overload("intervene_", backend) for backend in BACKENDS}
+INTERVENE = {backend: overload("intervene", backend) for backend in BACKENDS}
+INTERVENE_BACKWARD = {backend: overload("intervene_backward", backend) for backend in BACKENDS}
+
+
+def _fake_intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
+    return None
+
+
+def _fake_intervene(h, down, up, bias, kind, rows, tiles, spans, offsets):
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(grad, hs, down, up, bias, kind, rows, tiles, spans, offsets, need_h, need_pool):
+    nothing = grad.new_empty(0)
+    dh = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_h else nothing
+    if not need_pool:
+        return dh, down.new_empty(0), up.new_empty(0), bias.new_empty(0)
+    return dh, torch.empty_like(down), torch.empty_like(up), torch.empty_like(bias)
+
+
+for _backend in BACKENDS:
+    torch.library.register_fake(f"{NAMESPACE}::intervene_.{_backend}", _fake_intervene_, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::intervene.{_backend}", _fake_intervene, lib=_library)
+    torch.library.register_fake(
+        f"{NAMESPACE}::intervene_backward.{_backend}", _fake_backward, lib=_library
+    )

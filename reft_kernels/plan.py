@@ -1,0 +1,143 @@
+"""The plan: which rows of h take which pool rows, in the form that kernels read.
+
+Two levels. `Rows` depends on a batch: the flat rows of h sorted by segment, cut into tiles, made on the
+host with numpy and sent to the device in one copy. The spans table ([S, 2], pool range of each segment)
+depends only on the set of adapters. A `Plan` is the pair, for one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ops.schema import TILE
+from .pool import Span
+
+
+class Rows(NamedTuple):
+    """Rows of h by segment: rows [n], tiles [n_tiles, 3], offsets [S + 1]; int32, views of one buffer."""
+
+    rows: Tensor
+    tiles: Tensor
+    offsets: Tensor
+
+
+class Plan(NamedTuple):
+    """All that an op needs beside h and the pool. See `reft_kernels.ops.schema` for the fields."""
+
+    rows: Tensor
+    tiles: Tensor
+    spans: Tensor
+    offsets: Tensor
+
+
+def _tiles(counts: np.ndarray, tile: int) -> np.ndarray:
+    """[n_tiles, 3] (segment, start, count) for segments of these row counts."""
+    per_segment = -(-counts // tile)
+    total = int(per_segment.sum())
+    segment = np.repeat(np.arange(len(counts)), per_segment)
+    first_tile = np.cumsum(per_segment) - per_segment
+    within = (np.arange(total) - first_tile[segment]) * tile
+    starts = np.cumsum(counts) - counts
+    table = np.empty((total, 3), dtype=np.int32)
+    table[:, 0] = segment
+    table[:, 1] = starts[segment] + within
+    table[:, 2] = np.minimum(counts[segment] - within, tile)
+    return table
+
+
+def pack_rows(by_segment: Sequence[np.ndarray], device: torch.device | str, tile: int = TILE) -> Rows:
+    """Lays the rows of each segment (1-D integer arrays) into one int32 buffer on `device`, in one copy."""
+    counts = np.fromiter((len(rows) for rows in by_segment), dtype=np.int64, count=len(by_segment))
+    n = int(counts.sum())
+    tiles = _tiles(counts, tile)
+    segments = len(by_segment)
+    buffer = np.empty(n + 3 * len(tiles) + segments + 1, dtype=np.int32)
+    if n:
+        np.concatenate(by_segment, out=buffer[:n], casting="unsafe")
+    middle = n + 3 * len(tiles)
+    buffer[n:middle] = tiles.ravel()
+    buffer[middle] = 0
+    np.cumsum(counts, out=buffer[middle + 1 :])
+    data = torch.from_numpy(buffer)
+    device = torch.device(device)
+    if device.type == "cuda":
+        data = data.pin_memory().to(device, non_blocking=True)
+    elif device.type != "cpu":
+        data = data.to(device)
+    return Rows(data[:n], data[n:middle].view(-1, 3), data[middle:])
+
+
+def pack_spans(spans: Sequence[Span], device: torch.device | str) -> Tensor:
+    """The spans table [S, 2] of one layer."""
+    return torch.tensor([tuple(span) for span in spans], dtype=torch.int32, device=device).view(-1, 2)
+
+
+def _as_rows(rows: Tensor | Sequence[int] | np.ndarray, name: str) -> np.ndarray:
+    array = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+    if array.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if array.dtype == bool or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name}: rows must be integers, were {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"{name}: rows must be one-dimensional, had shape {array.shape}")
+    return array.astype(np.int64)
+
+
+def _check_distinct(rows: np.ndarray, limit: int, name: str) -> None:
+    if not rows.size:
+        return
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: rows must lie in [0, {limit}); found {low if low < 0 else high}")
+    unique, counts = np.unique(rows, return_counts=True)
+    if len(unique) != len(rows):
+        raise ValueError(f"{name}: row {int(unique[counts > 1][0])} is named twice; a row takes one edit")
+
+
+def check_rows(rows: Tensor | Sequence[int], limit: int) -> None:
+    """Refuses host rows that are no integers, out of [0, limit) or named twice; device rows are not read."""
+    if isinstance(rows, Tensor) and rows.device.type != "cpu":
+        return
+    _check_distinct(_as_rows(rows, "rows"), limit, "rows")
+
+
+def one_segment(rows: Tensor | Sequence[int] | None, count: int, rank: int, device: torch.device) -> Plan:
+    """A plan of one segment at pool rows [0, rank), by tensor operations on `device` (no copy, no sync)."""
+    ints = {"dtype": torch.int32, "device": device}
+    if rows is None:
+        flat = torch.arange(count, **ints)
+    else:
+        flat = torch.as_tensor(rows, **ints)
+    n = flat.shape[0]
+    starts = torch.arange(0, n, TILE, **ints)
+    tiles = torch.stack([torch.zeros_like(starts), starts, (n - starts).clamp(max=TILE)], dim=1)
+    spans = torch.arange(2, **ints).view(1, 2) * rank  # [[0, rank]]
+    offsets = torch.arange(2, **ints) * n
+    return Plan(flat, tiles, spans, offsets)
+
+
+def make_plan(
+    entries: Sequence[tuple[Span, Tensor | Sequence[int] | np.ndarray]],
+    device: torch.device | str = "cpu",
+    total_rows: int | None = None,
+) -> Plan:
+    """A plan for one layer from (pool range, flat rows of h) pairs.
+
+    Args:
+        entries: for each segment its range of the pool and the rows of h.view(-1, d) that take it.
+        device: where h and the pool are.
+        total_rows: the number of rows of h; if given, rows beyond it are refused here.
+
+    Raises:
+        ValueError: a negative row, a row ≥ total_rows, or a row named twice (its edits would race).
+    """
+    by_segment = [_as_rows(rows, f"entries[{number}]") for number, (_, rows) in enumerate(entries)]
+    everything = np.concatenate(by_segment) if by_segment else np.zeros(0, dtype=np.int64)
+    _check_distinct(everything, 2**31 if total_rows is None else total_rows, "entries")
+    packed = pack_rows(by_segment, device)
+    return Plan(packed.rows, packed.tiles, pack_spans([span for span, _ in entries], device), packed.offsets)
