@@ -7,7 +7,6 @@ is missing, one warning says what runs instead and why, and `reft-kernels doctor
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -69,7 +68,6 @@ def why_not(name: str, device_type: str) -> str | None:
 _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
 
-@functools.cache
 def _best(device_type: str) -> str:
     missing = []
     for name in _PREFERENCE.get(device_type, ("triton", "reference")):
@@ -88,7 +86,6 @@ def _best(device_type: str) -> str:
     return name
 
 
-@functools.cache
 def _verified(name: str, device_type: str) -> str:
     reason = why_not(name, device_type)
     if reason is not None:
@@ -96,7 +93,16 @@ def _verified(name: str, device_type: str) -> str:
     return name
 
 
+#: (chosen name or None, device type) → the backend, so that the way to it is gone once.
+_resolved: dict[tuple[str | None, str], str] = {}
+
+
 def current_backend(device: torch.device | str) -> str:
     """The backend that an op on `device` takes now."""
     device_type = device if isinstance(device, str) else device.type
-    return _best(device_type) if _chosen is None else _verified(_chosen, device_type)
+    key = (_chosen, device_type)
+    name = _resolved.get(key)
+    if name is None:
+        name = _best(device_type) if _chosen is None else _verified(_chosen, device_type)
+        _resolved[key] = name
+    return name
