@@ -19,10 +19,13 @@ __all__ = ["intervene", "intervene_", "loreft"]
 
 def _check(h: Tensor, pool: Pool, plan: Plan) -> None:
     if h.dim() < 1 or h.shape[-1] != pool.width:
-        raise ValueError(f"h: last dimension must be the pool's width {pool.width}, shape was {list(h.shape)}")
+        raise ValueError(
+            f"h: last dimension must be the pool's width {pool.width}, shape was {list(h.shape)}"
+        )
     if h.device != pool.down.device or h.device != plan.rows.device:
         raise ValueError(
-            f"h, pool and plan must be on one device; they are on {h.device}, {pool.device} and {plan.rows.device}"
+            "h, pool and plan must be on one device; they are on "
+            f"{h.device}, {pool.device} and {plan.rows.device}"
         )
     if pool.dtype is not h.dtype and pool.dtype is not torch.float32:
         raise ValueError(f"pool: its dtype must be h's ({h.dtype}) or torch.float32, was {pool.dtype}")
@@ -42,7 +45,9 @@ def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
     """
     _check(h, pool, plan)
     if torch.is_grad_enabled() and h.requires_grad:
-        raise ValueError("h: requires a gradient, which an in-place edit would lose; use intervene, or no_grad")
+        raise ValueError(
+            "h: requires a gradient, which an in-place edit would lose; use intervene, or no_grad"
+        )
     op = ops.INTERVENE_[ops.current_backend(h.device)]
     op(h, pool.down, pool.up, pool.bias, pool.kind, plan.rows, plan.tiles, plan.spans)
     return h

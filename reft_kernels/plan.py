@@ -8,7 +8,7 @@ depends only on the set of adapters. A `Plan` is the pair, for one layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,11 +108,8 @@ def check_rows(rows: Tensor | Sequence[int], limit: int) -> None:
 
 def one_segment(rows: Tensor | Sequence[int] | None, count: int, rank: int, device: torch.device) -> Plan:
     """A plan of one segment at pool rows [0, rank), by tensor operations on `device` (no copy, no sync)."""
-    ints = {"dtype": torch.int32, "device": device}
-    if rows is None:
-        flat = torch.arange(count, **ints)
-    else:
-        flat = torch.as_tensor(rows, **ints)
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    flat = torch.arange(count, **ints) if rows is None else torch.as_tensor(rows, **ints)
     n = flat.shape[0]
     starts = torch.arange(0, n, TILE, **ints)
     tiles = torch.stack([torch.zeros_like(starts), starts, (n - starts).clamp(max=TILE)], dim=1)

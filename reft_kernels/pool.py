@@ -144,11 +144,12 @@ class Pool:
         """Whether interventions of these ranks, added in this order, would fit without growing."""
         free = [span.rank for span in self._free]
         for rank in ranks:
+            if not rank:
+                continue
             place = next((i for i, room in enumerate(free) if room >= rank), None)
-            if rank and place is None:
+            if place is None:
                 return False
-            if rank:
-                free[place] -= rank
+            free[place] -= rank
         return True
 
     def _check(self, fold: Fold) -> None:

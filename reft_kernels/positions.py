@@ -47,15 +47,15 @@ class Positions:
         where: LastPosition = "length" if last_position is None else last_position
         if where not in ("length", "length-1"):
             raise ValueError(f'last_position: must be "length" or "length-1", was {where!r}')
+        if not isinstance(spec, Sequence):
+            raise ValueError(f"positions: must be {_ALLOWED}; was {spec!r}")
         if isinstance(spec, str):
             return cls._parse_text(spec.strip(), where)
-        if isinstance(spec, Sequence):
-            if not spec or any(isinstance(i, bool) or not isinstance(i, int) for i in spec):
-                raise ValueError(f"positions: a list must hold integers, at least one; was {list(spec)!r}")
-            if len(set(spec)) != len(spec):
-                raise ValueError(f"positions: an index stands twice in {list(spec)!r}")
-            return cls(indices=tuple(spec), last_position=where)
-        raise ValueError(f"positions: must be {_ALLOWED}; was {spec!r}")
+        if not spec or any(isinstance(i, bool) or not isinstance(i, int) for i in spec):
+            raise ValueError(f"positions: a list must hold integers, at least one; was {list(spec)!r}")
+        if len(set(spec)) != len(spec):
+            raise ValueError(f"positions: an index stands twice in {list(spec)!r}")
+        return cls(indices=tuple(spec), last_position=where)
 
     @classmethod
     def _parse_text(cls, text: str, where: LastPosition) -> Positions:
@@ -130,7 +130,8 @@ class Positions:
             return self.word
         if self.indices is not None:
             return list(self.indices)
-        return "+".join(part for part in (f"f{self.first}" * bool(self.first), f"l{self.last}" * bool(self.last)) if part)
+        counts = {"f": self.first, "l": self.last}
+        return "+".join(f"{end}{count}" for end, count in counts.items() if count)
 
     def __str__(self) -> str:
         return str(self.to_json())

@@ -111,7 +111,7 @@ def intervene_backward(
         ddown, dup, dbias = down.new_empty(0), up.new_empty(0), bias.new_empty(0)
     flat = grad.reshape(-1, grad.shape[-1])
     out = dh.view(-1, grad.shape[-1])
-    sums: dict[slice | tuple[int, int], list[Tensor]] = {}
+    sums: dict[tuple[int, int], list[Tensor]] = {}
     for places, index, span in _segments(rows, tiles, spans):
         g, x = flat[index].to(dtype), hs[places].to(dtype)
         d, u, c, k = down[span].to(dtype), up[span].to(dtype), bias[span].to(dtype), kind[span]

@@ -119,6 +119,4 @@ def _fake_backward(grad, hs, down, up, bias, kind, rows, tiles, spans, offsets, 
 for _backend in BACKENDS:
     torch.library.register_fake(f"{NAMESPACE}::intervene_.{_backend}", _fake_intervene_, lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::intervene.{_backend}", _fake_intervene, lib=_library)
-    torch.library.register_fake(
-        f"{NAMESPACE}::intervene_backward.{_backend}", _fake_backward, lib=_library
-    )
+    torch.library.register_fake(f"{NAMESPACE}::intervene_backward.{_backend}", _fake_backward, lib=_library)
