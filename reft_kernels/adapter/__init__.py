@@ -1,0 +1,6 @@
+"""Adapters: interventions with their parameters, before anything is laid into a pool."""
+
+from .adapter import Adapter
+from .intervention import Intervention
+
+__all__ = ["Adapter", "Intervention"]

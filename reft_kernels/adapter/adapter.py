@@ -1,0 +1,287 @@
+"""`Adapter`: the interventions that make up one adapter, without a model."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ReftConfig
+from ..methods import METHODS
+from ..pool import Fold
+from ..positions import LastPosition, Positions
+from .intervention import Intervention
+from .orthonormal import orthonormal_rows, orthonormality_error
+
+#: Above this |R Rᵀ − I|, training starts visibly elsewhere than the adapter stood.
+_ORTHONORMAL = 1e-3
+
+
+class Adapter(nn.Module):
+    """Interventions at layers, sites and positions; what a checkpoint holds and what a pool is filled from.
+
+    Args:
+        interventions: at least one, all of one width. No two at one place may share a position.
+        config: what the adapter was made from, if known.
+        n_layers: depth of the model it was made for, if known.
+
+    Attributes:
+        interventions: the `Intervention`s, in a stable order.
+        groups: the distinct position specs; `intervention.group` is an index into them.
+        width: d, the length of the hidden states.
+
+    Raises:
+        ValueError: interventions that contradict each other, or a layer beyond n_layers.
+    """
+
+    interventions: nn.ModuleList
+
+    def __init__(
+        self,
+        interventions: Iterable[Intervention],
+        config: ReftConfig | None = None,
+        n_layers: int | None = None,
+    ) -> None:
+        super().__init__()
+        listed = list(interventions)
+        _check_together(listed, n_layers)
+        self.interventions = nn.ModuleList(listed)
+        self.config, self.n_layers = config, n_layers
+        self.groups: tuple[Positions, ...] = tuple(dict.fromkeys(one.positions for one in listed))
+        for one in listed:
+            one.group = self.groups.index(one.positions)
+        self._trainable = False
+
+    @property
+    def width(self) -> int:
+        """d, the length of the hidden states that are edited."""
+        return self.interventions[0].width
+
+    @property
+    def pool_rows(self) -> int:
+        """Pool rows that all folds take together."""
+        return sum(one.pool_rows for one in self.interventions)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the parameters require a gradient and R is kept orthonormal by the fold.
+
+        Setting it to True raises ValueError for methods that can't be trained here. It makes R float32
+        where it was narrower, and warns of an R that is far from orthonormal.
+        """
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        if value == self._trainable:
+            return
+        if value:
+            for one in self.interventions:
+                _check_trainable(one.method)
+            for one in self.interventions:
+                _widen_orthonormal(one)
+        else:
+            for one in self.interventions:
+                with torch.no_grad():
+                    for name, tensor in one.materialized().items():
+                        getattr(one, name).data = tensor.detach()
+        for one in self.interventions:
+            one.orthonormalize = value
+            one.requires_grad_(value)
+        self._trainable = value
+
+    def folds(self) -> list[Fold]:
+        """The fold of every intervention, in order; the same values as `intervention.fold()` one by one.
+
+        While the adapter is trainable, R is made orthonormal in one batch for all interventions of a shape.
+        """
+        batches: dict[tuple, list[tuple[int, str, Tensor]]] = {}
+        for index, one in enumerate(self.interventions):
+            for name in one.trains_orthonormal:
+                tensor = getattr(one, name)
+                key = (tensor.shape, tensor.dtype, tensor.device)
+                batches.setdefault(key, []).append((index, name, tensor))
+        ready: list[dict[str, Tensor]] = [{} for _ in self.interventions]
+        for batch in batches.values():
+            results = orthonormal_rows(torch.stack([tensor for _, _, tensor in batch])).unbind()
+            for (index, name, _), result in zip(batch, results):
+                ready[index][name] = result
+        return [one.fold(found) for one, found in zip(self.interventions, ready)]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ReftConfig,
+        n_layers: int,
+        width: int,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> Adapter:
+        """A fresh, trainable adapter, initialised as pyreft does.
+
+        R has orthonormal rows (of a Gaussian matrix) in float32 at least; W and b are a torch.nn.Linear's:
+        uniform in ±1/√d. They are drawn on the CPU.
+
+        Args:
+            config: rank, layers, site and positions.
+            n_layers: depth of the model.
+            width: d at the config's site (a head's width at "head_attention_value_output").
+            dtype: of W and b.
+            generator: source of the random numbers; None for torch's own.
+
+        Raises:
+            ValueError: a layer that the model lacks, a rank above the width, a method that can't be trained.
+        """
+        _check_trainable(config.method)
+        if config.r > width:
+            raise ValueError(f"r: {config.r} rows can't be orthonormal in a width of {width}")
+        made: list[Intervention] = []
+        for positions in config.position_groups():
+            for layer in config.resolve_layers(n_layers):
+                for head in config.heads or (None,):
+                    tensors = _fresh(config.method, config.r, width, dtype, generator)
+                    made.append(
+                        Intervention(
+                            config.method,
+                            layer,
+                            config.site,
+                            positions,
+                            tensors,
+                            act_fn=config.act_fn,
+                            dropout=config.dropout,
+                            head=head,
+                        )
+                    )
+        adapter = cls(made, config=config, n_layers=n_layers)
+        adapter.trainable = True
+        return adapter
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        positions: str | Sequence[int] | Positions | None = None,
+        act_fn: str | None = None,
+        dropout: float | None = None,
+        last_position: LastPosition | None = None,
+    ) -> Adapter:
+        """Reads an adapter from a folder, or from the Hugging Face hub by its "organisation/name".
+
+        Args:
+            path: a folder that `save_pretrained` wrote, or one that pyreft's `save` wrote.
+            positions, act_fn, dropout, last_position: for a folder of pyreft's only, which does not hold
+                them; positions is required there. The others default to None, 0.0 and "length".
+
+        Returns:
+            An adapter on the CPU, in the stored dtypes, not trainable.
+
+        Raises:
+            reft_kernels.checkpoint.CheckpointError: (a ValueError) names the file and what is wrong with it.
+        """
+        from ..checkpoint import load
+
+        return load(path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Writes reft_config.json and reft_model.safetensors into the folder `path`, to the bit.
+
+        Both are written aside and then renamed: a save that fails leaves the previous files as they were.
+        While the adapter is trainable, R is written as the fold uses it, orthonormal.
+        """
+        from ..checkpoint import native
+
+        native.save(self, path)
+
+    @classmethod
+    def compose(cls, adapters: Sequence[Adapter]) -> Adapter:
+        """The sum of several adapters' edits, each computed from the unedited hidden state.
+
+        At one place their positions must be equal, or share no token. The result holds concatenated folds
+        and is not trainable.
+
+        Raises:
+            ValueError: no adapters; widths or depths that differ; positions that overlap without being equal.
+        """
+        from .compose import compose
+
+        return compose(adapters)
+
+    def select_subspace(self, rows: Sequence[int]) -> Adapter:
+        """An adapter that keeps only the given of the r rows of D, U and c, in that order.
+
+        For LoReFT this is R[rows], W[rows], b[rows]; for a "folded" adapter, rows of the fold. The tensors
+        are copies, and the result is not trainable.
+
+        Raises:
+            ValueError: rows that are empty, named twice, or that an intervention lacks.
+        """
+        from .compose import select_subspace
+
+        return select_subspace(self, rows)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, groups={[str(g) for g in self.groups]}, trainable={self.trainable}"
+
+
+def _check_together(interventions: list[Intervention], n_layers: int | None) -> None:
+    if not interventions:
+        raise ValueError("interventions: an adapter needs at least one")
+    places: dict[tuple[str, int, int | None], list[Intervention]] = {}
+    for one in interventions:
+        if one.width != interventions[0].width:
+            raise ValueError(
+                f"interventions: one adapter has one width; layer {one.layer} has {one.width}, "
+                f"layer {interventions[0].layer} has {interventions[0].width}"
+            )
+        if n_layers is not None and one.layer >= n_layers:
+            raise ValueError(f"layer: the model has no layer {one.layer}; it has {n_layers}")
+        others = places.setdefault((one.site, one.layer, one.head), [])
+        for other in others:
+            if one.positions.overlaps(other.positions):
+                raise ValueError(
+                    f"positions: two interventions at {one.site} of layer {one.layer} would edit the same "
+                    f"token: {str(other.positions)!r} and {str(one.positions)!r}"
+                )
+        others.append(one)
+
+
+def _check_trainable(method: str) -> None:
+    if not METHODS[method].trainable:
+        able = ", ".join(name for name, spec in METHODS.items() if spec.trainable)
+        raise ValueError(f"method: {method} can't be trained here; {able} can")
+
+
+def _widen_orthonormal(one: Intervention) -> None:
+    """R in float32 at least, as half precision can't hold orthonormal rows."""
+    for name in METHODS[one.method].orthonormal:
+        parameter = getattr(one, name)
+        error = orthonormality_error(parameter)
+        if not error < _ORTHONORMAL:
+            warnings.warn(
+                f"{name} of layer {one.layer} is not orthonormal (|R Rᵀ − I| up to {error:.2g}): training "
+                "starts from its orthonormal factor, not from the adapter as it was",
+                stacklevel=4,
+            )
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _fresh(
+    method: str, rank: int, width: int, dtype: torch.dtype, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    spec = METHODS[method]
+    bound = 1 / math.sqrt(width)
+    tensors: dict[str, Tensor] = {}
+    for name, kind in spec.shapes.items():
+        if name in spec.orthonormal:
+            rows = torch.empty(rank, width, dtype=torch.promote_types(dtype, torch.float32))
+            tensors[name] = nn.init.orthogonal_(rows, generator=generator)
+        else:
+            shape = (rank, width) if kind == "rd" else (rank,)
+            drawn = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32))
+            tensors[name] = drawn.uniform_(-bound, bound, generator=generator).to(dtype)
+    return tensors

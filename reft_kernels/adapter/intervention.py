@@ -1,0 +1,181 @@
+"""One intervention: a method's parameters at a layer, a site and a set of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HEAD_SITE, SITES, check_dropout
+from ..methods import METHODS, activation
+from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
+from ..pool import Fold
+from ..positions import Positions
+from .orthonormal import orthonormal_rows
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Intervention(nn.Module):
+    """A low-rank edit of the hidden states at one place.
+
+    Args:
+        method: a name of `METHODS`.
+        layer: number of the decoder layer, from 0.
+        site: where in the layer (see `reft_kernels.config.SITES`).
+        positions: which tokens.
+        tensors: the method's parameters by name, [r, d] and [r]; they are not copied.
+        act_fn: an activation by transformers' name, or None.
+        dropout: probability with which an element of the edited hidden state is dropped in training.
+        head: the attention head, for the site "head_attention_value_output" only.
+
+    Attributes:
+        group: index of `positions` among the adapter's position groups (set by the adapter).
+        orthonormalize: whether the fold takes the parameters named in the method's `orthonormal` through
+            `orthonormal_rows` (set by the adapter while it is trainable).
+
+    Raises:
+        ValueError: an argument is not what it may be; shapes or dtypes don't fit each other.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        layer: int,
+        site: str,
+        positions: Positions,
+        tensors: Mapping[str, Tensor],
+        *,
+        act_fn: str | None = None,
+        dropout: float = 0.0,
+        head: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_place(method, layer, site, head, act_fn, dropout)
+        self.method, self.layer, self.site, self.head = method, layer, site, head
+        self.positions, self.act_fn, self.dropout = positions, act_fn, float(dropout)
+        self.group = 0
+        self.orthonormalize = False
+        _check_tensors(method, tensors)
+        self.names = tuple(name for name in METHODS[method].shapes if name in tensors)
+        for name in self.names:
+            if name == "kind":
+                self.register_buffer(name, tensors[name].detach())
+            else:
+                self.register_parameter(name, nn.Parameter(tensors[name].detach(), requires_grad=False))
+
+    @property
+    def _first(self) -> Tensor:
+        return getattr(self, self.names[0])
+
+    @property
+    def width(self) -> int:
+        """d, the length of the hidden state."""
+        return self._first.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r, before folding."""
+        return self._first.shape[0]
+
+    @property
+    def pool_rows(self) -> int:
+        """Pool rows that the fold takes: r, or 2r where φ acts on a part of the product only."""
+        split = METHODS[self.method].splits and activation(self.act_fn) is not Act.NONE
+        return 2 * self.rank if split else self.rank
+
+    @property
+    def trains_orthonormal(self) -> tuple[str, ...]:
+        """Names of the parameters that the fold takes through `orthonormal_rows`; none unless trainable."""
+        return METHODS[self.method].orthonormal if self.orthonormalize else ()
+
+    def materialized(self, orthonormal: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The parameters that the formula uses, by name: those kept orthonormal have been made so.
+
+        Args:
+            orthonormal: the results of `orthonormal_rows` by name, where the caller has them already.
+        """
+        tensors = {name: getattr(self, name) for name in self.names}
+        if orthonormal is None:
+            orthonormal = {name: orthonormal_rows(tensors[name]) for name in self.trains_orthonormal}
+        return tensors | dict(orthonormal)
+
+    def fold(self, orthonormal: Mapping[str, Tensor] | None = None) -> Fold:
+        """The one form h + Uᵀ φ(D h + c): `pool_rows` rows, in the widest of the parameters' dtypes and
+        float32. Differentiable in the parameters; sums and differences are taken in that dtype.
+
+        Args:
+            orthonormal: as in `materialized`.
+        """
+        tensors = self.materialized(orthonormal)
+        floats = {name: t for name, t in tensors.items() if name != "kind"}
+        wide = torch.float32
+        for tensor in floats.values():
+            wide = torch.promote_types(wide, tensor.dtype)
+        cast = {name: t.to(wide) for name, t in floats.items()}
+        return METHODS[self.method].fold({**tensors, **cast}, activation(self.act_fn))
+
+    def extra_repr(self) -> str:
+        head = "" if self.head is None else f", head={self.head}"
+        act = "" if self.act_fn is None else f", act_fn={self.act_fn!r}"
+        return (
+            f"{self.method}, r={self.rank}, width={self.width}, layer={self.layer}, site={self.site!r}{head}"
+            f", positions={str(self.positions)!r}{act}"
+        )
+
+
+def _check_place(
+    method: str, layer: int, site: str, head: int | None, act_fn: str | None, dropout: float
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method: must be one of {', '.join(METHODS)}; was {method!r}")
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ValueError(f"layer: must be a layer's number from 0 up, was {layer!r}")
+    if site not in SITES:
+        raise ValueError(f"site: must be one of {', '.join(SITES)}; was {site!r}")
+    if site == HEAD_SITE:
+        if isinstance(head, bool) or not isinstance(head, int) or head < 0:
+            raise ValueError(f"head: must be a head's number from 0 up at {site}, was {head!r}")
+    elif head is not None:
+        raise ValueError(f"head: must be None at {site}, was {head!r}")
+    if activation(act_fn) is not Act.NONE and not METHODS[method].takes_activation:
+        raise ValueError(f"act_fn: {method} takes none, was {act_fn!r}")
+    check_dropout(dropout)
+
+
+def _check_tensors(method: str, tensors: Mapping[str, Tensor]) -> None:
+    spec = METHODS[method]
+    unknown = [name for name in tensors if name not in spec.shapes]
+    missing = [name for name in spec.shapes if name not in tensors and name not in spec.optional]
+    if unknown or missing:
+        raise ValueError(
+            f"parameters of {method}: must be {', '.join(spec.shapes)}; "
+            f"missing: {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}"
+        )
+    first = next(iter(spec.shapes))
+    if tensors[first].dim() != 2:
+        raise ValueError(f"{first}: must be [r, d], was {list(tensors[first].shape)}")
+    rank, width = tensors[first].shape
+    if rank < 1 or width < 1:
+        raise ValueError(f"{first}: must be [r, d] with r and d at least 1, was {[rank, width]}")
+    for name, tensor in tensors.items():
+        shape = (rank, width) if spec.shapes[name] == "rd" else (rank,)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: must be {list(shape)} beside {first}, was {list(tensor.shape)}")
+        if name != "kind" and tensor.dtype not in _FLOATS:
+            raise ValueError(
+                f"{name}: dtype must be one of {', '.join(map(str, _FLOATS))}, was {tensor.dtype}"
+            )
+        if tensor.device != tensors[first].device:
+            raise ValueError(f"{name}: is on {tensor.device}, but {first} is on {tensors[first].device}")
+    if method == "folded":
+        _check_kind(tensors["kind"])
+
+
+def _check_kind(kind: Tensor) -> None:
+    if kind.dtype is not torch.int32:
+        raise ValueError(f"kind: dtype must be torch.int32, was {kind.dtype}")
+    for value in torch.unique(kind).tolist():
+        if value & ~(ACT_MASK | NO_PRODUCT) or (value & ACT_MASK) not in set(Act):
+            raise ValueError(f"kind: {value} is no activation code, with or without the flag NO_PRODUCT")

@@ -1,0 +1,32 @@
+"""Orthonormal rows as a differentiable map, without a d×d buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def orthonormal_rows(x: Tensor) -> Tensor:
+    """x with its rows made orthonormal: L⁻¹ x, where x xᵀ = L Lᵀ (Cholesky QR).
+
+    Args:
+        x: [..., r, d], r ≤ d, of full row rank.
+
+    Returns:
+        Like x, in float32 at least. Rows that were orthonormal stay as they were up to rounding.
+
+    The Gram matrix squares the condition number, so the map is computed in float64 (float32 where a device
+    has none). Autograd differentiates it; the triangular factor has no singular gradient where singular
+    values coincide, which the polar factor through an eigendecomposition has.
+    """
+    out = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    lower = torch.linalg.cholesky(wide @ wide.mT)
+    return torch.linalg.solve_triangular(lower, wide, upper=False).to(out)
+
+
+def orthonormality_error(x: Tensor) -> float:
+    """The largest element of |x xᵀ − I|, for x [r, d]."""
+    wide = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
+    gram = wide @ wide.mT
+    return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max().item()

@@ -1,0 +1,125 @@
+"""`ReftConfig`: what a fresh adapter should be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from .methods import METHODS, activation
+from .positions import LastPosition, Positions
+
+#: Where in a decoder layer an intervention may sit (pyvene's component names).
+SITES = ("block_output", "block_input", "mlp_output", "attention_output", "head_attention_value_output")
+
+#: The site whose hidden state is one head's slice of the attention's value output.
+HEAD_SITE = "head_attention_value_output"
+
+
+def _integers(name: str, value: Any, what: str) -> tuple[int, ...]:
+    """`value` as a tuple of distinct integers, at least one."""
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not listed or not value or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+        raise ValueError(f"{name}: must be {what}, was {value!r}")
+    if len(set(value)) != len(value):
+        raise ValueError(f"{name}: a number stands twice in {list(value)!r}")
+    return tuple(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReftConfig:
+    """Shape and place of an adapter.
+
+    Attributes:
+        method: "loreft", "direft", … (see `reft_kernels.methods.METHODS`).
+        r: rank, at least 1; the width of the hidden state bounds it.
+        layers: "all", or distinct layer numbers; negative ones count from the last layer.
+        site: where in the layer, one of `SITES`.
+        positions: which tokens: "f3+l3", "f5", "l1", "all", "prompt", "generated" or a list of indices
+            into the prompt.
+        share_weights: whether the f and the l positions of "f3+l3" share parameters. False gives each a
+            set of its own.
+        act_fn: an activation by transformers' name, or None.
+        dropout: probability with which an element of an edited hidden state is dropped in training, [0, 1).
+        last_position: what an l position counts back from: the prompt's "length", or "length-1".
+        heads: attention heads, for the site "head_attention_value_output" only (one intervention a head).
+
+    Raises:
+        ValueError: a field is not what it may be.
+    """
+
+    method: str = "loreft"
+    r: int = 4
+    layers: Literal["all"] | Sequence[int] = "all"
+    site: str = "block_output"
+    positions: str | Sequence[int] | Positions = "f3+l3"
+    share_weights: bool = False
+    act_fn: str | None = None
+    dropout: float = 0.0
+    last_position: LastPosition = "length"
+    heads: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: must be one of {', '.join(METHODS)}; was {self.method!r}")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r: must be an integer of at least 1, was {self.r!r}")
+        if self.layers != "all":
+            self._set("layers", _integers("layers", self.layers, 'a list of layer numbers, or "all"'))
+        if self.site not in SITES:
+            raise ValueError(f"site: must be one of {', '.join(SITES)}; was {self.site!r}")
+        if (self.heads is not None) != (self.site == HEAD_SITE):
+            raise ValueError(f"heads: needed for the site {HEAD_SITE!r} and for no other; was {self.heads!r}")
+        if self.heads is not None:
+            self._set("heads", _integers("heads", self.heads, "a list of head numbers from 0 up"))
+            if min(self.heads) < 0:
+                raise ValueError(f"heads: must be head numbers from 0 up, was {list(self.heads)}")
+        if not isinstance(self.share_weights, bool):
+            raise ValueError(f"share_weights: must be True or False, was {self.share_weights!r}")
+        if activation(self.act_fn) and not METHODS[self.method].takes_activation:
+            raise ValueError(f"act_fn: {self.method} takes none, was {self.act_fn!r}")
+        check_dropout(self.dropout)
+        if isinstance(self.positions, Positions):
+            self._set("last_position", self.positions.last_position)
+        # What was written is kept in its shortest form, so that equal configs compare equal.
+        spec = Positions.parse(self.positions, self.last_position).to_json()
+        self._set("positions", spec if isinstance(spec, str) else tuple(spec))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def resolve_layers(self, n_layers: int) -> list[int]:
+        """The layers' numbers in a model of `n_layers` layers, in the order given.
+
+        Raises ValueError that names a layer which the model lacks, or which is named twice.
+        """
+        if self.layers == "all":
+            return list(range(n_layers))
+        found: list[int] = []
+        for layer in self.layers:
+            if not -n_layers <= layer < n_layers:
+                raise ValueError(
+                    f"layers: the model has no layer {layer}; it has {n_layers} "
+                    f"(0 to {n_layers - 1}, or −{n_layers} to −1 from the end)"
+                )
+            resolved = layer % n_layers
+            if resolved in found:
+                raise ValueError(f"layers: {list(self.layers)} names layer {resolved} twice ({layer})")
+            found.append(resolved)
+        return found
+
+    def position_groups(self) -> tuple[Positions, ...]:
+        """The position specs that have parameters of their own: one, or the f and the l part."""
+        parsed = Positions.parse(self.positions, self.last_position)
+        return (parsed,) if self.share_weights else parsed.untied()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them; `ReftConfig(**d)` is equal again."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises ValueError unless `dropout` is a probability below 1."""
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: must be a probability in [0, 1), was {dropout!r}")
