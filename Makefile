@@ -1,0 +1,82 @@
+# Everything lives in .venv and is installed on first use: Python 3.10 or newer, pip, gcc and make suffice.
+# A stamp in .venv carries a checksum of what it was made from, so a target installs again only when that
+# has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := $(VENV)/transformers-oldest
+WORKERS ?= 2
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# The tests run in $(WORKERS) processes; more threads in each would only wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not gpu"
+
+checksum = $(firstword $(shell cat $(1) | cksum))
+NATIVE_SOURCES := setup.py $(sort $(shell find csrc python_bindings -type f))
+
+BASE_STAMP := $(VENV)/stamp-base-$(call checksum,constraints.txt pyproject.toml setup.py)
+TEST_STAMP := $(VENV)/stamp-test-$(call checksum,constraints.txt pyproject.toml setup.py requirements/*)
+NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,constraints.txt $(NATIVE_SOURCES))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup native demo test lint format bench clean
+
+help: ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 18
+
+setup: $(NATIVE_STAMP) $(TEST_STAMP) ## make .venv with everything that the other targets need
+
+demo: $(NATIVE_STAMP) ## run the main job on a small model (MODEL=path or hub name: on that one)
+	$(BIN)/python -m reft_bench.demo $(if $(MODEL),--model "$(MODEL)")
+
+test: $(NATIVE_STAMP) $(TEST_STAMP) ## run the tests, then those of the patch with the oldest transformers
+	$(PYTEST) $(ARGS)
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "models and not gpu" $(ARGS)
+
+lint: $(TEST_STAMP) ## check style (ruff, clang-format) and the types of the public API (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc python_bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs --no-run-if-empty $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+format: $(TEST_STAMP) ## let ruff and clang-format rewrite what lint would refuse
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc python_bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs --no-run-if-empty $(BIN)/clang-format -i
+
+bench: $(NATIVE_STAMP) ## measure what the edit costs on this machine
+	$(BIN)/reft-bench overhead --preset quick
+
+native: $(BASE_STAMP) ## compile the native library in place
+	$(BIN)/python setup.py build_ext --inplace
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info reft_kernels/lib .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	find bench reft_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by itself: the package's own build needs it.
+$(BASE_STAMP): | $(BIN)/python
+	rm -f $(VENV)/stamp-base-*
+	$(INSTALL) torch setuptools ninja
+	$(INSTALL) --no-build-isolation --editable '.[bench,triton]'
+	touch $@
+
+$(TEST_STAMP): $(BASE_STAMP)
+	rm -f $(VENV)/stamp-test-*
+	$(INSTALL) --no-build-isolation --editable '.[bench,triton,test,lint]'
+	$(PIP) install --quiet --no-deps -r requirements/pyreft.txt
+	rm -rf $(OLDEST)
+	$(PIP) install --quiet --no-deps --target $(OLDEST) -r requirements/transformers-oldest.txt
+	touch $@
+
+$(NATIVE_STAMP): $(BASE_STAMP)
+	rm -f $(VENV)/stamp-native-*
+	$(BIN)/python setup.py build_ext --inplace
+	touch $@
