@@ -1,0 +1,1 @@
+"""reft-bench: what representation finetuning costs on a model and a machine, beside merged LoRA."""

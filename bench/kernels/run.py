@@ -1,0 +1,226 @@
+"""The command `reft-bench kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import record
+from ..ceilings import Ceilings
+from ..record import CaseResult, ResultError, Results
+from ..session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
+from ..timer import Candidate, Clock, CpuClock, CudaEventClock, CudaGraphClock, interleave
+from . import systems
+from .cases import DIRECTIONS, DTYPES, MIXES, KernelCase, Problem
+from .systems import BASELINE, CONTROL, System
+
+ROUNDS = 25
+
+#: Input sets on a GPU together fill this many L2 caches, so that none finds its data there.
+CACHES = 3
+MOST_COPIES = 64
+
+CALL_WIDTH = 64
+
+
+def _clock(kind: str, device: str) -> Clock:
+    if torch.device(device).type == "cpu":
+        return CpuClock()
+    return CudaGraphClock() if kind == "graph" else CudaEventClock()
+
+
+def _copies(case: KernelCase, device: str, seed: int) -> int:
+    if torch.device(device).type == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(MOST_COPIES, -(-CACHES * cache // case.work(seed).footprint)))
+
+
+class Bench:
+    """Measures one case after another with the chosen systems."""
+
+    def __init__(
+        self, session: Session, chosen: dict[str, System], args: argparse.Namespace, device: str
+    ) -> None:
+        self.session, self.chosen, self.args, self.device = session, chosen, args, device
+        self.ceilings: dict[int, Ceilings] = {}
+
+    def _usable(self, case: KernelCase, problem: Problem) -> tuple[dict[str, float], dict[str, str]]:
+        """(error of each system that is right, reason for each that is left out)."""
+        errors: dict[str, float] = {}
+        left_out: dict[str, str] = {}
+        for name, system in self.chosen.items():
+            reason = system.why_not(case, self.device)
+            if reason is not None:
+                left_out[name] = reason
+                self.session.note(f"{name}: {reason}")
+                continue
+            try:
+                system.start()
+                error = systems.check(system, problem)
+            except Exception as failure:  # a peer that breaks must not end the run
+                left_out[name] = f"failed: {type(failure).__name__}: {failure}".splitlines()[0]
+            else:
+                if error <= systems.tolerance(case):
+                    errors[name] = error
+                    continue
+                left_out[name] = f"wrong: error {error:.2g} of the edit, allowed {systems.tolerance(case):g}"
+            self.session.note(f"{case.id}: {name} {left_out[name]}")
+        return errors, left_out
+
+    def _candidate(self, name: str, system: System, problems: list[Problem]) -> Candidate:
+        build = system.forward if problems[0].case.direction == "forward" else system.backward
+        return Candidate(name, [build(problem) for problem in problems], system.context)
+
+    def measure(self, case: KernelCase, tick: Tick) -> CaseResult:
+        seed, device = self.args.seed, self.device
+        copies = _copies(case, device, seed)
+        problems = [Problem(case, device, seed, copy) for copy in range(copies)]
+        errors, left_out = self._usable(case, problems[0])
+        if BASELINE not in errors:
+            raise LeftOut(f"the baseline {BASELINE!r} can't be measured: {left_out[BASELINE]}")
+        candidates = [self._candidate(name, self.chosen[name], problems) for name in errors]
+        candidates.append(self._candidate(CONTROL, self.chosen[BASELINE], problems))
+        kind = self.args.clock if case.direction == "forward" else "launch"
+        clock = _clock(kind, device)
+        with torch.set_grad_enabled(case.direction == "backward"):
+            samples = interleave(candidates, clock, self.args.rounds, seed, tick)
+            if copies not in self.ceilings:
+                self.ceilings[copies] = Ceilings(device, _clock(self.args.clock, device), copies)
+            with torch.no_grad():
+                floor = self.ceilings[copies].floor(case.work(seed), DTYPES[case.dtype])
+        self.session.results.ceilings = {str(key): value.to_json() for key, value in self.ceilings.items()}
+        found = record.summarize(samples, BASELINE, CONTROL, errors)
+        for name, result in found.items():
+            if not (name == CONTROL or self.chosen[name].single):
+                result.extra["floor_fraction"] = floor["floor_s"] / result.time.median
+        return CaseResult(case.id, case.params, BASELINE, CONTROL, found, left_out, floor)
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    try:
+        values = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ResultError(f"{name}: must be integers with commas between them, was {text!r}") from None
+    if not values or min(values) < 1:
+        raise ResultError(f"{name}: must be at least 1, was {text!r}")
+    return values
+
+
+def _words(text: str, name: str, allowed: Any) -> list[str]:
+    words = text.split(",")
+    for word in words:
+        if word not in allowed:
+            raise ResultError(f"{name}: unknown {word!r}; allowed are {', '.join(allowed)}")
+    return words
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", default="1,16,64,256", help="T: rows of h in a call")
+    parser.add_argument("--width", default="4096", help="d: length of a hidden state")
+    parser.add_argument("--rank", default="8")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, float16")
+    parser.add_argument("--adapters", default="16", help="adapters that the mix draws from")
+    parser.add_argument("--mix", default="distinct", help=f"which adapter a row takes: {', '.join(MIXES)}")
+    parser.add_argument("--direction", default="forward", help="forward, backward")
+    parser.add_argument(
+        "--clock",
+        choices=("graph", "launch"),
+        default="graph",
+        help="on a GPU: graph replays or single launches",
+    )
+    parser.add_argument(
+        "--no-call-cost",
+        action="store_true",
+        help="leave out the cases that show the cost of a call (T=1, d=64)",
+    )
+
+
+def cases_of(args: argparse.Namespace) -> list[KernelCase]:
+    """The product of all sweeps, and the cost of a call for each direction and dtype. Raises ResultError."""
+    directions = _words(args.direction, "--direction", DIRECTIONS)
+    dtypes = _words(args.dtype, "--dtype", DTYPES)
+    sweeps = (
+        directions,
+        dtypes,
+        _numbers(args.width, "--width"),
+        _numbers(args.rank, "--rank"),
+        _numbers(args.adapters, "--adapters"),
+        _words(args.mix, "--mix", MIXES),
+        _numbers(args.rows, "--rows"),
+    )
+    cases = [
+        KernelCase(direction, dtype, rows, width, rank, adapters, mix)
+        for direction, dtype, width, rank, adapters, mix, rows in itertools.product(*sweeps)
+    ]
+    if not args.no_call_cost:
+        cases += [
+            KernelCase(direction, dtype, 1, CALL_WIDTH, 8, 1, "identical")
+            for direction in directions
+            for dtype in dtypes
+        ]
+    cases = list(dict.fromkeys(cases))
+    for case in cases:
+        if case.rank > case.width:
+            raise ResultError(f"--rank: {case.rank} is more than the width {case.width}")
+    return cases
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    device = prepare_torch(args)
+    args.rounds = args.rounds or ROUNDS
+    cases = cases_of(args)
+    available = systems.all_systems()
+    names = _words(args.systems, "--systems", available) if args.systems else list(available)
+    chosen = {name: available[name] for name in dict.fromkeys([BASELINE, *names])}
+    settings = {"rounds": args.rounds, "seed": args.seed, "clock": args.clock, "systems": list(chosen)}
+    session = Session("kernels", settings, device, args, console)
+    bench = Bench(session, chosen, args, device)
+    finished = session.run(cases, bench.measure, args.rounds)
+    console.print(table(session.results))
+    return 0 if finished else INTERRUPTED
+
+
+def _cell(system: record.SystemResult) -> tuple[str, str]:
+    if system.ratio is None:
+        return "1", ""
+    ratio = system.ratio
+    return f"{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]", system.verdict or ""
+
+
+def table(results: Results) -> Table:
+    """The results as a table for the terminal."""
+    shown = Table(
+        title="The op alone; ratios over torch's eager sequence with a single adapter", title_justify="left"
+    )
+    shown.add_column("case", no_wrap=True)
+    shown.add_column("system")
+    for heading in ("µs a call", "ratio [95%]"):
+        shown.add_column(heading, justify="right")
+    shown.add_column("verdict")
+    for heading in ("of the floor", "floor µs", "MB moved"):
+        shown.add_column(heading, justify="right")
+    for case in results.cases:
+        label = case.id
+        assert case.floor is not None
+        for name, system in case.systems.items():
+            ratio, verdict = _cell(system)
+            fraction = system.extra.get("floor_fraction")
+            floor = (
+                ("", "", "")
+                if fraction is None
+                else (
+                    f"{fraction:.0%}",
+                    f"{case.floor['floor_s'] * 1e6:.1f}",
+                    f"{case.floor['moved_bytes'] / 1e6:.2f}",
+                )
+            )
+            shown.add_row(label, name, f"{system.time.median * 1e6:.1f}", ratio, verdict, *floor)
+            label = ""
+        shown.add_section()
+    return shown

@@ -1,0 +1,198 @@
+"""The systems that do the op, each as a function of a case's problem.
+
+A system has a name, says what it can't do, builds the call that is timed, and gives the output that is
+checked: h after the edit, or the gradients (dh, dD, dU, dc) of all adapters, flat, in fp64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+import reft_kernels as rk
+from reft_kernels import ops
+
+from .cases import DTYPES, KernelCase, Problem
+
+#: Largest distance to the reference's output over the size of the reference's edit (or gradient). A system
+#: that does nothing stands at 1. What bf16 and fp16 allow is the rounding of h itself.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+
+
+class System:
+    """A way of doing the op.
+
+    `single`: it serves one adapter only, so it is checked with all rows on that one.
+    """
+
+    name = ""
+    single = False
+
+    def why_not(self, case: KernelCase, device: str) -> str | None:
+        """Why it can't do a case on a device, or None."""
+        return None
+
+    def start(self) -> None:
+        """Called once before the first use in a case."""
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """Entered around every use."""
+        return contextlib.nullcontext()
+
+    def forward(self, problem: Problem) -> Callable[[], Any]:
+        """The call that is timed; edits problem.h in place or makes a new one, as the system does."""
+        raise NotImplementedError
+
+    def differentiable(self, problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(output, leaves): a forward with autograd; the leaves are h and the adapters' D, U and c."""
+        raise NotImplementedError
+
+    def output(self, problem: Problem) -> Tensor:
+        """[T, d], computed without changing problem.h."""
+        kept = problem.h
+        problem.h = kept.clone()
+        try:
+            with self.context(), torch.no_grad():
+                result = self.forward(problem)()
+            return problem.h if result is None else result
+        finally:
+            problem.h = kept
+
+    def backward(self, problem: Problem) -> Callable[[], Any]:
+        with self.context():
+            out, leaves = self.differentiable(problem)
+        return lambda: torch.autograd.grad(out, leaves, problem.gradient, retain_graph=True)
+
+
+class Ours(System):
+    """This package with one backend: the in-place op for inference, the functional one for training."""
+
+    def __init__(self, backend: str) -> None:
+        self.name = self.backend = backend
+
+    def why_not(self, case, device):
+        return ops.why_not(self.backend, torch.device(device).type)
+
+    def context(self):
+        return rk.backend(self.backend)
+
+    def forward(self, problem):
+        h, pool, plan = problem.h, problem.pool, problem.plan
+        return lambda: rk.functional.intervene_(h, pool, plan)
+
+    def differentiable(self, problem, single=False):
+        *floats, kind = problem.pool_tensors()
+        leaves = tuple(t.detach().clone().requires_grad_() for t in (problem.h, *floats))
+        op = ops.INTERVENE[self.backend]
+        return op(*leaves, kind, *problem.plan_tensors(single)), leaves
+
+
+def _eager(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    return h + (h @ down.T + bias) @ up
+
+
+class Eager(System):
+    """torch's own sequence with a single adapter: what the edit costs where there is nothing to choose."""
+
+    name, single = "eager", True
+    function: Callable[..., Tensor] = staticmethod(_eager)
+
+    def _weights(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        return problem.down[0], problem.up[0], problem.bias[0]
+
+    def forward(self, problem):
+        h, weights, function = problem.h, self._weights(problem), self.function
+        return lambda: function(h, *weights)
+
+    def differentiable(self, problem):
+        leaves = tuple(t.detach().clone().requires_grad_() for t in (problem.h, *self._weights(problem)))
+        return self.function(*leaves), leaves
+
+
+class Compiled(Eager):
+    """The same sequence under torch.compile, for the case's own shape."""
+
+    name = "compiled"
+
+    def start(self):
+        # Donated buffers forbid a second backward through one forward, which is what is timed.
+        functorch_config.donated_buffer = False
+        torch._dynamo.reset()
+        self.function = torch.compile(_eager, dynamic=False)
+
+
+def _gathered(h: Tensor, down: Tensor, up: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+    inner = torch.baddbmm(bias[index].unsqueeze(1), h.unsqueeze(1), down[index].transpose(1, 2))
+    return h + torch.bmm(inner, up[index]).squeeze(1)
+
+
+class Gather(System):
+    """Gather and bmm: every row fetches its adapter's D, U and c, then two batched products."""
+
+    name = "gather+bmm"
+
+    def forward(self, problem):
+        arguments = (problem.h, problem.down, problem.up, problem.bias, problem.index)
+        return lambda: _gathered(*arguments)
+
+    def differentiable(self, problem):
+        floats = (problem.h, problem.down, problem.up, problem.bias)
+        leaves = tuple(t.detach().clone().requires_grad_() for t in floats)
+        return _gathered(*leaves, problem.index), leaves
+
+
+def all_systems() -> dict[str, System]:
+    """Name → system, the baseline first."""
+    from .peers import ShrinkExpand, VllmLora
+
+    found = [
+        Eager(),
+        *(Ours(name) for name in ops.BACKENDS),
+        Compiled(),
+        Gather(),
+        ShrinkExpand(),
+        VllmLora(),
+    ]
+    return {system.name: system for system in found}
+
+
+BASELINE, CONTROL = "eager", "eager (A/A)"
+
+
+def _distance(got: Tensor, wanted: Tensor, origin: Tensor | float) -> float:
+    """‖got − wanted‖ / ‖wanted − origin‖ in fp64; Inf where got is not finite."""
+    got, wanted = got.double(), wanted.double()
+    if not torch.isfinite(got).all():
+        return float("inf")
+    size = (wanted - origin).norm().item()
+    return (got - wanted).norm().item() / max(size, 1e-300)
+
+
+def check(system: System, problem: Problem) -> float:
+    """The system's error against the reference backend: of the edit, or the worst of the four gradients."""
+    reference = Ours("reference")
+    case = problem.case
+    if case.direction == "forward":
+        h, plan = problem.h.clone(), problem.single_plan if system.single else problem.plan
+        with reference.context():
+            rk.functional.intervene_(h, problem.pool, plan)
+        return _distance(system.output(problem), h, problem.h.double())
+    got = system.backward(problem)()
+    out, leaves = reference.differentiable(problem, single=system.single)
+    wanted = torch.autograd.grad(out, leaves, problem.gradient)
+    errors = [_distance(got[0], wanted[0], problem.gradient.double())]
+    for mine, theirs in zip(got[1:], wanted[1:]):
+        # A single adapter's gradients are those of the pool's first rows.
+        theirs = theirs[: case.rank] if system.single else theirs
+        errors.append(_distance(mine.reshape(theirs.shape), theirs, 0.0))
+    return max(errors)
+
+
+def tolerance(case: KernelCase) -> float:
+    assert case.dtype in DTYPES
+    return TOLERANCE[case.dtype]
