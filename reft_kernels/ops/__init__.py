@@ -2,7 +2,7 @@
 
 from . import autograd, reference  # noqa: F401  (they register their implementations)
 from .autograd import InterveneInPlace
-from .backend import BackendUnavailable, backend, current_backend, why_not
+from .backend import BackendUnavailable, backend, chosen_backend, current_backend, why_not
 from .schema import ACT_MASK, BACKENDS, INTERVENE, INTERVENE_, INTERVENE_BACKWARD, NO_PRODUCT, TILE, Act
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "BackendUnavailable",
     "InterveneInPlace",
     "backend",
+    "chosen_backend",
     "current_backend",
     "why_not",
 ]

@@ -106,3 +106,8 @@ def current_backend(device: torch.device | str) -> str:
         name = _best(device_type) if _chosen is None else _verified(_chosen, device_type)
         _resolved[key] = name
     return name
+
+
+def chosen_backend() -> str | None:
+    """The backend that was asked for by name, or None where each device takes its best."""
+    return _chosen

@@ -1,0 +1,70 @@
+"""What a hook does to hidden states: the in-place op for inference, the differentiable one for training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..plan import Rows
+from .tables import BatchPlan, SiteKey, SiteTable
+
+
+def edit(h: Tensor, key: SiteKey, site: SiteTable, plan: BatchPlan, training: bool) -> Tensor:
+    """Applies the plan to h [..., d] at one site. Returns h itself where it was edited in place."""
+    if key.head is not None:
+        width = site.pool.width
+        heads = h.shape[-1] // width
+        rows = plan.head_rows(site.slot, key.head, heads)
+        flat = h.view(*h.shape[:-1], heads, width)
+        out = _edit(flat, site, rows, plan, training)
+        return h if out is flat else out.reshape(h.shape)
+    return _edit(h, site, plan.rows[site.slot], plan, training)
+
+
+def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: bool) -> Tensor:
+    backend = plan.backend or ops.current_backend(h.device)
+    if torch.is_grad_enabled() and (site.trainable or h.requires_grad):
+        return _edit_differentiable(h, site, rows, plan, backend, training)
+    pool = site.pool
+    ops.INTERVENE_[backend](h, pool.down, pool.up, pool.bias, pool.kind, rows.rows, rows.tiles, site.spans)
+    return h
+
+
+def _edit_differentiable(
+    h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, backend: str, training: bool
+) -> Tensor:
+    if site.trainable:
+        # Under reentrant checkpointing each block has a backward of its own, so folds can't be shared there.
+        shared = {} if plan.recomputing else plan.folds
+        folds = [shared.get(i) or i.fold() for i in site.interventions if i is not None]
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        down = torch.cat([fold.down for fold in folds]).to(h.device, dtype)
+        up = torch.cat([fold.up for fold in folds]).to(h.device, dtype)
+        bias = torch.cat([fold.bias for fold in folds]).to(h.device, dtype)
+        spans, kind = site.live_spans()
+    else:
+        down, up, bias, kind = site.pool.down, site.pool.up, site.pool.bias, site.pool.kind
+        spans = site.spans
+    arguments = (h, down, up, bias, kind, rows.rows, rows.tiles, spans, rows.offsets)
+    # A view can't be edited in place under reentrant checkpointing, nor a leaf that wants a gradient at all;
+    # a compiler makes its own choice of buffers.
+    if h._is_view() or (h.is_leaf and h.requires_grad) or torch.compiler.is_compiling():
+        out = ops.INTERVENE[backend](*arguments)
+    else:
+        out = ops.InterveneInPlace.apply(*arguments, backend)
+    return _dropout(out, site, rows) if training else out
+
+
+def _dropout(out: Tensor, site: SiteTable, rows: Rows) -> Tensor:
+    """pyreft's dropout: it falls on the whole edited hidden state of the rows that an adapter edits."""
+    rates = [i.dropout if i is not None else 0.0 for i in site.interventions]
+    if not any(rates):
+        return out
+    counts = rows.offsets.diff()
+    rate = torch.tensor(rates, device=out.device).repeat_interleave(counts, output_size=rows.rows.shape[0])
+    keep = 1 - rate[:, None]
+    flat = out.reshape(-1, out.shape[-1])
+    index = rows.rows.long()
+    mask = (torch.rand(len(index), flat.shape[1], device=out.device) < keep) / keep
+    return flat.index_copy(0, index, flat[index] * mask.to(flat.dtype)).view(out.shape)

@@ -1,0 +1,183 @@
+"""From a call's arguments to its plan: names checked, prompts read, selection resolved, rows packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .. import ops
+from ..adapter import Adapter
+from .prompts import Prompts, Selection, read_prompts, select
+from .state import GenerateScope, Pending, State, read_cache_length
+from .tables import BatchPlan, Registry
+
+#: The name of the bare model in a list of adapter names, as in PEFT.
+BASE = "__base__"
+
+
+class Planner:
+    """Makes the plans of one patched model."""
+
+    def __init__(self, registry: Registry, adapters: dict[str, Adapter], state: State) -> None:
+        self.registry, self.adapters, self.state = registry, adapters, state
+        self.active: str | None = None
+
+    # Names -----------------------------------------------------------------------------------------------
+
+    def names(self, given: Any, batch: int) -> tuple[str | None, ...]:
+        """One adapter a row, None for the bare model. given: None takes the active adapter for all rows."""
+        if given is None:
+            return (self.active,) * batch
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise ValueError(f"adapter_names: must be a list with one name a row, was {given!r}")
+        if len(given) != batch:
+            raise ValueError(f"adapter_names: has {len(given)} names for a batch of {batch} rows")
+        for name in given:
+            if name != BASE and name not in self.adapters:
+                known = ", ".join(map(repr, [*self.adapters, BASE]))
+                raise ValueError(f"adapter_names: there is no adapter {name!r}; known are {known}")
+        return tuple(None if name == BASE else name for name in given)
+
+    def _groups(self, name: str):
+        if name not in self.adapters:
+            raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
+        return self.adapters[name].groups
+
+    def _needs_prompt(self, names: Sequence[str | None]) -> bool:
+        return any(
+            group.needs_prompt
+            for name in dict.fromkeys(names)
+            if name is not None
+            for group in self._groups(name)
+        )
+
+    # Plans -----------------------------------------------------------------------------------------------
+
+    def _plan(self, selection: Selection, start: int, length: int, batch: int) -> BatchPlan | None:
+        repeat, rest = divmod(batch, selection.batch)
+        if rest:
+            raise RuntimeError(
+                f"a forward has {batch} rows, which is no multiple of the {selection.batch} prompts"
+            )
+        by_segment = selection.window(start, length, repeat)
+        if by_segment is None:
+            return None
+        table = self.registry.table(selection.segments, self.adapters)
+        return BatchPlan(table, by_segment, batch * length, ops.chosen_backend())
+
+    def forward(self, call: dict[str, Any], given: Any, prompt_lengths: Any) -> BatchPlan | None:
+        """The plan of a forward outside generate (or of a second model call inside it, as in guidance)."""
+        if given is None and self.active is None and self.state.scope is None:
+            return None
+        tokens = call.get("input_ids")
+        if tokens is None:
+            tokens = call.get("inputs_embeds")
+        if tokens is None:
+            tokens = call.get("hidden_states")
+        if not isinstance(tokens, Tensor):
+            raise ValueError("the call has neither input_ids nor inputs_embeds, so rows can't be told")
+        batch, length = tokens.shape[:2]
+        scope = self.state.scope
+        if given is None and scope is not None:
+            copies, rest = divmod(batch, len(scope.names))
+            if rest:
+                raise RuntimeError(
+                    f"a forward has {batch} rows, no multiple of generate's {len(scope.names)} prompts"
+                )
+            names = tuple(name for name in scope.names for _ in range(copies))
+        else:
+            names = self.names(given, batch)
+        if not any(names):
+            return None
+        start = read_cache_length(call.get("past_key_values"), call.get("cache_position"))
+        needs_prompt = self._needs_prompt(names)
+        mask = call.get("attention_mask")
+        if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
+            if needs_prompt and start == 0:
+                raise ValueError(
+                    "attention_mask: must be 2-D for adapters whose positions depend on the prompt; a 4-D mask "
+                    "doesn't tell where a row begins"
+                )
+            mask = None
+        positions = call.get("position_ids")
+        if needs_prompt and isinstance(positions, Tensor) and start == 0:
+            _refuse_packed(positions, mask)
+        labels = call.get("labels") if needs_prompt else None
+        prompts = read_prompts(batch, start, length, mask, prompt_lengths, labels)
+        return self._plan(select(names, prompts, self._groups), start, length, batch)
+
+    # Generate --------------------------------------------------------------------------------------------
+
+    def open_scope(
+        self, model: Any, inputs: Tensor | None, call: dict[str, Any], given: Any, prompt_lengths: Any
+    ) -> GenerateScope:
+        """Reads a generate call: names, prompts and what is edited in them, once for all its forwards."""
+        ids = inputs if inputs is not None else call.get("input_ids")
+        embeds = call.get("inputs_embeds")
+        tokens = embeds if embeds is not None else ids
+        outer = self.state.scope
+        batch = tokens.shape[0] if isinstance(tokens, Tensor) else 1
+        seen = 0
+        cache = call.get("past_key_values")
+        if cache is not None and not isinstance(cache, tuple):
+            seen = read_cache_length(cache, None)
+        if outer is not None and given is None and batch % len(outer.names) == 0:
+            # A generate inside generate (assisted decoding with the model's own layers) goes on with the same.
+            return GenerateScope(outer.names, outer.selection, seen)
+        names = self.names(given, batch)
+        if not any(names):
+            return GenerateScope(names, None, seen)
+        width = tokens.shape[1] if isinstance(tokens, Tensor) else 1
+        mask = call.get("attention_mask")
+        if mask is None and isinstance(ids, Tensor) and embeds is None:
+            mask = _inferred_mask(model, ids, call)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > width:
+            width = mask.shape[1]  # only the new tokens were passed, the mask tells of the cached ones too
+        elif isinstance(mask, Tensor) and mask.dim() != 2:
+            raise ValueError(f"attention_mask: must be 2-D in generate, had shape {list(mask.shape)}")
+        prompts: Prompts = read_prompts(batch, 0, width, mask, prompt_lengths)
+        return GenerateScope(names, select(names, prompts, self._groups), seen)
+
+    def generate(self, scope: GenerateScope, pending: Pending) -> BatchPlan | None:
+        """The plan of one of generate's own forwards."""
+        selection = scope.selection
+        if selection is None:
+            return None
+        if pending.length == 1 and pending.start >= selection.width:
+            # Decode steps are all alike: made once, and again only if adapters or the backend change.
+            key = (pending.batch, self.registry.version, ops.chosen_backend())
+            if scope.decode is None or scope.decode[0] != key:
+                plan = self._plan(selection, pending.start, 1, pending.batch)
+                # Laying the adapters out may have moved the version on.
+                key = (pending.batch, self.registry.version, ops.chosen_backend())
+                scope.decode = (key, plan)
+            return scope.decode[1]
+        return self._plan(selection, pending.start, pending.length, pending.batch)
+
+
+def _inferred_mask(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor | None:
+    """The mask that generate makes up when none is given: pad tokens, unless pad is also an end token."""
+    config = call.get("generation_config") or getattr(model, "generation_config", None)
+    pad = call.get("pad_token_id", getattr(config, "pad_token_id", None))
+    end = call.get("eos_token_id", getattr(config, "eos_token_id", None))
+    ends = [] if end is None else ([end] if isinstance(end, int) else list(np.atleast_1d(np.asarray(end))))
+    if pad is None or pad in ends:
+        return None
+    return (ids != pad).long()
+
+
+def _refuse_packed(positions: Tensor, mask: Tensor | None) -> None:
+    table = positions if positions.dim() == 2 else positions.view(1, -1)
+    if table.shape[1] < 2:
+        return
+    falls = table[:, 1:] < table[:, :-1]
+    if mask is not None and mask.shape == table.shape:
+        falls = falls & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    if bool(falls.any()):
+        raise ValueError(
+            "position_ids: restart inside a row (packed sequences), where prompts can't be told apart; "
+            "use an adapter with positions 'all', or a row for each sequence"
+        )

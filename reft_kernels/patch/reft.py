@@ -1,0 +1,386 @@
+"""`Reft`, what `patch(model)` returns: the adapters of one model and the calls that manage them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..config import ReftConfig
+from ..positions import LastPosition, Positions
+from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module
+from .freezing import Freeze
+from .hooks import Forward, Generate, PrepareInputs, Recompute, StackHook, attach
+from .planner import BASE, Planner
+from .state import GenerateScope, Pending, State
+from .tables import BatchPlan, Place, Registry, SiteKey, keys_of
+
+_WRAPPED = {"forward": Forward, "prepare_inputs_for_generation": PrepareInputs, "generate": Generate}
+
+
+class Reft(nn.Module):
+    """The adapters of a patched model; also found as `model.reft`.
+
+    It is a submodule of the model, so that optimizers and `.to()` find its parameters, but keeps out of the
+    model's state_dict: adapters are saved by `save_pretrained`, the base model by its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        capacity: int | None = None,
+        pool_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # In __dict__, past nn.Module's registration: the model must not become its own descendant.
+        self.__dict__["_model"] = model
+        self.__dict__["_blocks"] = blocks
+        self._modules_of = nn.ModuleDict()
+        self._adapters: dict[str, Adapter] = {}
+        self._state = State()
+        self._registry = Registry(capacity, pool_dtype)
+        self._planner = Planner(self._registry, self._adapters, self._state)
+        self._handles: dict[SiteKey, Any] = {}
+        self._freeze = Freeze()
+        self._wrappers: dict[str, tuple[Any, Any]] = {}
+        self._stack_handle: Any = None
+        self.register_load_state_dict_post_hook(_forget_missing)
+
+    # Adapters --------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Name → Adapter, read-only."""
+        return MappingProxyType(self._adapters)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter of calls that name none; None for the bare model."""
+        return self._planner.active
+
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        name: str = "default",
+        *,
+        positions: str | Sequence[int] | Positions | None = None,
+        act_fn: str | None = None,
+        dropout: float | None = None,
+        last_position: LastPosition | None = None,
+        is_trainable: bool = False,
+    ) -> Adapter:
+        """Loads an adapter from a folder (ours, or one that pyreft saved) or a hub id, under `name`.
+
+        Args:
+            path: the folder or "org/name" on the hub.
+            name: how calls refer to it.
+            positions, act_fn, dropout, last_position: what a folder of pyreft's does not hold.
+            is_trainable: to train on; freezes the base model.
+
+        Raises:
+            ValueError: the name is taken, the file is bad (`CheckpointError`), or the adapter is for another
+                width or depth. PoolFull: a fixed capacity is exceeded. Adapters that were there stay.
+        """
+        self._check_name(name)
+        adapter = Adapter.from_pretrained(
+            path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position
+        )
+        if is_trainable:
+            adapter.trainable = True
+        self._install(name, adapter)
+        return adapter
+
+    def add_adapter(self, name: str, adapter: ReftConfig | Adapter) -> Adapter:
+        """Adds a fresh trainable adapter made from a config (the base is frozen), or one made elsewhere.
+
+        Raises ValueError as `load_adapter` does, for a layer that the model lacks, and for r > d.
+        """
+        self._check_name(name)
+        if isinstance(adapter, ReftConfig):
+            width = head_width(self._model) if adapter.heads is not None else self._blocks.width
+            adapter = Adapter.from_config(adapter, len(self._blocks.layers), width)
+        elif not isinstance(adapter, Adapter):
+            raise ValueError(f"adapter: must be a ReftConfig or an Adapter, was {type(adapter).__name__}")
+        self._install(name, adapter)
+        return adapter
+
+    def _check_name(self, name: str) -> None:
+        if not isinstance(name, str) or not name or name == BASE:
+            raise ValueError(f"name: must be a non-empty string other than {BASE!r}, was {name!r}")
+        if name in self._adapters:
+            raise ValueError(f"name: there is an adapter {name!r} already; delete it first")
+
+    def _check_fit(self, adapter: Adapter) -> None:
+        depth = len(self._blocks.layers)
+        if adapter.n_layers is not None and adapter.n_layers != depth:
+            raise ValueError(
+                f"adapter: was made for a model of {adapter.n_layers} layers; this one has {depth}"
+            )
+        for intervention in adapter.interventions:
+            if not 0 <= intervention.layer < depth:
+                raise ValueError(f"adapter: edits layer {intervention.layer}; the model has {depth} layers")
+            wanted = head_width(self._model) if intervention.head is not None else self._blocks.width
+            if intervention.width != wanted:
+                raise ValueError(
+                    f"adapter: has width {intervention.width}; {intervention.site} of this model has {wanted}"
+                )
+            site_module(self._blocks.layers[intervention.layer], intervention.site)
+
+    def _install(self, name: str, adapter: Adapter) -> None:
+        self._check_fit(adapter)
+        _warn_of_bad_values(name, adapter)
+        with self._state.lock:
+            for intervention, key in zip(adapter.interventions, _keys(adapter)):
+                if key not in self._registry.places:
+                    block = self._blocks.layers[intervention.layer]
+                    self._registry.places[key] = Place(*place_of(block, self._model))
+            place = self._registry.places[next(iter(keys_of(adapter)))]
+            adapter.to(place.device)
+            self._registry.lay(name, adapter)
+            self._adapters[name] = adapter
+            self._modules_of[_module_key(name, self._modules_of)] = adapter
+            self._attach_sites(adapter)
+            if len(self._adapters) == 1:
+                self._planner.active = name
+            if adapter.trainable:
+                self._freeze.freeze(self._model, self)
+
+    def _attach_sites(self, adapter: Adapter) -> None:
+        new = [key for key in keys_of(adapter) if key not in self._handles]
+        for key in new:
+            module = site_module(self._blocks.layers[key.layer], key.site)
+            self._handles[key] = attach(self, self._state, key, module)
+        if new:
+            self._forget_compiled()
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter and frees its room. Raises ValueError for an unknown name."""
+        self._known(name)
+        with self._state.lock:
+            adapter = self._adapters.pop(name)
+            self._registry.remove(name)
+            for key, module in list(self._modules_of.items()):
+                if module is adapter:
+                    del self._modules_of[key]
+            if self._planner.active == name:
+                self._planner.active = None
+            kept = {key for other in self._adapters.values() for key in keys_of(other)}
+            for key in [key for key in self._handles if key not in kept]:
+                self._handles.pop(key).remove()
+
+    def set_adapter(self, name: str | None) -> None:
+        """Makes `name` the adapter of calls that name none; None for the bare model."""
+        if name is not None:
+            self._known(name)
+        self._planner.active = name
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block, calls that name no adapter run the bare model."""
+        before, self._planner.active = self._planner.active, None
+        try:
+            yield
+        finally:
+            self._planner.active = before
+
+    def _known(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            known = ", ".join(map(repr, self._adapters)) or "none"
+            raise ValueError(f"name: there is no adapter {name!r}; loaded are {known}")
+        return self._adapters[name]
+
+    def save_pretrained(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        """Saves one adapter (the active one by default) as reft_config.json and reft_model.safetensors."""
+        name = self.active_adapter if name is None else name
+        if name is None:
+            raise ValueError("name: no adapter is active; say which to save")
+        self._known(name).save_pretrained(path)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters train, of how many there are."""
+        everything = dict.fromkeys(self._model.parameters())
+        trainable = sum(p.numel() for p in everything if p.requires_grad)
+        total = sum(p.numel() for p in everything)
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # Plans: called by the hooks --------------------------------------------------------------------------
+
+    def _plan_forward(self, call: dict[str, Any], names: Any, lengths: Any) -> BatchPlan | None:
+        if torch.is_grad_enabled():
+            self._keep_plans_for_recomputation()
+        return self._planner.forward(call, names, lengths)
+
+    def _plan_generate(self, scope: GenerateScope, pending: Pending) -> BatchPlan | None:
+        return self._planner.generate(scope, pending)
+
+    def _open_scope(
+        self, inputs: Tensor | None, call: dict[str, Any], names: Any, lengths: Any
+    ) -> GenerateScope:
+        return self._planner.open_scope(self._model, inputs, call, names, lengths)
+
+    def _moved(self, key: SiteKey, place: Place, plan: BatchPlan):
+        """Hidden states of another device or dtype than expected: lays the site's adapters there."""
+        self._registry.replace(key, place, self._adapters)
+        plan.table = self._registry.table(plan.table.segments, self._adapters)
+        plan.sites = plan.table.sites
+        plan.add_devices()
+        return plan.sites[key]
+
+    def _keep_plans_for_recomputation(self) -> None:
+        """Wraps what gradient checkpointing calls, again after every time that it was enabled."""
+        for block in self._blocks.layers:
+            function = block.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, Recompute):
+                block._gradient_checkpointing_func = Recompute(self._state, function)
+
+    # Attachment ------------------------------------------------------------------------------------------
+
+    def _wrap(self) -> None:
+        model = self._model
+        for name, wrapper in _WRAPPED.items():
+            if hasattr(model, name):
+                own = model.__dict__.get(name)
+                wrapped = wrapper(self, self._state, getattr(model, name))
+                self._wrappers[name] = (wrapped, own)
+                model.__dict__[name] = wrapped
+        if self._blocks.stack is not model:
+            self._stack_handle = self._blocks.stack.register_forward_pre_hook(
+                StackHook(self, self._state), with_kwargs=True, prepend=True
+            )
+        self._forget_compiled()
+
+    def _unwrap(self) -> None:
+        model = self._model
+        for name in list(self._adapters):
+            self.delete_adapter(name)
+        for name, (wrapped, own) in self._wrappers.items():
+            if model.__dict__.get(name) is wrapped:
+                if own is None:
+                    del model.__dict__[name]
+                else:
+                    model.__dict__[name] = own
+            # Otherwise somebody wrapped it once more: without adapters ours only passes calls on.
+        if self._stack_handle is not None:
+            self._stack_handle.remove()
+        for block in self._blocks.layers:
+            function = block.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(function, Recompute):
+                block._gradient_checkpointing_func = function.original
+        self._freeze.thaw(model)
+        self._forget_compiled()
+
+    def _forget_compiled(self) -> None:
+        """Drops compiled code that was traced without our hooks (Dynamo doesn't look at hooks again)."""
+        for module in (self._model, self._blocks.stack):
+            module.__dict__.pop("_compiled_call", None)
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+
+    # Its place in the model ------------------------------------------------------------------------------
+
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """As a part of the model's state_dict it is empty; called alone it holds the adapters' tensors."""
+        if prefix:
+            return destination
+        return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Reft:
+        """Moves between devices with the model, but keeps the adapters' own dtypes (they are the checkpoint)."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self._adapters)}, active={self.active_adapter!r}"
+
+
+def _keys(adapter: Adapter) -> list[SiteKey]:
+    return [SiteKey(i.site, i.layer, i.head) for i in adapter.interventions]
+
+
+def _module_key(name: str, taken: nn.ModuleDict) -> str:
+    key = name.replace(".", "_")
+    while key in taken or hasattr(nn.ModuleDict, key):
+        key += "_"
+    return key
+
+
+def _forget_missing(module: nn.Module, incompatible: Any) -> None:
+    """A base model's state_dict has no adapters: that is not an error."""
+    own = tuple(f"reft.{key}" for key in module.state_dict())
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if not key.endswith(own)] if own else missing
+
+
+def _warn_of_bad_values(name: str, adapter: Adapter) -> None:
+    for key, tensor in adapter.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            warnings.warn(f"adapter {name!r}: {key} holds NaN or Inf", stacklevel=4)
+
+
+def patch(model: nn.Module, capacity: int | None = None, pool_dtype: torch.dtype | None = None) -> Reft:
+    """Lets a Hugging Face model run ReFT adapters, by hooks on this instance alone.
+
+    The model keeps its class, weights and API. Its `forward` and `generate` take `adapter_names` (one name a
+    row of the batch, "__base__" for the bare model; under PEFT `reft_adapter_names`) and `prompt_lengths`.
+
+    Args:
+        model: a transformers model with decoder (or encoder) layers.
+        capacity: pool rows; fixed, so that addresses stay, and a full pool is an error. None: grows.
+        pool_dtype: dtype of folded adapters; None for the model's. torch.float32 is nearer to a pyreft that
+            keeps R in float32.
+
+    Returns:
+        The model's `Reft`, also `model.reft`.
+
+    Raises:
+        NotPatchable: (a ValueError) no layers were found, or the model is patched already.
+    """
+    if not isinstance(model, nn.Module):
+        raise NotPatchable(f"model: must be a transformers model, was {type(model).__name__}")
+    if isinstance(getattr(model, "reft", None), Reft):
+        raise NotPatchable("model: is patched already; its adapters are at model.reft (unpatch it first)")
+    if hasattr(model, "reft"):
+        raise NotPatchable(f"model: has an attribute 'reft' of its own, a {type(model.reft).__name__}")
+    if pool_dtype is not None and pool_dtype not in (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        raise ValueError(f"pool_dtype: must be a floating dtype, was {pool_dtype}")
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity: must be at least 1 pool row or None, was {capacity}")
+    reft = Reft(model, find_blocks(model), capacity, pool_dtype)
+    model.add_module("reft", reft)
+    reft._wrap()
+    return reft
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Takes everything off that `patch` put on: the model is bit for bit what it was. Returns the model.
+
+    Raises ValueError for a model that is not patched.
+    """
+    reft = getattr(model, "reft", None)
+    if not isinstance(reft, Reft):
+        raise ValueError("model: is not patched")
+    reft._unwrap()
+    del model.reft
+    return model

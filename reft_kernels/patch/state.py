@@ -1,0 +1,115 @@
+"""What a patched model knows while it runs: the plan of the forward under way, and who asked for what.
+
+One `State` a model, shared by its hooks. The plan is not thread-local: under gradient checkpointing blocks
+are run again in autograd's own threads. A lock makes the forwards of two threads take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .prompts import Selection
+from .tables import BatchPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Pending(NamedTuple):
+    """A forward that generate has prepared: its columns, batch, and cache (which tells it from other calls)."""
+
+    start: int
+    length: int
+    batch: int
+    cache: object
+
+
+class GenerateScope:
+    """One call of generate.
+
+    names: one a prompt, None for the bare model. selection: what they edit; None when that is nothing.
+    seen: columns that went through the model so far (for caches that don't say so on the host).
+    """
+
+    def __init__(self, names: tuple[str | None, ...], selection: Selection | None, seen: int) -> None:
+        self.names, self.selection, self.seen = names, selection, seen
+        self.pending: Pending | None = None
+        self.decode: tuple[tuple, BatchPlan | None] | None = None
+
+
+class _Scopes(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[tuple[State, GenerateScope]] = []
+
+
+_scopes = _Scopes()
+
+
+class State:
+    """See the module. plan: of the forward under way, None when it edits nothing."""
+
+    def __init__(self) -> None:
+        self.plan: BatchPlan | None = None
+        self.prepared = False  # generate has made the plan of the forward to come
+        self.depth = 0  # forwards of the model under way
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict:
+        return {}  # deepcopy and pickle of a patched model: nothing is under way in the copy
+
+    def __setstate__(self, _: dict) -> None:
+        self.__init__()
+
+    def __reduce__(self):
+        return (State, ())
+
+    @property
+    def scope(self) -> GenerateScope | None:
+        """The innermost generate of this model in this thread."""
+        return next((scope for state, scope in reversed(_scopes.stack) if state is self), None)
+
+    @contextlib.contextmanager
+    def generating(self, scope: GenerateScope) -> Iterator[None]:
+        _scopes.stack.append((self, scope))
+        try:
+            yield
+        finally:
+            _scopes.stack.pop()
+            self.plan, self.prepared = None, False
+
+    @contextlib.contextmanager
+    def using(self, plan: BatchPlan | None) -> Iterator[None]:
+        """Runs a block again under the plan that its forward had."""
+        with self.lock:
+            before, self.plan = self.plan, plan
+            try:
+                yield
+            finally:
+                self.plan = before
+
+
+def cache_length(cache: object, cache_position: Tensor | None) -> int | None:
+    """Columns that a cache holds, where the host knows without asking a device; else None."""
+    if cache is None:
+        return 0
+    if cache_position is not None and cache_position.device.type == "cpu":
+        return int(cache_position[0])
+    if getattr(cache, "is_compileable", False):
+        return None
+    length = cache.get_seq_length()  # type: ignore[attr-defined]
+    return length if isinstance(length, int) else None
+
+
+def read_cache_length(cache: object, cache_position: Tensor | None) -> int:
+    """The same, at any price."""
+    length = cache_length(cache, cache_position)
+    if length is not None:
+        return length
+    if cache_position is not None:
+        return int(cache_position[0])
+    return int(torch.as_tensor(cache.get_seq_length()).item())  # type: ignore[attr-defined]

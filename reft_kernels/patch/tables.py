@@ -1,0 +1,266 @@
+"""From a batch's segments to what a hook hands to the op: pools, spans tables, rows on each device.
+
+`Registry` owns the pools and says where every intervention lies. `Table` holds, for one set of segments, the
+spans of every site. `BatchPlan` adds the rows of one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plan import Rows, pack_rows, pack_spans
+from ..pool import Fold, Pool, PoolFull, Span
+from .prompts import Segment
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter, Intervention
+
+
+class SiteKey(NamedTuple):
+    """Where an edit happens in a model. head: None, or the index of an attention head."""
+
+    site: str
+    layer: int
+    head: int | None
+
+
+class Place(NamedTuple):
+    """What hidden states at a site look like."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+class SiteTable:
+    """One site under one set of segments: its pool, each segment's range in it, and whose it is.
+
+    slot: index into the plan's rows (one for each device).
+    interventions: for each segment the one that edits here, or None.
+    """
+
+    __slots__ = ("interventions", "live", "place", "pool", "slot", "spans", "trainable")
+
+    def __init__(
+        self,
+        pool: Pool,
+        spans: Tensor,
+        slot: int,
+        place: Place,
+        interventions: list[Intervention | None],
+        trainable: bool,
+    ) -> None:
+        self.pool, self.spans, self.slot, self.place = pool, spans, slot, place
+        self.interventions, self.trainable = interventions, trainable
+        self.live: tuple[Tensor, Tensor] | None = None
+
+    def live_spans(self) -> tuple[Tensor, Tensor]:
+        """Spans and kinds for a pool that is made of this site's interventions alone, in segment order."""
+        if self.live is None:
+            spans, first = [], 0
+            for intervention in self.interventions:
+                rank = intervention.pool_rows if intervention is not None else 0
+                spans.append(Span(first, rank))
+                first += rank
+            with torch.no_grad():
+                kinds = torch.cat([i.fold().kind for i in self.interventions if i is not None])
+            self.live = (pack_spans(spans, self.place.device), kinds.to(self.place.device))
+        return self.live
+
+
+class Table:
+    """The sites of one set of segments; changes only when the set of adapters does."""
+
+    __slots__ = ("adapters", "devices", "segments", "sites", "version")
+
+    def __init__(self, segments: tuple[Segment, ...], version: int) -> None:
+        self.segments, self.version = segments, version
+        self.sites: dict[SiteKey, SiteTable] = {}
+        self.devices: list[torch.device] = []
+        self.adapters: list[Adapter] = []
+
+
+class BatchPlan:
+    """All that the hooks of one forward need.
+
+    sites: from the table. rows: for each device of the table. tokens: rows of h in this forward.
+    """
+
+    __slots__ = (
+        "backend",
+        "by_head",
+        "by_segment",
+        "folds",
+        "recomputing",
+        "rows",
+        "sites",
+        "table",
+        "tokens",
+    )
+
+    def __init__(self, table: Table, by_segment: list[np.ndarray], tokens: int, backend: str | None) -> None:
+        self.table, self.sites, self.tokens, self.backend = table, table.sites, tokens, backend
+        self.by_segment = by_segment
+        self.rows: list[Rows] = [pack_rows(by_segment, device) for device in table.devices]
+        self.by_head: dict[tuple[int, int, int], Rows] = {}
+        #: Whether a block is being run again under reentrant checkpointing.
+        self.recomputing = False
+        #: With autograd: the folds of trainable adapters, made once a forward for all layers.
+        self.folds: dict[Intervention, Fold] = {}
+        if torch.is_grad_enabled():
+            for adapter in table.adapters:
+                if adapter.trainable:
+                    self.folds.update(zip(adapter.interventions, adapter.folds()))
+
+    def add_devices(self) -> None:
+        """Lays the rows out again where the table's devices changed."""
+        self.rows = [pack_rows(self.by_segment, device) for device in self.table.devices]
+        self.by_head.clear()
+
+    def head_rows(self, slot: int, head: int, heads: int) -> Rows:
+        """The rows of one head in h.view(-1, head width)."""
+        key = (slot, head, heads)
+        if key not in self.by_head:
+            rows, tiles, offsets = self.rows[slot]
+            self.by_head[key] = Rows(rows * heads + head, tiles, offsets)
+        return self.by_head[key]
+
+
+class _Laid(NamedTuple):
+    pool: Pool
+    span: Span
+
+
+def _key_of(intervention: Intervention) -> SiteKey:
+    return SiteKey(intervention.site, intervention.layer, intervention.head)
+
+
+class Registry:
+    """The pools of a patched model, and where each intervention of each adapter lies in them."""
+
+    def __init__(self, capacity: int | None, pool_dtype: torch.dtype | None) -> None:
+        self.capacity, self.pool_dtype = capacity, pool_dtype
+        self.pools: dict[tuple[torch.device, torch.dtype, int], Pool] = {}
+        self.places: dict[SiteKey, Place] = {}
+        self.version = 0
+        self._laid: dict[str, list[_Laid]] = {}
+        self._folded_at: dict[str, tuple] = {}
+        self._tables: dict[tuple[Segment, ...], Table] = {}
+
+    def _pool(self, place: Place, width: int) -> Pool:
+        dtype = self.pool_dtype or place.dtype
+        key = (place.device, dtype, width)
+        if key not in self.pools:
+            self.pools[key] = Pool(width, dtype, place.device, self.capacity)
+        return self.pools[key]
+
+    def _check_room(self, adapter: Adapter) -> None:
+        ranks: dict[int, tuple[Pool, list[int]]] = {}
+        for intervention in adapter.interventions:
+            pool = self._pool(self.places[_key_of(intervention)], intervention.width)
+            ranks.setdefault(id(pool), (pool, []))[1].append(intervention.pool_rows)
+        for pool, wanted in ranks.values():
+            if pool.fixed and not pool.room_for(wanted):
+                raise PoolFull(
+                    f"capacity: the adapter needs {sum(wanted)} pool rows, in pieces of up to {max(wanted)}; "
+                    f"the pool has {pool.capacity}, of which {pool.used} are used"
+                )
+
+    def lay(self, name: str, adapter: Adapter) -> None:
+        """Folds an adapter into the pools. Nothing is changed where it does not fit (PoolFull)."""
+        self._check_room(adapter)
+        laid: list[_Laid] = []
+        with torch.no_grad():
+            for intervention in adapter.interventions:
+                pool = self._pool(self.places[_key_of(intervention)], intervention.width)
+                laid.append(_Laid(pool, pool.add(intervention.fold())))
+        self._laid[name] = laid
+        self._folded_at[name] = _versions(adapter)
+        self.changed()
+
+    def remove(self, name: str) -> None:
+        for pool, span in self._laid.pop(name):
+            pool.remove(span)
+        self._folded_at.pop(name)
+        self.changed()
+
+    def changed(self) -> None:
+        self.version += 1
+        self._tables.clear()
+
+    def refresh(self, name: str, adapter: Adapter) -> None:
+        """Renews the folds of an adapter whose parameters changed since they were laid."""
+        now = _versions(adapter)
+        if now == self._folded_at[name]:
+            return
+        with torch.no_grad():
+            for (pool, span), intervention in zip(self._laid[name], adapter.interventions):
+                pool.write(span, intervention.fold())
+        self._folded_at[name] = now
+
+    def replace(self, key: SiteKey, place: Place, adapters: dict[str, Adapter]) -> None:
+        """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
+        self.places[key] = place
+        for name, adapter in adapters.items():
+            for index, intervention in enumerate(adapter.interventions):
+                if _key_of(intervention) == key:
+                    pool, span = self._laid[name][index]
+                    new = self._pool(place, intervention.width)
+                    if new is not pool:
+                        self._laid[name][index] = _Laid(new, new.add(intervention.fold()))
+                        pool.remove(span)
+        self.changed()
+
+    def table(self, segments: tuple[Segment, ...], adapters: dict[str, Adapter]) -> Table:
+        """The table of a set of segments, kept until adapters come, go or move."""
+        table = self._tables.get(segments)
+        if table is None:
+            table = self._tables[segments] = self._make_table(segments, adapters)
+        for adapter, name in zip(table.adapters, dict.fromkeys(name for name, _ in segments)):
+            if adapter.trainable:
+                self.refresh(name, adapter)
+        return table
+
+    def _make_table(self, segments: tuple[Segment, ...], adapters: dict[str, Adapter]) -> Table:
+        table = Table(segments, self.version)
+        index_of = {segment: index for index, segment in enumerate(segments)}
+        spans: dict[SiteKey, list[Span]] = {}
+        pools: dict[SiteKey, Pool] = {}
+        who: dict[SiteKey, list[Intervention | None]] = {}
+        for name in dict.fromkeys(name for name, _ in segments):
+            adapter = adapters[name]
+            table.adapters.append(adapter)
+            for intervention, (pool, span) in zip(adapter.interventions, self._laid[name]):
+                key = _key_of(intervention)
+                index = index_of.get((name, intervention.group))
+                if index is None:
+                    continue
+                spans.setdefault(key, [Span(0, 0)] * len(segments))[index] = span
+                who.setdefault(key, [None] * len(segments))[index] = intervention
+                pools[key] = pool
+        for key, pool in pools.items():
+            if pool.device not in table.devices:
+                table.devices.append(pool.device)
+            trainable = any(i is not None and any(p.requires_grad for p in i.parameters()) for i in who[key])
+            table.sites[key] = SiteTable(
+                pool,
+                pack_spans(spans[key], pool.device),
+                table.devices.index(pool.device),
+                self.places[key],
+                who[key],
+                trainable,
+            )
+        return table
+
+
+def _versions(adapter: Adapter) -> tuple:
+    return tuple((id(p), p._version) for p in adapter.parameters())
+
+
+def keys_of(adapter: Adapter) -> Iterable[SiteKey]:
+    """The sites that an adapter edits."""
+    return dict.fromkeys(_key_of(intervention) for intervention in adapter.interventions)

@@ -1,0 +1,34 @@
+"""Random adapters of several methods, ranks, layers and positions."""
+
+from __future__ import annotations
+
+import torch
+
+import reft_kernels as rk
+
+
+def random_adapter(config: rk.ReftConfig, width: int, n_layers: int = 3, scale: float = 1.0, seed: int = 0):
+    """An adapter that is not trained and whose edits are large."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter = rk.Adapter.from_config(config, n_layers, width, generator=generator)
+    adapter.trainable = False
+    for intervention in adapter.interventions:
+        for name in intervention.names:
+            if name in ("W", "b"):
+                tensor = getattr(intervention, name)
+                tensor.data = torch.randn(tensor.shape, generator=generator) * scale
+    return adapter
+
+
+def mixed_adapters(width: int, n_layers: int = 3) -> dict[str, rk.Adapter]:
+    """Adapters that differ in all that a batch may mix."""
+    configs = {
+        "tied": rk.ReftConfig(r=2, layers=[0, 2], positions="f2+l2", share_weights=True),
+        "untied": rk.ReftConfig(r=3, layers=[1], positions="f2+l1", act_fn="relu"),
+        "everywhere": rk.ReftConfig(method="direft", r=5, layers="all", positions="all"),
+        "generated": rk.ReftConfig(r=1, layers=[1, 2], positions="generated", act_fn="silu"),
+    }
+    return {
+        name: random_adapter(config, width, n_layers, 0.3, seed)
+        for seed, (name, config) in enumerate(configs.items())
+    }
