@@ -38,7 +38,8 @@ class Adapter(nn.Module):
         ValueError: interventions that contradict each other, or a layer beyond n_layers.
     """
 
-    interventions: nn.ModuleList
+    # An nn.ModuleList; typed by what it holds.
+    interventions: Sequence[Intervention]
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Adapter(nn.Module):
         super().__init__()
         listed = list(interventions)
         _check_together(listed, n_layers)
-        self.interventions = nn.ModuleList(listed)
+        self.interventions = nn.ModuleList(listed)  # type: ignore[assignment]
         self.config, self.n_layers = config, n_layers
         self.groups: tuple[Positions, ...] = tuple(dict.fromkeys(one.positions for one in listed))
         for one in listed:

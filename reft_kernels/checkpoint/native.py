@@ -1,0 +1,178 @@
+"""The native format: reft_config.json beside reft_model.safetensors.
+
+The JSON says what each intervention is; the tensors carry the names `interventions.<index>.<parameter>`,
+in the dtypes they have, so that a round trip keeps every bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from ..adapter import Adapter, Intervention
+from ..config import ReftConfig
+from ..methods import METHODS
+from ..positions import Positions
+from .errors import CheckpointError, read_json, take, warn_if_not_finite
+
+CONFIG, WEIGHTS = "reft_config.json", "reft_model.safetensors"
+
+FORMAT_VERSION = 1
+
+
+def _key(index: int, name: str) -> str:
+    return f"interventions.{index}.{name}"
+
+
+def _entry(one: Intervention) -> dict[str, Any]:
+    return {
+        "method": one.method,
+        "layer": one.layer,
+        "site": one.site,
+        "head": one.head,
+        "positions": one.positions.to_json(),
+        "last_position": one.positions.last_position,
+        "act_fn": one.act_fn,
+        "dropout": one.dropout,
+        "rank": one.rank,
+        "parameters": list(one.names),
+    }
+
+
+@torch.no_grad()
+def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Writes `adapter` into the folder `path` (made if missing). See `Adapter.save_pretrained`."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; give a folder to save into")
+    tensors: dict[str, Tensor] = {}
+    for index, one in enumerate(adapter.interventions):
+        for name, tensor in one.materialized().items():
+            # A copy of its own: safetensors refuses tensors that share memory.
+            tensors[_key(index, name)] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    weights = safetensors.save(tensors, metadata={"format": "pt"})
+    config = {
+        "format_version": FORMAT_VERSION,
+        "width": adapter.width,
+        "n_layers": adapter.n_layers,
+        "config": adapter.config and adapter.config.to_dict(),
+        "interventions": [_entry(one) for one in adapter.interventions],
+        # Tells weights of another save apart, should a process die between the two renames.
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder, {WEIGHTS: weights, CONFIG: (json.dumps(config, indent=2) + "\n").encode()})
+
+
+def _replace(folder: Path, contents: dict[str, bytes]) -> None:
+    """Writes all files aside, and renames them only once every one is on the disk."""
+    mark = uuid.uuid4().hex
+    aside = {folder / f".{name}.{mark}": folder / name for name in contents}
+    try:
+        for file, content in zip(aside, contents.values()):
+            with open(file, "wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+        for file, final in aside.items():
+            os.replace(file, final)
+    finally:
+        for file in aside:
+            file.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> Adapter:
+    """Reads the adapter that `save` wrote. Raises CheckpointError."""
+    file, weights = folder / CONFIG, folder / WEIGHTS
+    found = read_json(file)
+    version = take(str(file), found, "format_version", int)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: has format version {version}, this reft_kernels reads {FORMAT_VERSION}; "
+            "a newer reft_kernels may have written it"
+        )
+    entries = take(str(file), found, "interventions", list)
+    tensors = _read_tensors(weights, found.get("weights_sha256"))
+    made = [
+        _intervention(f"{file}: interventions[{i}]", weights, i, e, tensors) for i, e in enumerate(entries)
+    ]
+    if tensors:
+        raise CheckpointError(
+            f"{weights}: has tensors that {CONFIG} does not name: {', '.join(sorted(tensors))}"
+        )
+    width = take(str(file), found, "width", int)
+    try:
+        adapter = Adapter(made, _config(found), take(str(file), found, "n_layers", int, type(None)))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    if adapter.width != width:
+        raise CheckpointError(f"{file}: 'width' is {width}, the tensors of {WEIGHTS} have {adapter.width}")
+    return adapter
+
+
+def _read_tensors(weights: Path, digest: object) -> dict[str, Tensor]:
+    try:
+        content = weights.read_bytes()
+        tensors = safetensors.load(content)
+    except FileNotFoundError:
+        raise CheckpointError(f"{weights}: there is no such file") from None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{weights}: can't be read, it may be truncated: {error}") from error
+    if digest is not None and digest != hashlib.sha256(content).hexdigest():
+        raise CheckpointError(
+            f"{weights}: is not the file that {CONFIG} was saved with (its SHA-256 differs from "
+            "'weights_sha256'); if you edited it on purpose, remove that key"
+        )
+    for name, tensor in tensors.items():
+        warn_if_not_finite(weights, name, tensor)
+    return tensors
+
+
+def _intervention(
+    where: str, weights: Path, index: int, entry: Any, tensors: dict[str, Tensor]
+) -> Intervention:
+    """One entry; takes its tensors out of `tensors`."""
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where}: must be an object, was {entry!r}")
+    method = take(where, entry, "method", str)
+    if method not in METHODS:
+        raise CheckpointError(f"{where}: 'method' must be one of {', '.join(METHODS)}; was {method!r}")
+    mine: dict[str, Tensor] = {}
+    for name in take(where, entry, "parameters", list):
+        if not isinstance(name, str) or _key(index, name) not in tensors:
+            raise CheckpointError(f"{weights}: the tensor {_key(index, str(name))!r} is missing")
+        mine[name] = tensors.pop(_key(index, name))
+    arguments = {
+        "act_fn": take(where, entry, "act_fn", str, type(None)),
+        "dropout": take(where, entry, "dropout", float, int),
+        "head": take(where, entry, "head", int, type(None)),
+    }
+    layer, site = take(where, entry, "layer", int), take(where, entry, "site", str)
+    spec, last = take(where, entry, "positions", str, list), take(where, entry, "last_position", str)
+    rank = take(where, entry, "rank", int)
+    try:
+        made = Intervention(method, layer, site, Positions.parse(spec, last), mine, **arguments)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    if made.rank != rank:
+        raise CheckpointError(f"{where}: 'rank' is {rank}, its tensors in {WEIGHTS} have {made.rank} rows")
+    return made
+
+
+def _config(found: dict[str, Any]) -> ReftConfig | None:
+    fields = found.get("config")
+    if fields is None:
+        return None
+    try:
+        return ReftConfig(**fields)
+    except TypeError as error:  # no mapping, or fields that a config does not have
+        raise ValueError(f"'config': {error}") from error
