@@ -1,0 +1,5 @@
+#include "vec_avx2.h"
+// After the vector type that it is written for:
+#include "kernel.h"
+
+const reft::Isa reft::kAvx2 = {"avx2", forward_tile, backward_tile, weight_grad};

@@ -1,0 +1,5 @@
+#include "vec_scalar.h"
+// After the vector type that it is written for:
+#include "kernel.h"
+
+const reft::Isa reft::kScalar = {"scalar", forward_tile, backward_tile, weight_grad};

@@ -1,0 +1,185 @@
+#include "arguments.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <string>
+
+namespace reft {
+namespace {
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + "]";
+}
+
+int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+void check_tensor(const Tensor& tensor, const char* name, int64_t dim, int64_t last) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": must be on the CPU, as h is");
+  STD_TORCH_CHECK(tensor.dim() == dim && (last < 0 || tensor.size(dim - 1) == last), name,
+                  ": must have ", dim, " dimension", dim == 1 ? "" : "s",
+                  last < 0 ? "" : " and a last one of ", last < 0 ? "" : std::to_string(last),
+                  ", shape was ", shape_of(tensor));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
+}
+
+void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == wanted, name, ": dtype must be ", torch::headeronly::toString(wanted),
+                  ", was ", torch::headeronly::toString(dtype));
+}
+
+const int32_t* int_data(const Tensor& tensor, const char* name, int64_t dim, int64_t last) {
+  check_tensor(tensor, name, dim, last);
+  check_dtype(tensor, name, ScalarType::Int);
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+}  // namespace
+
+bool row_stride(const Tensor& h, int64_t* stride) {
+  const int64_t last = h.dim() - 1, d = h.size(last);
+  *stride = d;
+  if (h.numel() == 0) return true;
+  if (d > 1 && h.stride(last) != 1) return false;
+  int64_t rows = 1;
+  for (int64_t i = last - 1; i >= 0; --i) {
+    const int64_t size = h.size(i);
+    if (size == 1) continue;
+    if (rows == 1) {
+      *stride = h.stride(i);
+    } else if (h.stride(i) != *stride * rows) {
+      return false;
+    }
+    rows *= size;
+  }
+  return true;
+}
+
+Dtype float_dtype(const Tensor& tensor, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  switch (dtype) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, name,
+                      ": dtype must be Float, BFloat16 or Half in the native backend, was ",
+                      torch::headeronly::toString(dtype),
+                      dtype == ScalarType::Double ? "; the reference backend takes Double" : "");
+  }
+}
+
+Rows readable_rows(const Tensor& tensor, const char* name, Tensor* holder) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": must be on the CPU");
+  STD_TORCH_CHECK(tensor.dim() >= 1, name, ": must be [..., d], had no dimension");
+  Rows rows;
+  rows.dtype = float_dtype(tensor, name);
+  rows.d = tensor.size(tensor.dim() - 1);
+  rows.count = rows.d ? tensor.numel() / rows.d : 0;
+  *holder = tensor;
+  if (!row_stride(tensor, &rows.matrix.stride)) {
+    *holder = torch::stable::contiguous(tensor);
+    rows.matrix.stride = rows.d;
+  }
+  rows.matrix.data = const_cast<void*>(holder->const_data_ptr());
+  return rows;
+}
+
+Rows writable_rows(const Tensor& h) {
+  STD_TORCH_CHECK(h.dim() >= 1, "h: must be [..., d], had no dimension");
+  Rows rows;
+  rows.dtype = float_dtype(h, "h");
+  rows.d = h.size(h.dim() - 1);
+  rows.count = rows.d ? h.numel() / rows.d : 0;
+  STD_TORCH_CHECK(
+      row_stride(h, &rows.matrix.stride),
+      "h: its last dimension must be contiguous and the others collapse to rows with one "
+      "stride (h.view(-1, d) must work), because it is edited in place; shape was ",
+      shape_of(h), ". Use intervene, or h.contiguous()");
+  STD_TORCH_CHECK(rows.count <= 1 || rows.matrix.stride >= rows.d,
+                  "h: its rows overlap in memory (row stride ", rows.matrix.stride, ", width ",
+                  rows.d, "), so it can't be edited in place");
+  rows.matrix.data = h.mutable_data_ptr();
+  return rows;
+}
+
+Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& bias,
+                            const Tensor& kind, const Tensor& rows, const Tensor& tiles,
+                            const Tensor& spans, const Rows& h) {
+  Checked out;
+  check_tensor(down, "down", 2, h.d);
+  check_tensor(up, "up", 2, h.d);
+  out.pool_rows = down.size(0);
+  out.pool.dtype = float_dtype(down, "down");
+  STD_TORCH_CHECK(out.pool.dtype == h.dtype || out.pool.dtype == Dtype::f32,
+                  "down: dtype must be h's or Float, was ",
+                  torch::headeronly::toString(down.scalar_type()));
+  check_dtype(up, "up", down.scalar_type());
+  check_tensor(bias, "bias", 1, out.pool_rows);
+  check_dtype(bias, "bias", ScalarType::Float);
+  STD_TORCH_CHECK(up.size(0) == out.pool_rows, "up: must have the shape of down ", shape_of(down),
+                  ", was ", shape_of(up));
+  out.pool.down = down.const_data_ptr();
+  out.pool.up = up.const_data_ptr();
+  out.pool.bias = static_cast<const float*>(bias.const_data_ptr());
+  out.pool.kind = int_data(kind, "kind", 1, out.pool_rows);
+
+  out.plan.rows = int_data(rows, "rows", 1, -1);
+  out.plan.tiles = reinterpret_cast<const Tile*>(int_data(tiles, "tiles", 2, 3));
+  out.plan.spans = reinterpret_cast<const Span*>(int_data(spans, "spans", 2, 2));
+  out.positions = rows.size(0);
+  out.tile_count = tiles.size(0);
+  out.segments = spans.size(0);
+
+  int64_t highest = -1;
+  for (int64_t i = 0; i < out.positions; ++i) {
+    highest = std::max<int64_t>(highest, out.plan.rows[i]);
+  }
+  STD_TORCH_CHECK(highest < h.count, "rows: must be less than ", h.count,
+                  ", the number of rows of h; found ", highest);
+  for (int64_t s = 0; s < out.segments; ++s) {
+    const Span span = out.plan.spans[s];
+    STD_TORCH_CHECK(span.rank == 0 || (span.rank > 0 && span.first >= 0 &&
+                                       int64_t{span.first} + span.rank <= out.pool_rows),
+                    "spans: segment ", s, " takes pool rows [", span.first, ", ",
+                    int64_t{span.first} + span.rank, "), the pool has ", out.pool_rows);
+  }
+  out.max_rank = out.work = 0;
+  for (int64_t t = 0; t < out.tile_count; ++t) {
+    const Tile tile = out.plan.tiles[t];
+    STD_TORCH_CHECK(tile.count >= 0 && tile.count <= kTile, "tiles: tile ", t, " has a count of ",
+                    tile.count, ", allowed is 0 to ", kTile);
+    if (tile.count == 0) continue;
+    STD_TORCH_CHECK(tile.segment >= 0 && tile.segment < out.segments, "tiles: tile ", t,
+                    " names segment ", tile.segment, " of ", out.segments);
+    STD_TORCH_CHECK(tile.start >= 0 && int64_t{tile.start} + tile.count <= out.positions,
+                    "tiles: tile ", t, " takes rows [", tile.start, ", ",
+                    int64_t{tile.start} + tile.count, ") of a plan of ", out.positions);
+    const int64_t rank = out.plan.spans[tile.segment].rank;
+    out.max_rank = std::max(out.max_rank, rank);
+    out.work += rank * (tile.count + 4) * h.d;
+  }
+  return out;
+}
+
+void check_apart(const Rows& h, const Tensor& other, const char* name) {
+  const int64_t size = element_size(h.dtype);
+  const char* first = static_cast<const char*>(h.matrix.data);
+  const char* last = first + ((h.count - 1) * h.matrix.stride + h.d) * size;
+  const char* begin = static_cast<const char*>(other.const_data_ptr());
+  const char* end = begin + other.numel() * static_cast<int64_t>(other.element_size());
+  STD_TORCH_CHECK(h.count == 0 || begin == end || end <= first || last <= begin,
+                  "h: shares memory with ", name, ", so it can't be edited in place");
+}
+
+}  // namespace reft

@@ -1,0 +1,55 @@
+// Checks of the ops' tensors, before anything is written. Messages name the argument, what it was
+// and what is allowed. The contract is the docstring of reft_kernels/ops/schema.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "intervene.h"
+
+namespace reft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The rows of a tensor [..., d]: `count` of them, each of d contiguous elements.
+struct Rows {
+  Matrix matrix;
+  int64_t count;
+  int64_t d;
+  Dtype dtype;
+};
+
+// Whether the leading dimensions of h collapse to rows with one stride and the last one is
+// contiguous; if so, that stride is set.
+bool row_stride(const Tensor& h, int64_t* stride);
+
+// float32, bfloat16 or float16; an error that names the reference backend for float64.
+Dtype float_dtype(const Tensor& tensor, const char* name);
+
+// Rows for reading: a copy is made (and kept in `holder`) where the strides do not allow otherwise.
+Rows readable_rows(const Tensor& tensor, const char* name, Tensor* holder);
+
+// Rows for writing in place: refuses strides that would need a copy, and rows that overlap one
+// another.
+Rows writable_rows(const Tensor& h);
+
+// The pool and the plan, checked against rows of width d and dtype `dtype`, of which there are
+// `count`.
+struct Checked {
+  Pool pool;
+  Plan plan;
+  int64_t pool_rows;
+  int64_t positions;  // n, the length of `rows`
+  int64_t tile_count;
+  int64_t segments;
+  int64_t max_rank;  // of the tiles with work
+  int64_t work;      // Σ over tiles of rank · (count + 4) · d: roughly its products and its bytes
+};
+Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& bias,
+                            const Tensor& kind, const Tensor& rows, const Tensor& tiles,
+                            const Tensor& spans, const Rows& h);
+
+// Refuses h that shares memory with a tensor that the kernels read while they write h.
+void check_apart(const Rows& h, const Tensor& other, const char* name);
+
+}  // namespace reft

@@ -1,0 +1,160 @@
+// Registers the CPU kernels as the `native` overloads, through LibTorch's stable ABI only: one
+// binary serves every torch from 2.10 on, with any Python.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "weight_ranges.h"
+
+namespace reft {
+namespace {
+
+// Work (in products, see Checked::work) that is worth waking another thread for: some 20 µs.
+constexpr int64_t kThreadWork = int64_t{1} << 20;
+
+const Isa& isa() {
+  const IsaChoice& choice = select_isa();
+  STD_TORCH_CHECK(choice.isa != nullptr, choice.error);
+  return *choice.isa;
+}
+
+// Runs body(item, scratch) for every item, on as many threads as the work is worth.
+template <class Body>
+void for_each(int64_t items, int64_t work, int64_t scratch, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, items * kThreadWork / std::max<int64_t>(work, 1));
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> buffer(new float[scratch]);
+    for (int64_t i = begin; i < end; ++i) body(i, buffer.get());
+  });
+}
+
+void run_forward(const Rows& h, const Checked& checked) {
+  if (checked.max_rank == 0 || h.count == 0) return;
+  const Isa& kernels = isa();
+  const Forward args{h.matrix, h.d, h.dtype, checked.pool, checked.plan};
+  for_each(checked.tile_count, checked.work, forward_scratch(checked.max_rank),
+           [&](int64_t i, float* scratch) {
+             const Tile& tile = args.plan.tiles[i];
+             if (tile.count > 0 && args.plan.spans[tile.segment].rank > 0) {
+               kernels.forward_tile(args, tile, scratch);
+             }
+           });
+}
+
+void intervene_(Tensor h, const Tensor& down, const Tensor& up, const Tensor& bias,
+                const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans) {
+  const Rows view = writable_rows(h);
+  const Checked checked = check_pool_and_plan(down, up, bias, kind, rows, tiles, spans, view);
+  check_apart(view, down, "down");
+  check_apart(view, up, "up");
+  check_apart(view, bias, "bias");
+  check_apart(view, kind, "kind");
+  check_apart(view, rows, "rows");
+  check_apart(view, tiles, "tiles");
+  check_apart(view, spans, "spans");
+  run_forward(view, checked);
+}
+
+Tensor contiguous_like(const Tensor& tensor) {
+  return torch::stable::new_empty(tensor, tensor.sizes());
+}
+
+Tensor intervene(const Tensor& h, const Tensor& down, const Tensor& up, const Tensor& bias,
+                 const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans,
+                 const Tensor& /*offsets*/) {
+  STD_TORCH_CHECK(h.dim() >= 1, "h: must be [..., d], had no dimension");
+  Tensor out = contiguous_like(h);
+  const Rows view = writable_rows(out);
+  const Checked checked = check_pool_and_plan(down, up, bias, kind, rows, tiles, spans, view);
+  torch::stable::copy_(out, h);
+  run_forward(view, checked);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
+    const Tensor& grad, const Tensor& hs, const Tensor& down, const Tensor& up, const Tensor& bias,
+    const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans,
+    const Tensor& /*offsets*/, bool need_h, bool need_pool) {
+  Tensor grad_holder, hs_holder;
+  const Rows g = readable_rows(grad, "grad", &grad_holder);
+  const Rows x = readable_rows(hs, "hs", &hs_holder);
+  const Checked checked = check_pool_and_plan(down, up, bias, kind, rows, tiles, spans, g);
+  STD_TORCH_CHECK(x.dtype == g.dtype, "hs: must have grad's dtype");
+  STD_TORCH_CHECK(hs.dim() == 2 && x.d == g.d && hs.size(0) == checked.positions,
+                  "hs: must be [n, d] = [", checked.positions, ", ", g.d, "]");
+
+  const Tensor nothing = torch::stable::new_empty(grad, {0});
+  Tensor dh = nothing;
+  if (need_h) {
+    dh = contiguous_like(grad);
+    torch::stable::copy_(dh, grad);
+  }
+  const auto gradient_of = [&](const Tensor& tensor) {
+    return need_pool ? torch::stable::new_zeros(tensor, tensor.sizes())
+                     : torch::stable::new_empty(tensor, {0});
+  };
+  Tensor ddown = gradient_of(down), dup = gradient_of(up), dbias = gradient_of(bias);
+  const auto result = [&] { return std::make_tuple(dh, ddown, dup, dbias); };
+  if (checked.max_rank == 0 || g.count == 0) return result();
+
+  const Isa& kernels = isa();
+  const int64_t rank_stride = checked.max_rank;
+  const std::unique_ptr<float[]> coefficients(new float[2 * checked.positions * rank_stride]);
+  const Backward args{g.matrix,
+                      x.matrix,
+                      Matrix{need_h ? dh.mutable_data_ptr() : nullptr, g.d},
+                      g.d,
+                      g.dtype,
+                      checked.pool,
+                      checked.plan,
+                      coefficients.get(),
+                      coefficients.get() + checked.positions * rank_stride,
+                      rank_stride};
+  for_each(checked.tile_count, checked.work, backward_scratch(checked.max_rank),
+           [&](int64_t i, float* scratch) {
+             const Tile& tile = args.plan.tiles[i];
+             if (tile.count > 0 && args.plan.spans[tile.segment].rank > 0) {
+               kernels.backward_tile(args, tile, scratch);
+             }
+           });
+  if (!need_pool) return result();
+
+  const PoolGrad out{ddown.mutable_data_ptr(), dup.mutable_data_ptr()};
+  float* const dc = static_cast<float*>(dbias.mutable_data_ptr());
+  const std::vector<WeightRange> ranges = weight_ranges(checked.plan, checked.tile_count);
+  for (const WeightRange& range : ranges) bias_gradient(args, range, dc);
+  const int64_t slices = (g.d + kSlice - 1) / kSlice;
+  for_each(static_cast<int64_t>(ranges.size()) * slices, checked.work,
+           weight_scratch(checked.max_rank), [&](int64_t i, float* scratch) {
+             const WeightRange& range = ranges[i / slices];
+             const int64_t begin = i % slices * kSlice;
+             const Range view{range.first, range.rank, range.terms.data(),
+                              static_cast<int64_t>(range.terms.size())};
+             kernels.weight_grad(args, out, view, begin, std::min(begin + kSlice, g.d), scratch);
+           });
+  return result();
+}
+
+}  // namespace
+}  // namespace reft
+
+// The instruction set in use ("avx512", "avx2", "scalar"), or null with *error set.
+extern "C" __attribute__((visibility("default"))) const char* reft_kernels_cpu_isa(
+    const char** error) {
+  const reft::IsaChoice& choice = reft::select_isa();
+  *error = choice.error;
+  return choice.isa != nullptr ? choice.isa->name : nullptr;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, library) {
+  library.impl("intervene_.native", TORCH_BOX(&reft::intervene_));
+  library.impl("intervene.native", TORCH_BOX(&reft::intervene));
+  library.impl("intervene_backward.native", TORCH_BOX(&reft::intervene_backward));
+}

@@ -1,0 +1,191 @@
+"""Builds the native library where a C++ compiler, ninja and torch's headers are found.
+
+Without them the package installs all the same, pure Python, after one message that says what is missing.
+The library is built with torch's stable ABI and no Python, so one wheel serves every Python and torch from
+2.10 on. Everything else about the package is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 10)
+
+
+class CannotBuild(Exception):
+    """Something that the native library needs is missing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A shared library of reft_kernels/lib: sources, each with flags of its own, and what it links."""
+
+    name: str
+    sources: dict[str, list[str]]
+    flags: list[str]
+    link: list[str]
+
+
+def _cpu_library() -> Library:
+    sources = {
+        "csrc/cpu/activation.cpp": [],
+        "csrc/cpu/select.cpp": [],
+        "csrc/cpu/weight_ranges.cpp": [],
+        "csrc/cpu/isa_scalar.cpp": [],
+        "python_bindings/arguments.cpp": [],
+        "python_bindings/cpu.cpp": [],
+    }
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        avx2 = ["-mavx2", "-mfma", "-mf16c"]
+        sources["csrc/cpu/isa_avx2.cpp"] = avx2
+        sources["csrc/cpu/isa_avx512.cpp"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+    # No contraction: a compiler that fuses a product and a sum in one block size and not in another
+    # would make a row's bits depend on its neighbours.
+    flags = ["-Icsrc/cpu", "-ffp-contract=off", "-fvisibility=hidden"]
+    return Library("reft_kernels_cpu", sources, flags, ["-ltorch_cpu"])
+
+
+LIBRARIES = [_cpu_library()]
+
+
+def _torch() -> Path:
+    """The folder of the torch that is installed, without importing it.
+
+    Under build isolation torch can't be imported, but the environment that the package goes into has it.
+    """
+    spec = importlib.util.find_spec("torch")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    for place in [*places, Path(sysconfig.get_path("platlib")) / "torch"]:
+        header = Path(place) / "include" / "torch" / "headeronly" / "version.h"
+        if not header.is_file():
+            continue
+        text = header.read_text()
+        found = [re.search(rf"#define TORCH_VERSION_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR")]
+        version = tuple(int(match[1]) for match in found if match)
+        if version < OLDEST_TORCH:
+            raise CannotBuild(f"torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or later (found {version})")
+        return Path(place)
+    raise CannotBuild("torch's headers (install torch first, then build with --no-build-isolation)")
+
+
+def _tool(name: str, what: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        beside = Path(sys.executable).parent / name  # an environment that is not activated
+        if not beside.is_file():
+            raise CannotBuild(f"{what} ({name} is not on PATH)")
+        path = str(beside)
+    return path
+
+
+def _escaped(path: Path | str) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def _ninja_file(library: Library, compiler: str, torch: Path, folder: Path) -> str:
+    """build.ninja with one compile edge a source, and one link edge."""
+    include = f"-isystem '{torch / 'include'}'"
+    common = ["-O3", "-std=c++17", "-fPIC", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    common += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *library.flags]
+    shared = "-shared" if sys.platform != "darwin" else "-dynamiclib -undefined dynamic_lookup"
+    link = f"{shared} -L'{torch / 'lib'}' {' '.join(library.link)}"
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {compiler}",
+        f"flags = {' '.join(common)} {include} {os.environ.get('CXXFLAGS', '')}",
+        "rule compile",
+        "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx $in {link} {os.environ.get('LDFLAGS', '')} -o $out",
+    ]
+    objects = []
+    for source, extra in library.sources.items():
+        objects.append(_escaped(folder / (source.replace("/", "_") + ".o")))
+        lines += [f"build {objects[-1]}: compile {source}", f"  extra = {' '.join(extra)}"]
+    lines += [f"build {_escaped(folder / (library.name + '.so'))}: link {' '.join(objects)}", ""]
+    return "\n".join(lines)
+
+
+def _build(library: Library, folder: Path) -> Path:
+    """Builds a library incrementally in `folder` and returns its path. Raises CannotBuild."""
+    if sys.platform == "win32":
+        raise CannotBuild("a Unix toolchain (there is no Windows build)")
+    torch = _torch()
+    ninja = _tool("ninja", "ninja")
+    command = os.environ.get("CXX") or "c++"
+    _tool(command.split()[0], "a C++ compiler")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(_ninja_file(library, command, torch, folder))
+    done = subprocess.run([ninja, "-f", str(folder / "build.ninja")], cwd=ROOT)
+    if done.returncode:
+        raise CannotBuild(f"a compile of {library.name} without errors (they stand above)")
+    return folder / f"{library.name}.so"
+
+
+class BuildNative(build_ext):
+    """build_ext that runs ninja; where that can't be, it says why and leaves the package pure Python."""
+
+    def run(self) -> None:
+        self.built: list[str] = []
+        folder = (Path(self.build_temp) / "native").resolve()
+        package = ROOT if self.inplace else Path(self.build_lib)
+        for library in LIBRARIES:
+            try:
+                made = _build(library, folder / library.name)
+            except CannotBuild as missing:
+                print(
+                    f"reft_kernels: {library.name} was not built, it needs {missing}. The package works "
+                    "without it; on a CPU it then runs its slow reference backend.",
+                    file=sys.stderr,
+                )
+                continue
+            target = package / "reft_kernels" / "lib" / made.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Under another name first: a process that has the old library loaded keeps it whole.
+            shutil.copy2(made, target.with_suffix(".new"))
+            os.replace(target.with_suffix(".new"), target)
+            self.built.append(str(target))
+
+    def get_outputs(self) -> list[str]:
+        return [] if self.inplace else self.built
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Wheel(bdist_wheel):
+    """A wheel for any Python: the library links no Python. Without the library, for any machine."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, machine = super().get_tag()
+        built = getattr(self.get_finalized_command("build_ext"), "built", [])
+        return "py3", "none", machine if built else "any"
+
+
+setup(
+    # bench/ is installed as the package reft_bench.
+    packages=[
+        *find_packages(include=["reft_kernels", "reft_kernels.*"]),
+        "reft_bench",
+        *(f"reft_bench.{name}" for name in find_packages("bench")),
+    ],
+    package_dir={"reft_bench": "bench"},
+    ext_modules=[Extension(f"reft_kernels.lib.{library.name}", sources=[]) for library in LIBRARIES],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+)
