@@ -97,15 +97,19 @@ def _verified(name: str, device_type: str) -> str:
 _resolved: dict[tuple[str | None, str], str] = {}
 
 
+# A constant to torch.compile: it guards on the choice, not on what happened to be resolved already.
+@torch.compiler.assume_constant_result
+def _resolve(chosen: str | None, device_type: str) -> str:
+    name = _resolved.get((chosen, device_type))
+    if name is None:
+        name = _best(device_type) if chosen is None else _verified(chosen, device_type)
+        _resolved[chosen, device_type] = name
+    return name
+
+
 def current_backend(device: torch.device | str) -> str:
     """The backend that an op on `device` takes now."""
-    device_type = device if isinstance(device, str) else device.type
-    key = (_chosen, device_type)
-    name = _resolved.get(key)
-    if name is None:
-        name = _best(device_type) if _chosen is None else _verified(_chosen, device_type)
-        _resolved[key] = name
-    return name
+    return _resolve(_chosen, device if isinstance(device, str) else device.type)
 
 
 def chosen_backend() -> str | None:
