@@ -12,7 +12,10 @@ from .schema import BACKENDS, INTERVENE_, INTERVENE_BACKWARD, NAMESPACE, _librar
 
 
 def _selected(h: Tensor, rows: Tensor) -> Tensor:
-    return h.reshape(-1, h.shape[-1]).index_select(0, rows.clamp(min=0))
+    flat = h.reshape(-1, h.shape[-1])
+    if flat.shape[0] == 0:  # only padding can name rows of an empty h
+        return flat.new_zeros(rows.shape[0], flat.shape[1])
+    return flat.index_select(0, rows.clamp(0, flat.shape[0] - 1))
 
 
 def _register(backend: str) -> None:
