@@ -21,6 +21,11 @@ def _quick_gelu(z: Tensor) -> Tensor:
     return z * torch.sigmoid(_QUICK * z)
 
 
+def _quick_gelu_slope(z: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(_QUICK * z)
+    return sigmoid * (1 + _QUICK * z * (1 - sigmoid))
+
+
 _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     Act.NONE: lambda z: z,
     Act.RELU: torch.relu,
@@ -31,6 +36,18 @@ _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     Act.TANH: torch.tanh,
     Act.QUICK_GELU: _quick_gelu,
     Act.LEAKY_RELU: lambda z: torch.nn.functional.leaky_relu(z, _SLOPE),
+}
+
+# Written out rather than taken by autograd, which does not work inside an op under a dispatch mode.
+_SLOPES: dict[int, Callable[[Tensor], Tensor]] = {
+    Act.RELU: lambda z: (z > 0).to(z.dtype),
+    Act.GELU: lambda z: torch.ops.aten.gelu_backward(torch.ones_like(z), z),
+    Act.GELU_TANH: lambda z: torch.ops.aten.gelu_backward(torch.ones_like(z), z, approximate="tanh"),
+    Act.SILU: lambda z: torch.ops.aten.silu_backward(torch.ones_like(z), z),
+    Act.SIGMOID: lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
+    Act.TANH: lambda z: 1 - torch.tanh(z).square(),
+    Act.QUICK_GELU: _quick_gelu_slope,
+    Act.LEAKY_RELU: lambda z: torch.where(z > 0, 1.0, _SLOPE).to(z.dtype),
 }
 
 
@@ -44,11 +61,12 @@ def activate(z: Tensor, kind: Tensor) -> Tensor:
 
 
 def activation_slope(z: Tensor, kind: Tensor) -> Tensor:
-    """φ′(z), column by column, through autograd of the definitions above."""
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(activate(leaf, kind).sum(), leaf)
-    return slope
+    """φ′(z), column by column."""
+    out = torch.ones_like(z)
+    for code in torch.unique(kind & ACT_MASK).tolist():
+        if code != Act.NONE:
+            out = torch.where((kind & ACT_MASK) == code, _SLOPES[code](z), out)
+    return out
 
 
 def wide(t: Tensor) -> torch.dtype:
