@@ -1,0 +1,152 @@
+"""The ops as torch knows them: schemas, fakes, autograd, and torch.compile around them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from support.calls import backward, gathered, gradient_like
+from support.cases import Case, Spec, build, same_bits
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import reft_kernels as rk
+from reft_kernels.ops import INTERVENE, INTERVENE_, INTERVENE_BACKWARD
+from reft_kernels.plan import Plan, make_plan
+from reft_kernels.pool import Fold, Pool
+
+BASE = Spec(
+    seed=5,
+    dtypes=(torch.float32, torch.float32),
+    d=24,
+    lead=(3, 4),
+    row_pad=0,
+    offset=0,
+    ranks=(2, 0, 5),
+    gaps=(1, 0, 2),
+    shared=(False, False, False),
+    count=12,
+    density=0.8,
+    ragged=False,
+    plain=False,
+    scale=1.0,
+)
+SPECS = {
+    "float32": BASE,
+    "strided bfloat16": dataclasses.replace(
+        BASE, dtypes=(torch.bfloat16, torch.bfloat16), row_pad=8, ragged=True
+    ),
+    "float16, float32 pool": dataclasses.replace(BASE, dtypes=(torch.float16, torch.float32)),
+    "no rows": dataclasses.replace(BASE, lead=(0,), count=0),
+    "no segments": dataclasses.replace(BASE, ranks=(), gaps=(), shared=()),
+}
+
+
+def _finite(spec: Spec, device: str) -> Case:
+    """opcheck compares values, and NaN is not equal to itself."""
+    case = build(spec, device)
+    for tensor in (case.storage, case.down, case.up, case.bias):
+        tensor.nan_to_num_(0.5, 0.5, 0.5)
+    return case
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_opcheck(backend: str, device: str, spec: Spec) -> None:
+    case = _finite(spec, device)
+    torch.library.opcheck(INTERVENE_[backend], (case.copy().h, *case.pool, *case.plan))
+    leaves = [t.clone().requires_grad_() for t in (case.h, case.down, case.up, case.bias)]
+    torch.library.opcheck(INTERVENE[backend], (*leaves, case.kind, *case.plan, case.offsets))
+    hs = gathered(case).nan_to_num(0.5)
+    grad = gradient_like(case)
+    for need in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            INTERVENE_BACKWARD[backend], (grad, hs, *case.pool, *case.plan, case.offsets, *need)
+        )
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_fakes_tell_the_truth(backend: str, device: str, spec: Spec) -> None:
+    """Shapes, dtypes and strides of a fake result are those of the real one."""
+    case = _finite(spec, device)
+    grad, hs = gradient_like(case), gathered(case)
+    real = (INTERVENE[backend](case.h, *case.pool, *case.plan, case.offsets), *backward(case, grad, backend))
+    with torch._subclasses.FakeTensorMode() as mode:
+        h, grad, hs, offsets = (mode.from_tensor(t) for t in (case.h, grad, hs, case.offsets))
+        rest = [mode.from_tensor(t) for t in (*case.pool, *case.plan)]
+        fake = (
+            INTERVENE[backend](h, *rest, offsets),
+            *INTERVENE_BACKWARD[backend](grad, hs, *rest, offsets, True, True),
+        )
+    for it, stand_in in zip(real, fake):
+        assert (it.shape, it.dtype, it.stride()) == (stand_in.shape, stand_in.dtype, stand_in.stride())
+
+
+def _pool(device: str, seed: int = 0) -> Pool:
+    generator = torch.Generator().manual_seed(seed)
+    pool = Pool(24, torch.float32, device, capacity=16)
+    for rank in (3, 5):
+        down, up = torch.randn(2, rank, 24, generator=generator)
+        pool.add(Fold(down, up, torch.randn(rank, generator=generator), torch.zeros(rank, dtype=torch.int32)))
+    return pool
+
+
+def _plans(device: str) -> list[Plan]:
+    """Other rows and other ranges, the same shapes."""
+    first, second = (0, 3), (3, 5)
+    return [
+        make_plan([(rk.Span(*first), [0, 5]), (rk.Span(*second), [3, 7, 8])], device),
+        make_plan([(rk.Span(*second), [2, 1]), (rk.Span(*first), [9, 0, 4])], device),
+        make_plan([(rk.Span(*first), [11, 10]), (rk.Span(*first), [1, 2, 3])], device),
+    ]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_calls_give_the_eager_result(backend: str, device: str, compiler: str) -> None:
+    """In one graph, without a break, and without compiling again for a plan of the same shapes."""
+    pool = _pool(device)
+    start = torch.randn(12, 24, generator=torch.Generator().manual_seed(3)).to(device)
+
+    def edit(h, plan):
+        return rk.functional.intervene_(h * 2, pool, plan) + 1
+
+    def edit_out_of_place(h, plan):
+        return rk.functional.intervene(h * 2, pool, plan) + 1
+
+    with rk.backend(backend):
+        for function in (edit, edit_out_of_place):
+            torch._dynamo.reset()
+            counter = CompileCounterWithBackend(compiler)
+            compiled = torch.compile(function, backend=counter, fullgraph=True)
+            for plan in _plans(device):
+                assert same_bits(compiled(start, plan), function(start, plan))
+            assert counter.frame_count == 1
+
+
+def test_an_in_place_edit_of_a_graph_input_is_seen_outside(backend: str, device: str) -> None:
+    torch._dynamo.reset()
+    pool, (plan, *_) = _pool(device), _plans(device)
+    start = torch.randn(12, 24, generator=torch.Generator().manual_seed(3)).to(device)
+    eager, compiled = start.clone(), start.clone()
+    with rk.backend(backend):
+        rk.functional.intervene_(eager, pool, plan)
+        edit = torch.compile(rk.functional.intervene_, backend="aot_eager", fullgraph=True)
+        assert edit(compiled, pool, plan).data_ptr() == compiled.data_ptr()
+    assert same_bits(compiled, eager) and not same_bits(eager, start)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_loreft_has_the_eager_gradients(backend: str, device: str, compiler: str) -> None:
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(7)
+    leaves = [torch.randn(*shape, generator=generator).to(device) for shape in ((2, 6, 24), (3, 24), (3, 24))]
+    leaves = [t.requires_grad_() for t in (*leaves, torch.randn(3, generator=generator).to(device))]
+
+    def loss(h, R, W, b, rows):
+        return rk.functional.loreft(h, R, W, b, rows).square().sum()
+
+    compiled = torch.compile(loss, backend=compiler, fullgraph=True)
+    with rk.backend(backend):
+        for rows in (None, torch.tensor([0, 4, 11], dtype=torch.int32, device=device)):
+            eager = torch.autograd.grad(loss(*leaves, rows), leaves)
+            for mine, theirs in zip(torch.autograd.grad(compiled(*leaves, rows), leaves), eager):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
