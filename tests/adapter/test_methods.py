@@ -1,0 +1,184 @@
+"""Folds: h + Uᵀ φ(D h + c) against each method's own formula, and their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reft_kernels.adapter import Intervention
+from reft_kernels.methods import ACTIVATIONS, METHODS, activation
+from reft_kernels.ops.reference import activate
+from reft_kernels.ops.schema import NO_PRODUCT, Act
+from reft_kernels.pool import Fold
+from reft_kernels.positions import Positions
+
+D, R = 12, 3
+ALL = Positions.parse("all")
+
+
+def parameters(method: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = METHODS[method].shapes
+    made = {
+        name: torch.randn((R, D) if kind == "rd" else (R,), generator=generator, dtype=torch.float64)
+        for name, kind in shapes.items()
+        if name != "kind"
+    }
+    made = {name: tensor.to(dtype) for name, tensor in made.items()}
+    if "kind" in shapes:
+        made["kind"] = torch.tensor([Act.NONE, Act.GELU, NO_PRODUCT | Act.TANH], dtype=torch.int32)
+    return made
+
+
+def apply(fold: Fold, h: Tensor) -> Tensor:
+    z = torch.where((fold.kind & NO_PRODUCT) != 0, fold.bias, h @ fold.down.T + fold.bias)
+    return h + activate(z, fold.kind) @ fold.up
+
+
+def formula(method: str, p: dict[str, Tensor], act, h: Tensor) -> Tensor:
+    if method == "loreft":
+        return h + (act(h @ p["W"].T + p["b"]) - h @ p["R"].T) @ p["R"]
+    if method == "noreft":
+        return h + (act(h @ p["W1"].T + p["b1"]) - (h @ p["W2"].T + p.get("b2", 0))) @ p["W2"]
+    if method == "consreft":
+        return h + (p["b"] - h @ p["R"].T) @ p["R"]
+    if method == "lobireft":
+        return h + p["b"] @ p["R"]
+    if method == "direft":
+        return h + act(h @ p["W"].T + p["b"]) @ p["R"]
+    return h + act(h @ p["W1"].T + p["b1"]) @ p["W2"]
+
+
+def intervention(method: str, tensors: dict[str, Tensor], act_fn: str | None = None) -> Intervention:
+    return Intervention(method, 0, "block_output", ALL, tensors, act_fn=act_fn)
+
+
+METHODS_WITH_FORMULA = [name for name in METHODS if name != "folded"]
+CASES = [
+    (name, act)
+    for name in METHODS_WITH_FORMULA
+    for act in (list(ACTIVATIONS) if METHODS[name].takes_activation else []) + [None]
+]
+
+
+@pytest.mark.parametrize(("method", "act_fn"), CASES)
+def test_a_fold_is_its_formula(method: str, act_fn: str | None) -> None:
+    activations = pytest.importorskip("transformers.activations")
+    act = activations.ACT2FN[act_fn or "linear"]
+    p = parameters(method)
+    one = intervention(method, p, act_fn)
+    fold = one.fold()
+    h = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # gelu_fast writes sqrt(2/π) with ten digits.
+    torch.testing.assert_close(apply(fold, h), formula(method, p, act, h), rtol=1e-8, atol=1e-8)
+    assert fold.rank == one.pool_rows
+    assert fold.kind.dtype is torch.int32
+
+
+def test_a_noreft_without_its_second_bias() -> None:
+    p = parameters("noreft")
+    del p["b2"]
+    h = torch.randn(5, D, dtype=torch.float64)
+    for act_fn, act in ((None, lambda z: z), ("relu", torch.relu)):
+        got = apply(intervention("noreft", p, act_fn).fold(), h)
+        torch.testing.assert_close(got, formula("noreft", p, act, h))
+
+
+@pytest.mark.parametrize(
+    ("method", "act_fn", "rows"),
+    [
+        ("loreft", None, R),
+        ("loreft", "linear", R),
+        ("loreft", "gelu", 2 * R),
+        ("noreft", "relu", 2 * R),
+        ("direft", "relu", R),
+        ("lobireft", None, R),
+    ],
+)
+def test_pool_rows(method: str, act_fn: str | None, rows: int) -> None:
+    one = intervention(method, parameters(method), act_fn)
+    assert (one.pool_rows, one.rank, one.width) == (rows, R, D)
+
+
+def test_lobireft_never_multiplies_h() -> None:
+    fold = intervention("lobireft", parameters("lobireft")).fold()
+    assert (fold.kind == NO_PRODUCT).all() and not fold.down.any()
+    h = torch.full((1, D), float("inf"), dtype=torch.float64)
+    assert (apply(fold, h) == float("inf")).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_difference_is_taken_in_float32(dtype: torch.dtype) -> None:
+    """pyreft keeps R in float32 and W, b in bfloat16: D must not be rounded to the narrower."""
+    p = parameters("loreft")
+    p = {"R": p["R"].float(), "W": p["W"].to(dtype), "b": p["b"].to(dtype)}
+    fold = intervention("loreft", p).fold()
+    assert {fold.down.dtype, fold.up.dtype, fold.bias.dtype} == {torch.float32}
+    assert torch.equal(fold.down, p["W"].float() - p["R"])
+    assert torch.equal(fold.up, p["R"])
+
+
+@pytest.mark.parametrize(
+    ("method", "act_fn"),
+    [("loreft", None), ("loreft", "gelu"), ("direft", None), ("direft", "silu"), ("noreft", "tanh"),
+     ("consreft", None), ("lobireft", None), ("nodireft", "sigmoid")],
+)  # fmt: skip
+def test_gradients(method: str, act_fn: str | None) -> None:
+    one = intervention(method, parameters(method), act_fn).requires_grad_(True)
+    one.orthonormalize = bool(METHODS[method].orthonormal)
+    h = torch.randn(2, D, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *_: apply(one.fold(), h), tuple(one.parameters()))
+
+
+def test_an_unknown_activation_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="relu.*quick_gelu.*hardswish"):
+        activation("hardswish")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: p.pop("W"), ("missing", "W")),
+        (lambda p: p.update(V=p["W"]), ("unknown", "V")),
+        (lambda p: p.update(W=p["W"][:, :-1]), ("W:", f"[{R}, {D}]", f"[{R}, {D - 1}]")),
+        (lambda p: p.update(b=p["b"][None]), ("b:", f"[{R}]")),
+        (lambda p: p.update(b=p["b"].int()), ("b:", "dtype", "int32")),
+        (lambda p: p.update(R=p["R"][0]), ("R:", "[r, d]")),
+        (lambda p: p.update({name: t[:0] for name, t in p.items()}), ("R:", "at least 1")),
+    ],
+)
+def test_bad_tensors_are_named(change, words: tuple[str, ...]) -> None:
+    p = parameters("loreft")
+    change(p)
+    with pytest.raises(ValueError) as caught:
+        intervention("loreft", p)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [99, 0x200, -1])
+def test_a_bad_kind_is_refused(kind: int) -> None:
+    p = parameters("folded")
+    p["kind"][1] = kind
+    with pytest.raises(ValueError, match=f"kind.*{kind}"):
+        intervention("folded", p)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"layer": -1}, "layer"),
+        ({"layer": True}, "layer"),
+        ({"site": "somewhere"}, "site"),
+        ({"site": "head_attention_value_output"}, "head"),
+        ({"head": 1}, "head"),
+        ({"dropout": 2}, "dropout"),
+        ({"method": "lora"}, "method"),
+        ({"act_fn": "mish"}, "act_fn"),
+    ],
+)
+def test_a_bad_place_is_named(arguments: dict, word: str) -> None:
+    full = {"method": "loreft", "layer": 0, "site": "block_output", "positions": ALL} | arguments
+    with pytest.raises(ValueError, match=f"^{word}:"):
+        Intervention(tensors=parameters("loreft"), **full)
