@@ -1,0 +1,47 @@
+"""The triton backend: every GPU that Triton reaches, and the CPU through Triton's interpreter.
+
+kernels_forward    intervene_, in place
+kernels_backward   dh and the gradients of the pool
+activations        φ and φ′
+blocks             loads and products that both directions share
+launch             checks, block sizes, launches
+
+This package imports without Triton; `why_not` then says what is missing. The interpreter
+(TRITON_INTERPRET=1, set before Python starts) runs the same kernels in numpy on CPU tensors: slow, for
+tests.
+"""
+
+from __future__ import annotations
+
+from ..schema import _library
+
+try:
+    from . import launch
+    from .blocks import INTERPRETING
+
+    _missing = None
+except ImportError as error:
+    if error.name is None or not error.name.startswith("triton"):
+        raise
+    _missing = f"Triton can't be imported ({error}); install it with `pip install triton`"
+
+
+def why_not(device_type: str) -> str | None:
+    """Why this backend can't run on a device type, or None if it can."""
+    if _missing is not None:
+        return _missing
+    if device_type == "cuda" or (device_type == "cpu" and INTERPRETING):
+        return None
+    if device_type == "cpu":
+        return (
+            "Triton compiles for GPUs only (TRITON_INTERPRET=1, set before Python starts, interprets its "
+            "kernels in numpy: for tests)"
+        )
+    return f"the triton backend registers no kernels for {device_type} devices"
+
+
+if _missing is None:
+    for _key in ("CUDA", "CPU") if INTERPRETING else ("CUDA",):
+        _library.impl("intervene_.triton", launch.intervene_, _key)
+        _library.impl("intervene.triton", launch.intervene, _key)
+        _library.impl("intervene_backward.triton", launch.intervene_backward, _key)

@@ -1,0 +1,96 @@
+"""Loads and products that the forward and backward kernels share.
+
+Shapes: T = 16 rows of h (a tile), R pool rows, B columns of d.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from ..schema import ACT_MASK, NO_PRODUCT, TILE
+from .activations import activate
+
+#: Whether kernels are interpreted on the CPU; fixed when this module is imported.
+INTERPRETING: bool = bool(knobs.runtime.interpret)
+
+#: Largest rank of the matrix-product form; larger ranks take the row form, whatever the batch.
+LOW_RANK: int = 64
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+_ACT_MASK = tl.constexpr(ACT_MASK)
+_NO_PRODUCT = tl.constexpr(NO_PRODUCT)
+_TILE = tl.constexpr(TILE)
+
+
+@triton.jit
+def _split(a):
+    """a = high + low in float32, high with the 11 significant bits that TF32 holds. Inf has no low part."""
+    high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    low = a - high
+    return high, tl.where(low == low, low, 0.0)
+
+
+@triton.jit
+def product(a, b, acc, FULL: tl.constexpr):
+    """acc + a @ b, summed in float32 in an order that depends on the shapes only.
+
+    16-bit operands of one dtype multiply exactly, and so does one of them with both TF32 halves of a
+    float32 operand (21 bits or more). Two float32 operands: in full if FULL (for rows of h in float32),
+    otherwise to 21 bits, where a 16-bit result has 11 at most.
+    """
+    if _INTERPRETING or FULL:
+        # The interpreter would multiply the bits of a bfloat16 as integers.
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif a.dtype == b.dtype and a.dtype != tl.float32:
+        acc = tl.dot(a, b, acc)
+    elif a.dtype == b.dtype:
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    elif a.dtype == tl.float32:
+        high, low = _split(a)
+        acc = tl.dot(low, b.to(tl.float32), acc, input_precision="tf32")
+        acc = tl.dot(high, b.to(tl.float32), acc, input_precision="tf32")
+    else:
+        high, low = _split(b)
+        acc = tl.dot(a.to(tl.float32), low, acc, input_precision="tf32")
+        acc = tl.dot(a.to(tl.float32), high, acc, input_precision="tf32")
+    return acc
+
+
+@triton.jit
+def tile_rows(rows, start, count, n_rows):
+    """Rows [T] of a tile and which of them are to be edited (not padding, not beyond h)."""
+    lane = tl.arange(0, _TILE)
+    row = tl.load(rows + start + lane, mask=lane < count, other=-1)
+    return row.to(tl.int64), (row >= 0) & (row < n_rows)
+
+
+@triton.jit
+def pool_range(bias, kind, pool_row, live):
+    """Of pool rows [R]: which have a D, c and activation code; nothing is read where `live` is false."""
+    k = tl.load(kind + pool_row, mask=live, other=0)
+    c = tl.load(bias + pool_row, mask=live, other=0.0)
+    return live & ((k & _NO_PRODUCT) == 0), c, k & _ACT_MASK
+
+
+@triton.jit
+def pre_activation(z, has_down, c):
+    """D h + c, and c alone where there is no D (a product that was not read is 0, but 0 · Inf is not)."""
+    return tl.where(has_down[None, :], z, 0.0) + c[None, :]
+
+
+@triton.jit
+def activated(z, code, live):
+    """φ(z) [T, R], 0 outside of the range: Inf in a row of h must not meet a U that is not there."""
+    v = z
+    if tl.max(code, 0) > 0:
+        v = activate(z, code[None, :])
+    return tl.where(live[None, :], v, 0.0)
+
+
+@triton.jit
+def scalar_kind(bias, kind, r):
+    """(c, activation code, whether it has a D) of one pool row."""
+    k = tl.load(kind + r)
+    return tl.load(bias + r), k & _ACT_MASK, (k & _NO_PRODUCT) == 0

@@ -1,0 +1,185 @@
+"""Checks, block sizes and launches. Nothing here reads a device tensor back to the host."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+from .blocks import LOW_RANK
+from .kernels_backward import pool_kernel, rows_kernel
+from .kernels_forward import intervene_kernel
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# Meta-parameters come from what is the same in every batch (dtypes and d): a row's sums must not depend
+# on the batch. The blocks are the largest that compile without spills for sm_80 to sm_100, the shared
+# memory fits the 99 KiB of consumer GPUs. tests/test_triton_compile.py holds them to that.
+
+
+def _common(h_dtype: torch.dtype, d: int) -> dict:
+    # Rows of h in float32 need products in full float32; AMD's Triton has TF32 on few chips only.
+    return {"D": d, "FULL": h_dtype is torch.float32 or torch.version.hip is not None, "num_stages": 3}
+
+
+def _blocks(full: bool, mixed: bool, of: tuple) -> tuple:
+    return of[0] if full else of[1] if mixed else of[2]
+
+
+def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
+    """Meta-parameters of `intervene_kernel`."""
+    common = _common(h_dtype, d)
+    down, up = _blocks(common["FULL"], h_dtype is not pool_dtype, ((32, 64), (64, 64), (256, 128)))
+    return common | {
+        "WHOLE": triton.next_power_of_2(d),
+        "DOWN_BLOCK": down,
+        "UP_BLOCK": up,
+        "STAGES": 4,
+        "num_warps": 4 if d <= 4096 else 8,
+    }
+
+
+def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
+    """Meta-parameters of `rows_kernel`."""
+    common = _common(h_dtype, d)
+    down, up = _blocks(common["FULL"], h_dtype is not pool_dtype, ((16, 64), (64, 64), (128, 128)))
+    return common | {
+        "WHOLE": triton.next_power_of_2(d),
+        "DOWN_BLOCK": down,
+        "UP_BLOCK": up,
+        "STAGES": 3,
+        "num_warps": 4 if d <= 4096 else 8,
+    }
+
+
+def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
+    """Meta-parameters of `pool_kernel`."""
+    common = _common(h_dtype, d)
+    again = _blocks(common["FULL"], h_dtype is not pool_dtype, (32, 32, 64))
+    return common | {"ROWS": 32, "BLOCK": 64, "AGAIN": again, "num_warps": 4}
+
+
+def _row_stride(h: Tensor, name: str) -> int:
+    """The one stride between the rows of h.view(-1, d); ValueError where there is none."""
+    if h.dim() < 1 or h.shape[-1] < 1:
+        raise ValueError(f"{name}: must be [..., d] with d ≥ 1, shape was {list(h.shape)}")
+    if h.shape[-1] > 1 and h.stride(-1) != 1:
+        raise ValueError(f"{name}: the last dimension must be contiguous, strides were {h.stride()}")
+    outer = [(size, stride) for size, stride in zip(h.shape[:-1], h.stride()[:-1]) if size != 1]
+    for (_, stride), (inner_size, inner_stride) in zip(outer, outer[1:]):
+        if stride != inner_size * inner_stride:
+            raise ValueError(
+                f"{name}: its leading dimensions must collapse to rows with one stride; shape "
+                f"{list(h.shape)} with strides {h.stride()} does not"
+            )
+    return outer[-1][1] if outer else h.shape[-1]
+
+
+def _check(h: Tensor, name: str, pool: tuple[Tensor, ...], plan: tuple[Tensor, ...]) -> None:
+    """Refuses what the kernels would misread. Before anything is written."""
+    down, up, bias, kind = pool
+    rows, tiles, spans = plan[:3]
+    d = h.shape[-1] if h.dim() else 0
+    if h.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: the triton backend takes {', '.join(map(str, _DTYPES))}, was {h.dtype}"
+            + ("; the reference backend computes in float64" if h.dtype is torch.float64 else "")
+        )
+    if down.dtype is not h.dtype and down.dtype is not torch.float32 or up.dtype is not down.dtype:
+        raise ValueError(
+            f"down, up: one dtype, {name}'s ({h.dtype}) or torch.float32; were {down.dtype} and {up.dtype}"
+        )
+    for label, tensor, shape, dtype in (
+        ("down", down, (down.shape[0], d), down.dtype),
+        ("up", up, (down.shape[0], d), down.dtype),
+        ("bias", bias, (down.shape[0],), torch.float32),
+        ("kind", kind, (down.shape[0],), torch.int32),
+        ("rows", rows, (rows.numel(),), torch.int32),
+        ("tiles", tiles, (tiles.shape[0], 3), torch.int32),
+        ("spans", spans, (spans.shape[0], 2), torch.int32),
+        *(("offsets", tensor, (spans.shape[0] + 1,), torch.int32) for tensor in plan[3:]),
+    ):
+        if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{label}: must be a contiguous {list(shape)} of {dtype} beside {name} {list(h.shape)}; was "
+                f"{list(tensor.shape)} of {tensor.dtype}, strides {tensor.stride()}"
+            )
+        if tensor.device != h.device:
+            raise ValueError(f"{label}: is on {tensor.device}, but {name} is on {h.device}")
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    # Triton launches on the current device, which need not be the tensors'.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
+    _check(h, "h", (down, up, bias, kind), (rows, tiles, spans))
+    stride = _row_stride(h, "h")
+    d, n_tiles = h.shape[-1], tiles.shape[0]
+    if n_tiles == 0 or h.numel() == 0 or down.shape[0] == 0:
+        return
+    with _on(h.device):
+        intervene_kernel[(n_tiles,)](
+            h, down, up, bias, kind, rows, tiles, spans, h.numel() // d, stride,
+            **forward_options(h.dtype, down.dtype, d),
+        )  # fmt: skip
+
+
+def intervene(h, down, up, bias, kind, rows, tiles, spans, offsets) -> Tensor:
+    out = h.clone(memory_format=torch.contiguous_format)
+    intervene_(out, down, up, bias, kind, rows, tiles, spans)
+    return out
+
+
+def _readable(grad: Tensor) -> Tensor:
+    """grad, or a contiguous copy where autograd made one without rows (an expanded scalar, say)."""
+    try:
+        _row_stride(grad, "grad")
+    except ValueError:
+        return grad.contiguous()
+    return grad
+
+
+def intervene_backward(
+    grad, hs, down, up, bias, kind, rows, tiles, spans, offsets, need_h: bool, need_pool: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(grad, "grad", (down, up, bias, kind), (rows, tiles, spans, offsets))
+    d, n, n_pool = grad.shape[-1], rows.shape[0], down.shape[0]
+    if hs.shape != (n, d) or hs.dtype is not grad.dtype or not hs.is_contiguous():
+        raise ValueError(
+            f"hs: must be a contiguous [{n}, {d}] of {grad.dtype}, was {list(hs.shape)} of {hs.dtype}, "
+            f"strides {hs.stride()}"
+        )
+    dh = grad.clone(memory_format=torch.contiguous_format) if need_h else grad.new_empty(0)
+    if need_pool:
+        ddown, dup, dbias = torch.empty_like(down), torch.empty_like(up), torch.empty_like(bias)
+    else:
+        ddown, dup, dbias = down.new_empty(0), up.new_empty(0), bias.new_empty(0)
+    if n_pool == 0 or not (need_h or need_pool):
+        return dh, ddown, dup, dbias
+    if tiles.shape[0] == 0 or grad.numel() == 0:
+        if need_pool:
+            ddown.zero_(), dup.zero_(), dbias.zero_()
+        return dh, ddown, dup, dbias
+
+    grad = _readable(grad)
+    stride, n_rows = _row_stride(grad, "grad"), grad.numel() // d
+    kept = torch.empty((2, n if need_pool else 0, LOW_RANK), dtype=torch.float32, device=grad.device)
+    with _on(grad.device):
+        rows_kernel[(tiles.shape[0],)](
+            grad, dh, hs, down, up, bias, kind, kept[0], kept[1], rows, tiles, spans, n_rows, stride,
+            need_h, need_pool, **rows_options(grad.dtype, down.dtype, d),
+        )  # fmt: skip
+        if need_pool:
+            options = pool_options(grad.dtype, down.dtype, d)
+            pool_kernel[(triton.cdiv(n_pool, 16), triton.cdiv(d, options["BLOCK"]))](
+                grad, hs, down, up, bias, kind, kept[0], kept[1], ddown, dup, dbias, rows, spans, offsets,
+                n_rows, stride, n_pool, spans.shape[0], **options,
+            )  # fmt: skip
+    return dh, ddown, dup, dbias
