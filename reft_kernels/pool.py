@@ -78,19 +78,22 @@ class Pool:
         self._lock = threading.Lock()
         self._free: list[Span] = []
         self._size = 0
-        self.down = self._rows(0, width)
-        self.up = self._rows(0, width)
+        self.down = torch.zeros(0, width, dtype=self.dtype, device=self.device)
+        self.up = torch.zeros(0, width, dtype=self.dtype, device=self.device)
         self.bias = torch.zeros(0, dtype=self._bias_dtype, device=self.device)
         self.kind = torch.zeros(0, dtype=torch.int32, device=self.device)
-        if capacity is not None:
-            self._resize(capacity)
+        self._resize(capacity or 0)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     @property
     def _bias_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype is torch.float64 else torch.float32
-
-    def _rows(self, count: int, width: int) -> Tensor:
-        return torch.zeros(count, width, dtype=self.dtype, device=self.device)
 
     @property
     def capacity(self) -> int:
@@ -108,6 +111,8 @@ class Pool:
             f"used={self.used}, capacity={self.capacity}{', fixed' if self.fixed else ''})"
         )
 
+    # No inference tensors: what grew inside a generate may be trained through later.
+    @torch.inference_mode(False)
     def _resize(self, size: int) -> None:
         old = self._size
         for name in ("down", "up", "bias", "kind"):
@@ -152,6 +157,10 @@ class Pool:
             free[place] -= rank
         return True
 
+    def _check_span(self, span: Span) -> None:
+        if span.rank and not 0 <= span.first <= span.first + span.rank <= self._size:
+            raise ValueError(f"span: {tuple(span)} lies outside the pool's {self._size} rows")
+
     def _check(self, fold: Fold) -> None:
         rank, width = fold.up.shape
         if width != self.width:
@@ -182,15 +191,21 @@ class Pool:
                 first = self._fit(fold.rank)
                 assert first is not None
             span = Span(first, fold.rank)
-        self.write(span, fold)
+            self._write(span, fold)
         return span
 
-    @torch.no_grad()
     def write(self, span: Span, fold: Fold) -> None:
         """Renews the rows of a range in place (one rounding, from the fold's dtype to the pool's)."""
         self._check(fold)
         if span.rank != fold.rank:
             raise ValueError(f"fold: rank {fold.rank} does not fit a span of {span.rank} rows")
+        with self._lock:
+            self._check_span(span)
+            self._write(span, fold)
+
+    # Under the lock: a row written while another thread copies the pool to grow it would be lost.
+    @torch.no_grad()
+    def _write(self, span: Span, fold: Fold) -> None:
         rows = slice(span.first, span.first + span.rank)
         self.down[rows].copy_(fold.down)
         self.up[rows].copy_(fold.up)
@@ -198,6 +213,7 @@ class Pool:
         self.kind[rows].copy_(fold.kind)
 
     def remove(self, span: Span) -> None:
-        """Gives a range back. Its rows keep their bytes until they are reused."""
+        """Gives a range back. Its rows keep their bytes until they are reused. Raises ValueError."""
         with self._lock:
+            self._check_span(span)
             self._release(span)

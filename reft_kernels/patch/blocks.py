@@ -58,8 +58,8 @@ def find_blocks(model: nn.Module) -> Blocks:
         )
     if len(found) > 1:
         raise NotPatchable(
-            f"model: {type(model).__name__} has {len(found)} stacks of {depth} layers; encoder-decoder models "
-            "are not supported. Patch the part that you want to edit"
+            f"model: {type(model).__name__} has {len(found)} stacks of {depth} layers; encoder-decoder "
+            "models are not supported. Patch the part that you want to edit"
         )
     return Blocks(found[0][0], found[0][1], config.hidden_size)
 
@@ -84,7 +84,8 @@ def _part(module: nn.Module, names: tuple[str, ...], site: str) -> nn.Module:
         if isinstance(part, nn.Module):
             return part
     raise ValueError(
-        f"site: {site!r} was not found in {type(module).__name__}; none of its parts is called {', '.join(names)}"
+        f"site: {site!r} was not found in {type(module).__name__}; "
+        f"none of its parts is called {', '.join(names)}"
     )
 
 

@@ -52,8 +52,8 @@ class SiteHook:
             site = self.reft._moved(self.key, Place(h.device, h.dtype), plan)
         if h.numel() != plan.tokens * h.shape[-1]:
             raise RuntimeError(
-                f"{self.key.site} of layer {self.key.layer}: hidden states of shape {list(h.shape)} reached a hook "
-                f"whose plan is for {plan.tokens} tokens; was a block called without its model?"
+                f"{self.key.site} of layer {self.key.layer}: hidden states of shape {list(h.shape)} "
+                f"reached a hook planned for {plan.tokens} tokens; was a block called without its model?"
             )
         return edit(h.clone() if clone else h, self.key, site, plan, training)
 
@@ -95,7 +95,7 @@ def attach(reft: Reft, state: State, key: SiteKey, module: nn.Module) -> Any:
 
 
 class StackHook:
-    """Pre-hook of the stack of blocks: makes the plan where the stack is called without the model's forward."""
+    """Pre-hook of the stack of blocks: makes the plan where the model's forward was passed by."""
 
     def __init__(self, reft: Reft, state: State) -> None:
         self.reft, self.state = reft, state
@@ -156,7 +156,7 @@ class Forward(_Wrapper):
         if scope is not None and names is None:
             pending, scope.pending = scope.pending, None
             if pending is not None and pending.cache is call.get("past_key_values"):
-                return self.reft._plan_generate(scope, pending)
+                return pending.plan
         return self.reft._plan_forward(call, names, lengths)
 
 
@@ -180,14 +180,14 @@ class PrepareInputs(_Wrapper):
         if start is None:
             start = scope.seen
         scope.seen = start + length
-        scope.pending = Pending(start, length, batch, cache)
-        self.state.prepared = True
-        self.state.plan = self.reft._plan_generate(scope, scope.pending)
+        plan = self.reft._plan_generate(scope, start, length, batch)
+        scope.pending = Pending(cache, plan)
+        self.state.plan, self.state.prepared = plan, True
         return inputs
 
 
 class Generate(_Wrapper):
-    """`generate` with `adapter_names` (or `reft_adapter_names`) and `prompt_lengths`, one of each a prompt."""
+    """`generate` with `adapter_names` (or `reft_adapter_names`) and `prompt_lengths`, one a prompt."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..adapter import Adapter
 from .prompts import Prompts, Selection, read_prompts, select
-from .state import GenerateScope, Pending, State, read_cache_length
+from .state import GenerateScope, State, read_cache_length
 from .tables import BatchPlan, Registry
 
 #: The name of the bare model in a list of adapter names, as in PEFT.
@@ -42,9 +42,11 @@ class Planner:
         return tuple(None if name == BASE else name for name in given)
 
     def _groups(self, name: str):
-        if name not in self.adapters:
-            raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
         return self.adapters[name].groups
+
+    def _select(self, names: Sequence[str | None], prompts: Prompts) -> tuple[Selection, dict[str, Adapter]]:
+        owners = {name: self.adapters[name] for name in names if name is not None}
+        return select(names, prompts, self._groups), owners
 
     def _needs_prompt(self, names: Sequence[str | None]) -> bool:
         return any(
@@ -56,7 +58,9 @@ class Planner:
 
     # Plans -----------------------------------------------------------------------------------------------
 
-    def _plan(self, selection: Selection, start: int, length: int, batch: int) -> BatchPlan | None:
+    def _plan(
+        self, selection: Selection, owners: dict[str, Adapter], start: int, length: int, batch: int
+    ) -> BatchPlan | None:
         repeat, rest = divmod(batch, selection.batch)
         if rest:
             raise RuntimeError(
@@ -65,6 +69,9 @@ class Planner:
         by_segment = selection.window(start, length, repeat)
         if by_segment is None:
             return None
+        for name, adapter in owners.items():
+            if self.adapters.get(name) is not adapter:
+                raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
         table = self.registry.table(selection.segments, self.adapters)
         return BatchPlan(table, by_segment, batch * length, ops.chosen_backend())
 
@@ -98,8 +105,8 @@ class Planner:
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
             if needs_prompt and start == 0:
                 raise ValueError(
-                    "attention_mask: must be 2-D for adapters whose positions depend on the prompt; a 4-D mask "
-                    "doesn't tell where a row begins"
+                    "attention_mask: must be 2-D for adapters whose positions depend on the prompt; "
+                    "a 4-D mask doesn't tell where a row begins"
                 )
             mask = None
         positions = call.get("position_ids")
@@ -107,7 +114,7 @@ class Planner:
             _refuse_packed(positions, mask)
         labels = call.get("labels") if needs_prompt else None
         prompts = read_prompts(batch, start, length, mask, prompt_lengths, labels)
-        return self._plan(select(names, prompts, self._groups), start, length, batch)
+        return self._plan(*self._select(names, prompts), start, length, batch)
 
     # Generate --------------------------------------------------------------------------------------------
 
@@ -125,11 +132,11 @@ class Planner:
         if cache is not None and not isinstance(cache, tuple):
             seen = read_cache_length(cache, None)
         if outer is not None and given is None and batch % len(outer.names) == 0:
-            # A generate inside generate (assisted decoding with the model's own layers) goes on with the same.
-            return GenerateScope(outer.names, outer.selection, seen)
+            # A generate inside generate (assisted decoding by the model's own layers) goes on with the same.
+            return GenerateScope(outer.names, outer.selection, outer.owners, seen)
         names = self.names(given, batch)
         if not any(names):
-            return GenerateScope(names, None, seen)
+            return GenerateScope(names, None, {}, seen)
         width = tokens.shape[1] if isinstance(tokens, Tensor) else 1
         mask = call.get("attention_mask")
         if mask is None and isinstance(ids, Tensor) and embeds is None:
@@ -139,23 +146,23 @@ class Planner:
         elif isinstance(mask, Tensor) and mask.dim() != 2:
             raise ValueError(f"attention_mask: must be 2-D in generate, had shape {list(mask.shape)}")
         prompts: Prompts = read_prompts(batch, 0, width, mask, prompt_lengths)
-        return GenerateScope(names, select(names, prompts, self._groups), seen)
+        return GenerateScope(names, *self._select(names, prompts), seen)
 
-    def generate(self, scope: GenerateScope, pending: Pending) -> BatchPlan | None:
-        """The plan of one of generate's own forwards."""
+    def generate(self, scope: GenerateScope, start: int, length: int, batch: int) -> BatchPlan | None:
+        """The plan of one of generate's own forwards, over columns [start, start + length)."""
         selection = scope.selection
         if selection is None:
             return None
-        if pending.length == 1 and pending.start >= selection.width:
+        if length == 1 and start >= selection.width:
             # Decode steps are all alike: made once, and again only if adapters or the backend change.
-            key = (pending.batch, self.registry.version, ops.chosen_backend())
-            if scope.decode is None or scope.decode[0] != key:
-                plan = self._plan(selection, pending.start, 1, pending.batch)
-                # Laying the adapters out may have moved the version on.
-                key = (pending.batch, self.registry.version, ops.chosen_backend())
-                scope.decode = (key, plan)
+            if scope.decode is None or scope.decode[0] != self._key(batch):
+                plan = self._plan(selection, scope.owners, start, 1, batch)
+                scope.decode = (self._key(batch), plan)
             return scope.decode[1]
-        return self._plan(selection, pending.start, pending.length, pending.batch)
+        return self._plan(selection, scope.owners, start, length, batch)
+
+    def _key(self, batch: int) -> tuple:
+        return (batch, self.registry.version, ops.chosen_backend())
 
 
 def _inferred_mask(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor | None:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..positions import Positions

@@ -20,7 +20,7 @@ from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, sit
 from .freezing import Freeze
 from .hooks import Forward, Generate, PrepareInputs, Recompute, StackHook, attach
 from .planner import BASE, Planner
-from .state import GenerateScope, Pending, State
+from .state import GenerateScope, State
 from .tables import BatchPlan, Place, Registry, SiteKey, keys_of
 
 _WRAPPED = {"forward": Forward, "prepare_inputs_for_generation": PrepareInputs, "generate": Generate}
@@ -210,9 +210,8 @@ class Reft(nn.Module):
         everything = dict.fromkeys(self._model.parameters())
         trainable = sum(p.numel() for p in everything if p.requires_grad)
         total = sum(p.numel() for p in everything)
-        print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
-        )
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
     # Plans: called by the hooks --------------------------------------------------------------------------
 
@@ -221,8 +220,8 @@ class Reft(nn.Module):
             self._keep_plans_for_recomputation()
         return self._planner.forward(call, names, lengths)
 
-    def _plan_generate(self, scope: GenerateScope, pending: Pending) -> BatchPlan | None:
-        return self._planner.generate(scope, pending)
+    def _plan_generate(self, scope: GenerateScope, start: int, length: int, batch: int) -> BatchPlan | None:
+        return self._planner.generate(scope, start, length, batch)
 
     def _open_scope(
         self, inputs: Tensor | None, call: dict[str, Any], names: Any, lengths: Any
@@ -298,7 +297,7 @@ class Reft(nn.Module):
         return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Reft:
-        """Moves between devices with the model, but keeps the adapters' own dtypes (they are the checkpoint)."""
+        """Moves between devices with the model, but keeps the adapters' dtypes: they are the checkpoint."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

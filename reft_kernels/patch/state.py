@@ -19,25 +19,32 @@ from .tables import BatchPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..adapter import Adapter
+
 
 class Pending(NamedTuple):
-    """A forward that generate has prepared: its columns, batch, and cache (which tells it from other calls)."""
+    """A forward that generate has prepared: its plan, and its cache (which tells it from other calls)."""
 
-    start: int
-    length: int
-    batch: int
     cache: object
+    plan: BatchPlan | None
 
 
 class GenerateScope:
     """One call of generate.
 
     names: one a prompt, None for the bare model. selection: what they edit; None when that is nothing.
+    owners: the adapters behind the names, as they were when generate began.
     seen: columns that went through the model so far (for caches that don't say so on the host).
     """
 
-    def __init__(self, names: tuple[str | None, ...], selection: Selection | None, seen: int) -> None:
-        self.names, self.selection, self.seen = names, selection, seen
+    def __init__(
+        self,
+        names: tuple[str | None, ...],
+        selection: Selection | None,
+        owners: dict[str, Adapter],
+        seen: int,
+    ) -> None:
+        self.names, self.selection, self.owners, self.seen = names, selection, owners, seen
         self.pending: Pending | None = None
         self.decode: tuple[tuple, BatchPlan | None] | None = None
 
