@@ -12,6 +12,7 @@ from rich.console import Console
 #: Command → (module that has add_arguments and run, whether it measures, one line of help).
 COMMANDS = {
     "kernels": (".kernels.run", True, "the op alone, beside torch's own ways and the machine's floor"),
+    "overhead": (".overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
 }
 
 #: Columns where the output is no terminal (a file, a log).

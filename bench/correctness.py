@@ -1,0 +1,84 @@
+"""Correctness first: each system's logits against the reference's, before anything is timed.
+
+The error is ‖logits − reference‖ / ‖reference − bare‖: the distance to what the output should be, over
+what the adapters change at all. A system that edits nothing stands at 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import models
+from .systems.base import Runner, Setup
+from .systems.lora import lora
+from .systems.ours import OursRunner
+
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+
+Outputs = tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def outputs(runner: Runner, decode: bool = True) -> Outputs:
+    """fp32 logits after the prompt and, if asked for, after one more token."""
+    with runner.context():
+        first = runner.prefill().float()
+        if not decode:
+            return (first,)
+        second = runner.decode().float()
+        runner.rewind()
+    return first, second
+
+
+class References:
+    """What the systems of a setup should give; made when first asked for."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._bare: dict[str, Outputs] = {}
+        self._wanted: dict[tuple[str, bool], Outputs] = {}
+
+    def bare(self, family: str) -> Outputs:
+        """Without any adapter, on the weights that this family of systems runs on."""
+        if family not in self._bare:
+            model = self.setup.merged if family == "reft" else self.setup.original
+            self._bare[family] = outputs(Runner(self.setup, model))
+        return self._bare[family]
+
+    def wanted(self, family: str, single: bool) -> Outputs:
+        """ReFT: the reference backend. LoRA: PEFT with one adapter active at a time, row by row."""
+        key = (family, single)
+        if key not in self._wanted:
+            if family == "reft":
+                self._wanted[key] = outputs(OursRunner(self.setup, "reference", single))
+            else:
+                self._wanted[key] = self._one_by_one(single)
+        return self._wanted[key]
+
+    def _one_by_one(self, single: bool) -> Outputs:
+        count = 1 if single else self.setup.point.adapters
+        model = lora(self.setup, models.twin(self.setup.original), count)
+        runner = Runner(self.setup, model)
+        rows = torch.tensor([0 if single else number for number in self.setup.adapter_of])
+        results: list[Tensor] = []
+        for number in range(count):
+            model.set_adapter(f"l{number}")
+            got = outputs(runner)
+            results = results or [logits.clone() for logits in got]
+            mine = (rows == number).to(self.setup.device)
+            for kept, logits in zip(results, got):
+                kept[mine] = logits[mine]
+        return tuple(results)
+
+    def error(self, runner: Runner, family: str, decode: bool) -> float:
+        """The worse of the errors after the prompt and, if asked for, after one more token."""
+        got = outputs(runner, decode)
+        wanted, bare = self.wanted(family, runner.single), self.bare(family)
+        worst = 0.0
+        for mine, theirs, origin in zip(got, wanted, bare):
+            if not torch.isfinite(mine).all():
+                return float("inf")
+            size = (theirs - origin).norm().item()
+            worst = max(worst, (mine - theirs).norm().item() / max(size, 1e-30))
+        return worst

@@ -1,0 +1,163 @@
+"""What a system is: it makes a runner for a setup; a runner does prefills, decode steps and generations."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import reft_kernels as rk
+
+from .. import models
+
+BASELINE, CONTROL = "merged LoRA", "merged LoRA (A/A)"
+
+
+class Unable(Exception):
+    """A system can't do a setup; the message says why. The others go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What is swept, apart from the phase. adapters: distinct ones in the batch; layers: how many edited."""
+
+    batch: int
+    prompt: int
+    rank: int
+    layers: int
+    positions: str
+    adapters: int
+
+
+class Setup:
+    """A point on a model: the inputs, and the adapters that all ReFT systems share.
+
+    Attributes:
+        original: the model as loaded; PEFT's unmerged LoRA runs on its weights.
+        merged: a LoRA merged into it by PEFT, the baseline. The ReFT systems run on these weights: values
+            don't change what a forward costs, and the memory is then the same.
+        lora_targets: modules that the LoRA is on.
+        input_ids: [batch, prompt]. next_ids: [batch, 1], the tokens of the decode step.
+        layers: numbers of the edited layers.
+        adapter_of: [batch] number of each row's adapter.
+        adapters: LoReFT adapters, not trainable.
+    """
+
+    def __init__(self, original: nn.Module, point: Point, seed: int) -> None:
+        self.original, self.point, self.seed = original, point, seed
+        depth, width = models.depth(original), models.width(original)
+        if point.layers > depth:
+            raise Unable(f"{point.layers} layers are to be edited, the model has {depth}")
+        if point.rank > width:
+            raise Unable(f"rank {point.rank} is more than the model's width {width}")
+        if point.adapters > point.batch:
+            raise Unable(f"{point.adapters} distinct adapters don't fit a batch of {point.batch}")
+        limit = getattr(original.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and point.prompt >= limit:
+            raise Unable(f"a prompt of {point.prompt} tokens leaves no room in the model's {limit} positions")
+        parameter = next(original.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = original.config.get_text_config().vocab_size
+        shape = (point.batch, point.prompt + 1)
+        tokens = torch.randint(3, vocabulary, shape, generator=generator).to(self.device)
+        self.input_ids, self.next_ids = tokens[:, :-1].contiguous(), tokens[:, -1:].contiguous()
+        self.layers = models.spread(point.layers, depth)
+        self.adapter_of = [row % point.adapters for row in range(point.batch)]
+        config = rk.ReftConfig(
+            method="loreft", r=point.rank, layers=self.layers, positions=point.positions, share_weights=True
+        )
+        self.adapters = [
+            rk.Adapter.from_config(config, depth, width, generator=generator) for _ in range(point.adapters)
+        ]
+        for adapter in self.adapters:
+            adapter.trainable = False
+        self.merged: nn.Module = original
+
+    @property
+    def every_position(self) -> bool:
+        return self.point.positions == "all"
+
+    def prompt_positions(self) -> list[int]:
+        """Edited positions of a prompt."""
+        parsed = rk.Positions.parse(self.point.positions)
+        return parsed.resolve(self.point.prompt).tolist()
+
+
+class Runner:
+    """Runs one system's model. A decode step follows a prefill; `rewind` undoes it.
+
+    Attributes:
+        model: what is called.
+        attributed: packages whose hooks and wrappers on the model are the system's own cost; empty where
+            that can't be told apart.
+        single: all rows take the first adapter, as this system can't mix.
+    """
+
+    attributed: tuple[str, ...] = ()
+    single = False
+
+    def __init__(self, setup: Setup, model: nn.Module) -> None:
+        self.setup, self.model = setup, model
+        self.cache: Any = None
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """Entered around every use."""
+        return contextlib.nullcontext()
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that this system adds to every call of the model."""
+        return {}
+
+    def call(self, decode: bool, **inputs: Any) -> Any:
+        """One forward; returns transformers' output."""
+        return self.model(**inputs, **self.arguments())
+
+    def prefill(self) -> Tensor:
+        """Runs the prompts; returns the logits of their last tokens, [batch, vocabulary]."""
+        out = self.call(False, input_ids=self.setup.input_ids, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+    def decode(self) -> Tensor:
+        """Runs one more token of each row; returns [batch, vocabulary]."""
+        out = self.call(True, input_ids=self.setup.next_ids, past_key_values=self.cache, use_cache=True)
+        return out.logits[:, -1]
+
+    def rewind(self) -> None:
+        """Cuts the cache back to the prompts."""
+        excess = self.cache.get_seq_length() - self.setup.point.prompt
+        if excess > 0:
+            self.cache.crop(-excess)
+
+    def generate(self, tokens: int) -> Tensor:
+        """Greedy generation of exactly `tokens` tokens; returns [batch, prompt + tokens]."""
+        return self.model.generate(**self.generation(tokens), **self.arguments())
+
+    def generation(self, tokens: int) -> dict[str, Any]:
+        ids = self.setup.input_ids
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": tokens,
+            "min_new_tokens": tokens,
+            "do_sample": False,
+        }
+
+
+class System:
+    """A way of adapting a model. `why_not` is asked first, then `build`."""
+
+    name = ""
+    #: "lora" or "reft": what its output is compared with.
+    family = "reft"
+
+    def why_not(self, setup: Setup) -> str | None:
+        """Why it can't do a setup, or None."""
+        return None
+
+    def build(self, setup: Setup) -> Runner:
+        raise NotImplementedError

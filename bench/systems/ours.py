@@ -1,0 +1,43 @@
+"""This package: rk.patch with one of its backends, a different adapter for each row."""
+
+from __future__ import annotations
+
+import reft_kernels as rk
+from reft_kernels import ops
+
+from .. import models
+from .base import Runner, Setup, System
+
+
+def names_of(setup: Setup, single: bool = False) -> list[str]:
+    """The adapter's name for each row of the batch."""
+    return [f"a{0 if single else number}" for number in setup.adapter_of]
+
+
+class OursRunner(Runner):
+    attributed = ("reft_kernels",)
+
+    def __init__(self, setup: Setup, backend: str, single: bool = False) -> None:
+        super().__init__(setup, models.twin(setup.merged))
+        self.backend = backend
+        reft = rk.patch(self.model)
+        for number, adapter in enumerate(setup.adapters):
+            reft.add_adapter(f"a{number}", adapter)
+        self._arguments = {"adapter_names": names_of(setup, single)}
+
+    def context(self):
+        return rk.backend(self.backend)
+
+    def arguments(self):
+        return self._arguments
+
+
+class Ours(System):
+    def __init__(self, backend: str) -> None:
+        self.backend, self.name = backend, f"reft_kernels {backend}"
+
+    def why_not(self, setup):
+        return ops.why_not(self.backend, setup.device.type)
+
+    def build(self, setup):
+        return OursRunner(setup, self.backend)

@@ -1,0 +1,80 @@
+"""pyreft, the reference library: its hooks, with one adapter for the whole batch (it can't mix)."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+
+from .. import models
+from .base import Runner, System, Unable
+
+
+class PyreftRunner(Runner):
+    single = True
+
+    def __init__(self, setup) -> None:
+        import pyreft
+
+        base = models.twin(setup.merged)
+        rank = setup.point.rank
+        representations = []
+        for layer, one in zip(setup.layers, setup.adapters[0].interventions):
+            intervention = pyreft.LoreftIntervention(
+                embed_dim=models.width(base), low_rank_dimension=rank, dtype=setup.dtype
+            )
+            with torch.no_grad():
+                intervention.rotate_layer.weight = one.R.T.contiguous()
+                intervention.learned_source.weight.copy_(one.W)
+                intervention.learned_source.bias.copy_(one.b)
+            representations.append(
+                {
+                    "layer": layer,
+                    "component": "block_output",
+                    "low_rank_dimension": rank,
+                    "intervention": intervention.eval(),
+                }
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = pyreft.ReftConfig(representations=representations)
+            model = pyreft.get_reft_model(base, config, set_device=False)
+        model.set_device(setup.device)
+        super().__init__(setup, model)
+        self.locations: Any = None
+        if not setup.every_position:
+            one_layer = [setup.prompt_positions()] * setup.point.batch
+            self.locations = {"sources->base": (None, [one_layer] * len(setup.layers))}
+
+    def call(self, decode, **inputs):
+        if decode and self.locations is not None:
+            raise Unable("pyreft has no decode step of its own for prompt positions; see generate")
+        _, out = self.model(inputs, unit_locations=self.locations)
+        return out
+
+    def generate(self, tokens):
+        # For prompt positions pyreft edits the prompt only; without locations, every token.
+        arguments = self.generation(tokens)
+        base = {name: arguments.pop(name) for name in ("input_ids", "attention_mask")}
+        _, out = self.model.generate(
+            base, unit_locations=self.locations, intervene_on_prompt=True, **arguments
+        )
+        return out
+
+
+class Pyreft(System):
+    name = "pyreft"
+
+    def why_not(self, setup):
+        for package in ("pyreft", "pyvene"):
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed (pip install --no-deps pyreft pyvene)"
+        return None
+
+    def build(self, setup):
+        try:
+            return PyreftRunner(setup)
+        except ImportError as error:
+            raise Unable(f"pyreft can't be imported: {error}") from error

@@ -1,0 +1,44 @@
+"""Results as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from .record import Results, SystemResult
+from .stats import Interval
+
+
+def time_text(seconds: float) -> str:
+    """A time with a unit that fits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def interval_text(interval: Interval, scale: float = 1.0, digits: int = 3) -> str:
+    scaled = interval.scaled(scale)
+    return f"{scaled.median:.{digits}f} [{scaled.low:.{digits}f}, {scaled.high:.{digits}f}]"
+
+
+def attributed_text(system: SystemResult) -> str:
+    share = system.extra.get("attributed_share")
+    return "" if share is None else interval_text(Interval.from_json(share), 100) + " %"
+
+
+def overhead_table(results: Results) -> Table:
+    shown = Table(title=f"Over {results.settings['model']} with a merged LoRA", title_justify="left")
+    for heading in ("case", "system"):
+        shown.add_column(heading, no_wrap=heading == "system")
+    for heading in ("time", "ratio [95%]", "attributed"):
+        shown.add_column(heading, justify="right")
+    shown.add_column("verdict")
+    for case in results.cases:
+        label = case.id
+        for name, system in case.systems.items():
+            ratio = "1" if system.ratio is None else interval_text(system.ratio)
+            cells = (time_text(system.time.median), ratio, attributed_text(system), system.verdict or "")
+            shown.add_row(label, name, *cells)
+            label = ""
+        shown.add_section()
+    return shown
