@@ -13,7 +13,7 @@ def orthonormal_rows(x: Tensor) -> Tensor:
         x: [..., r, d], r ≤ d, of full row rank.
 
     Returns:
-        Like x, in float32 at least. Rows that were orthonormal stay as they were up to rounding.
+        Like x, in float32 at least, contiguous. Rows that were orthonormal stay as they were up to rounding.
 
     The Gram matrix squares the condition number, so the map is computed in float64 (float32 where a device
     has none). Autograd differentiates it; the triangular factor has no singular gradient where singular
@@ -22,7 +22,8 @@ def orthonormal_rows(x: Tensor) -> Tensor:
     out = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
     lower = torch.linalg.cholesky(wide @ wide.mT)
-    return torch.linalg.solve_triangular(lower, wide, upper=False).to(out)
+    # The solver leaves columns contiguous; the kernels read rows.
+    return torch.linalg.solve_triangular(lower, wide, upper=False).to(out).contiguous()
 
 
 def orthonormality_error(x: Tensor) -> float:
