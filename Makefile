@@ -11,14 +11,14 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # The tests run in $(WORKERS) processes; more threads in each would only wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not gpu"
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 checksum = $(firstword $(shell cat $(1) | cksum))
-NATIVE_SOURCES := setup.py $(sort $(shell find csrc python_bindings -type f))
+CPP_SOURCES := $(sort $(shell find csrc python_bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu*'))
 
 BASE_STAMP := $(VENV)/stamp-base-$(call checksum,constraints.txt pyproject.toml setup.py)
 TEST_STAMP := $(VENV)/stamp-test-$(call checksum,constraints.txt pyproject.toml setup.py requirements/*)
-NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,constraints.txt $(NATIVE_SOURCES))
+NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,constraints.txt setup.py $(CPP_SOURCES))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test lint format bench clean
@@ -32,21 +32,19 @@ demo: $(NATIVE_STAMP) ## run the main job on a small model (MODEL=path or hub na
 	$(BIN)/python -m reft_bench.demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(NATIVE_STAMP) $(TEST_STAMP) ## run the tests, then those of the patch with the oldest transformers
-	$(PYTEST) $(ARGS)
-	PYTHONPATH=$(OLDEST) $(PYTEST) -m "models and not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu"
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "models and not gpu"
 
 lint: $(TEST_STAMP) ## check style (ruff, clang-format) and the types of the public API (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc python_bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
-	  | xargs --no-run-if-empty $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	$(BIN)/mypy
 
 format: $(TEST_STAMP) ## let ruff and clang-format rewrite what lint would refuse
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc python_bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
-	  | xargs --no-run-if-empty $(BIN)/clang-format -i
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 bench: $(NATIVE_STAMP) ## measure what the edit costs on this machine
 	$(BIN)/reft-bench overhead --preset quick
@@ -61,16 +59,16 @@ clean: ## remove .venv and everything that was built
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and by itself: the package's own build needs it.
+# torch and the tools of the build come first and by themselves. The native library has a stamp of its own.
 $(BASE_STAMP): | $(BIN)/python
 	rm -f $(VENV)/stamp-base-*
 	$(INSTALL) torch setuptools ninja
-	$(INSTALL) --no-build-isolation --editable '.[bench,triton]'
+	REFT_KERNELS_BUILD_NATIVE=0 $(INSTALL) --no-build-isolation --editable '.[bench,triton]'
 	touch $@
 
 $(TEST_STAMP): $(BASE_STAMP)
 	rm -f $(VENV)/stamp-test-*
-	$(INSTALL) --no-build-isolation --editable '.[bench,triton,test,lint]'
+	$(INSTALL) -r requirements/test.txt -r requirements/lint.txt
 	$(PIP) install --quiet --no-deps -r requirements/pyreft.txt
 	rm -rf $(OLDEST)
 	$(PIP) install --quiet --no-deps --target $(OLDEST) -r requirements/transformers-oldest.txt
