@@ -139,10 +139,15 @@ def _build(library: Library, folder: Path) -> Path:
 
 
 class BuildNative(build_ext):
-    """build_ext that runs ninja; where that can't be, it says why and leaves the package pure Python."""
+    """build_ext that runs ninja; where that can't be, it says why and leaves the package pure Python.
+
+    REFT_KERNELS_BUILD_NATIVE=0 in the environment leaves the library alone.
+    """
 
     def run(self) -> None:
         self.built: list[str] = []
+        if os.environ.get("REFT_KERNELS_BUILD_NATIVE") == "0":
+            return
         folder = (Path(self.build_temp) / "native").resolve()
         package = ROOT if self.inplace else Path(self.build_lib)
         for library in LIBRARIES:
