@@ -42,11 +42,11 @@ class Positions:
         cls, spec: str | Sequence[int] | Positions, last_position: LastPosition | None = None
     ) -> Positions:
         """Parses a spec. Raises ValueError that says what is allowed."""
-        if isinstance(spec, Positions):
-            return spec if last_position is None else dataclasses.replace(spec, last_position=last_position)
         where: LastPosition = "length" if last_position is None else last_position
         if where not in ("length", "length-1"):
             raise ValueError(f'last_position: must be "length" or "length-1", was {where!r}')
+        if isinstance(spec, Positions):
+            return spec if last_position is None else dataclasses.replace(spec, last_position=where)
         if not isinstance(spec, Sequence):
             raise ValueError(f"positions: must be {_ALLOWED}; was {spec!r}")
         if isinstance(spec, str):
@@ -92,8 +92,9 @@ class Positions:
         if "generated" in (self.word, other.word):
             return False
         if self.indices is not None and other.indices is not None:
-            mixed = any(i < 0 for i in self.indices) != any(i < 0 for i in other.indices)
-            return mixed or bool(set(self.indices) & set(other.indices))
+            # An index from the front and one from the end are the same token at some length.
+            signs = [{i < 0 for i in positions.indices} for positions in (self, other)]
+            return len(signs[0] | signs[1]) == 2 or bool(set(self.indices) & set(other.indices))
         if self.word is None and other.word is None and self.indices is None and other.indices is None:
             # Both halves are clamped, so an f and an l never meet.
             return bool(self.first and other.first) or bool(self.last and other.last)
