@@ -1,0 +1,105 @@
+"""Plans: tiles cover each row once, segments stay apart, all of it is one buffer; bad rows are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reft_kernels import Span, make_plan
+from reft_kernels.ops import TILE
+from reft_kernels.plan import one_segment, pack_rows, pack_spans
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> list[np.ndarray]:
+    """Distinct rows dealt to segments, some of them empty, some as long as several tiles."""
+    counts = draw(st.lists(st.sampled_from([0, 1, 2, TILE - 1, TILE, TILE + 1, 3 * TILE, 50]), max_size=7))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    rows = rng.permutation(sum(counts) + draw(st.integers(0, 20)))[: sum(counts)]
+    return np.split(rows, np.cumsum(counts)[:-1]) if counts else []
+
+
+def assert_well_formed(rows: torch.Tensor, tiles: torch.Tensor, offsets: torch.Tensor, expected) -> None:
+    for tensor in (rows, tiles, offsets):
+        assert tensor.dtype == torch.int32 and tensor.is_contiguous()
+    assert tiles.shape[1:] == (3,)
+    assert offsets.tolist() == [0, *np.cumsum([len(segment) for segment in expected])]
+    covered = np.zeros(len(rows), dtype=int)
+    for segment, start, count in tiles.tolist():
+        assert 0 < count <= TILE
+        assert offsets[segment] <= start and start + count <= offsets[segment + 1]
+        covered[start : start + count] += 1
+    assert (covered == 1).all()
+    for number, segment in enumerate(expected):
+        assert rows[offsets[number] : offsets[number + 1]].tolist() == list(segment)
+
+
+@given(segments())
+def test_pack_rows(by_segment: list[np.ndarray]) -> None:
+    packed = pack_rows(by_segment, "cpu")
+    assert_well_formed(*packed, by_segment)
+    assert len(packed.tiles) == sum(-(-len(rows) // TILE) for rows in by_segment)  # no more than needed
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in packed}
+    assert len(pointers) == 1, "more than one buffer"
+
+
+@given(segments(), st.data())
+def test_make_plan(by_segment: list[np.ndarray], data: st.DataObject) -> None:
+    spans = [Span(data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9))) for _ in by_segment]
+    forms = (lambda rows: rows, lambda rows: rows.tolist(), torch.as_tensor)
+    form = data.draw(st.sampled_from(forms))
+    plan = make_plan([(span, form(rows)) for span, rows in zip(spans, by_segment)], total_rows=1000)
+    assert_well_formed(plan.rows, plan.tiles, plan.offsets, by_segment)
+    assert plan.spans.dtype == torch.int32 and plan.spans.shape == (len(spans), 2)
+    assert plan.spans.tolist() == [list(span) for span in spans]
+
+
+@given(st.integers(0, 5 * TILE), st.integers(0, 9), st.booleans())
+def test_one_segment(count: int, rank: int, every: bool) -> None:
+    rows = None if every else list(range(count))[::-2]
+    plan = one_segment(rows, count, rank, torch.device("cpu"))
+    assert_well_formed(plan.rows, plan.tiles, plan.offsets, [range(count) if rows is None else rows])
+    assert plan.spans.tolist() == [[0, rank]]
+
+
+def test_empty_spans_table() -> None:
+    assert pack_spans([], "cpu").shape == (0, 2)
+
+
+@pytest.mark.gpu
+def test_a_plan_on_a_gpu_is_the_plan_on_the_host() -> None:
+    entries = [(Span(0, 2), [4, 1]), (Span(2, 1), list(range(5, 40)))]
+    for there, here in zip(make_plan(entries, "cuda"), make_plan(entries)):
+        assert there.is_cuda and torch.equal(there.cpu(), here)
+
+
+SPAN = Span(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([(SPAN, [3, 1, 3])], "row 3 is named twice"),
+        ([(SPAN, [3]), (Span(2, 1), [1, 3])], "row 3 is named twice"),
+        ([(SPAN, [0, -1])], r"\[0, 10\); found -1"),
+        ([(SPAN, [0]), (SPAN, [10])], r"\[0, 10\); found 10"),
+        ([(SPAN, [2**40])], rf"\[0, 10\); found {2**40}"),
+        ([(SPAN, [0.5])], r"entries\[0\]: rows must be integers, were float"),
+        ([(SPAN, [1]), (SPAN, [True, False])], r"entries\[1\]: rows must be integers, were bool"),
+        ([(SPAN, torch.ones(2, dtype=torch.bool))], "rows must be integers, were bool"),
+        ([(SPAN, [[1, 2]])], r"one-dimensional, had shape \(1, 2\)"),
+        ([(SPAN, np.array(3))], r"one-dimensional, had shape \(\)"),
+    ],
+)
+def test_bad_rows(entries: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(entries, total_rows=10)
+
+
+def test_rows_that_no_int32_holds_are_refused_without_total_rows() -> None:
+    make_plan([(SPAN, [2**31 - 1])])
+    with pytest.raises(ValueError, match=f"found {2**31}"):
+        make_plan([(SPAN, [2**31])])
