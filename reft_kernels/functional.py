@@ -17,7 +17,16 @@ from .pool import Pool
 __all__ = ["intervene", "intervene_", "loreft"]
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_dtype(h: Tensor) -> None:
+    if h.dtype not in _DTYPES:
+        raise ValueError(f"h: must be float64, float32, bfloat16 or float16, was {h.dtype}")
+
+
 def _check(h: Tensor, pool: Pool, plan: Plan) -> None:
+    _check_dtype(h)
     if h.dim() < 1 or h.shape[-1] != pool.width:
         raise ValueError(
             f"h: last dimension must be the pool's width {pool.width}, shape was {list(h.shape)}"
@@ -81,6 +90,7 @@ def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor | Sequence[i
     Raises:
         ValueError: shapes, dtypes or devices that don't fit; rows out of range or named twice.
     """
+    _check_dtype(h)
     d = h.shape[-1] if h.dim() else 0
     if R.dim() != 2 or R.shape[1] != d:
         raise ValueError(f"R: must be [r, {d}] to fit h {list(h.shape)}, was {list(R.shape)}")

@@ -93,8 +93,8 @@ class Positions:
             return False
         if self.indices is not None and other.indices is not None:
             # An index from the front and one from the end are the same token at some length.
-            signs = [{i < 0 for i in positions.indices} for positions in (self, other)]
-            return len(signs[0] | signs[1]) == 2 or bool(set(self.indices) & set(other.indices))
+            mine, theirs = set(self.indices), set(other.indices)
+            return len({i < 0 for i in mine | theirs}) == 2 or bool(mine & theirs)
         if self.word is None and other.word is None and self.indices is None and other.indices is None:
             # Both halves are clamped, so an f and an l never meet.
             return bool(self.first and other.first) or bool(self.last and other.last)
