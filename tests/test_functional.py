@@ -1,0 +1,282 @@
+"""rk.functional: one adapter, many adapters, gradients, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.cases import DTYPES, same_bits
+from support.oracle import UNIT
+from torch import Tensor
+
+import reft_kernels as rk
+from reft_kernels import functional
+from reft_kernels.ops import InterveneInPlace, current_backend
+
+
+def draw(
+    seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def formula(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: list[int] | None = None) -> Tensor:
+    """h + Rᵀ(W h + b − R h), as the paper has it, on some of the rows."""
+    flat = h.reshape(-1, h.shape[-1])
+    edited = flat + (flat @ W.T + b - flat @ R.T) @ R
+    if rows is not None:
+        mask = torch.zeros(len(flat), dtype=torch.bool, device=h.device)
+        mask[rows] = True
+        edited = torch.where(mask[:, None], edited, flat)
+    return edited.reshape(h.shape)
+
+
+shapes = st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 4), (0,), (3, 0)])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_loreft_is_the_papers_formula(backend: str, device: str, dtypes: tuple) -> None:
+    dtype, weights = dtypes
+
+    @given(shapes, st.integers(1, 5), st.integers(1, 20), st.booleans(), st.integers(0, 99))
+    def holds(lead: tuple, r: int, d: int, every: bool, seed: int) -> None:
+        (h,) = draw(seed, (*lead, d), dtype=dtype, device=device)
+        R, W = draw(seed + 1, (r, d), (r, d), dtype=weights, device=device)
+        (b,) = draw(seed + 2, (r,), dtype=weights, device=device)
+        rows = None if every else list(range(h.numel() // d))[::-2]
+        with rk.backend(backend):
+            out = functional.loreft(h, R, W, b, rows)
+        h64, R64, W64, b64 = (t.double() for t in (h, R, W, b))
+        # W − R is rounded once to the weights' dtype.
+        size = formula(h64.abs(), -R64.abs(), 2 * W64.abs() + R64.abs(), b64.abs())
+        limit = (UNIT[dtype] * 2 + UNIT[weights] * 2 + 2.0**-24 * (d + 8)) * (size.abs() + 1) * (1 + r)
+        assert out.shape == h.shape and out.dtype == dtype
+        assert ((out.double() - formula(h64, R64, W64, b64, rows)).abs() <= limit).all()
+        untouched = sorted(set(range(h.numel() // d)) - set(range(h.numel() // d) if every else rows))
+        assert same_bits(out.reshape(-1, d)[untouched], h.reshape(-1, d)[untouched])
+
+    holds()
+
+
+@pytest.mark.parametrize("rows", [None, [4, 0, 3], []], ids=str)
+@pytest.mark.parametrize("needed", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 1)], ids=str)
+def test_loreft_passes_gradcheck(rows: list[int] | None, needed: tuple) -> None:
+    leaves = draw(0, (2, 3, 7), (3, 7), (3, 7), (3,), dtype=torch.float64)
+    leaves = [leaf.requires_grad_(bool(need)) for leaf, need in zip(leaves, needed)]
+    with rk.backend("reference"):
+        assert torch.autograd.gradcheck(lambda *t: functional.loreft(*t, rows), leaves)
+
+
+@pytest.mark.parametrize("rows", [None, [4, 0, 3]], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_loreft_gradients_in_lower_precision(backend: str, device: str, dtypes: tuple, rows) -> None:
+    """Against float64 autograd of the paper's formula."""
+    dtype, weights = dtypes
+    h, grad = draw(1, (2, 5, 40), (2, 5, 40), dtype=dtype, device=device)
+    leaves = [h, *draw(2, (4, 40), (4, 40), (4,), dtype=weights, device=device)]
+    leaves[1:3] = [t / 40**0.5 for t in leaves[1:3]]
+    leaves = [t.requires_grad_() for t in leaves]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    with rk.backend(backend):
+        mine = torch.autograd.grad(functional.loreft(*leaves, rows), leaves, grad)
+    theirs = torch.autograd.grad(formula(*wide, rows), wide, grad.double())
+    unit = max(UNIT[dtype], UNIT[weights])
+    for name, it, truth in zip(("h", "R", "W", "b"), mine, theirs):
+        assert it.dtype == (dtype if name == "h" else weights)
+        error = (it.double() - truth).norm() / truth.norm()
+        assert error <= 4 * unit + 1e-6, f"{name}: {error:.2e}"
+
+
+def _pool_and_plan(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[rk.Pool, rk.Plan]:
+    pool, spans = rk.Pool(8, dtype, device, capacity=8), []
+    for rank in (2, 3):
+        down, up, bias = draw(rank, (rank, 8), (rank, 8), (rank,), device=device)
+        spans.append(pool.add(rk.Fold(down, up, bias, torch.zeros(rank, dtype=torch.int32))))
+    return pool, rk.make_plan([(spans[0], [1, 5]), (spans[1], [0])], device, total_rows=6)
+
+
+def _by_hand(h: Tensor, pool: rk.Pool) -> Tensor:
+    out = h.double().clone()
+    for rows, span in (([1, 5], slice(0, 2)), ([0], slice(2, 5))):
+        x, down, up = h.double()[rows], pool.down[span].double(), pool.up[span].double()
+        out[rows] = x + (x @ down.T + pool.bias[span].double()) @ up
+    return out
+
+
+def test_intervene_and_intervene_in_place(backend: str, device: str) -> None:
+    pool, plan = _pool_and_plan(device)
+    (h,) = draw(0, (6, 8), device=device)
+    before = h.clone()
+    with rk.backend(backend):
+        out = functional.intervene(h, pool, plan)
+        assert same_bits(h, before)
+        assert functional.intervene_(h, pool, plan) is h
+    assert same_bits(out, h)
+    torch.testing.assert_close(out.double(), _by_hand(before, pool), rtol=1e-6, atol=1e-5)
+
+
+def test_intervene_is_differentiable_in_h_only(backend: str, device: str) -> None:
+    pool, plan = _pool_and_plan(device)
+    (h,) = draw(0, (6, 8), device=device)
+    h.requires_grad_()
+    wide = h.detach().double().requires_grad_()
+    with rk.backend(backend):
+        functional.intervene(h, pool, plan).square().sum().backward()
+    flat = wide.unbind()
+    parts = {1: slice(0, 2), 5: slice(0, 2), 0: slice(2, 5)}
+    edited = [
+        x + (pool.down[parts[i]].double() @ x + pool.bias[parts[i]].double()) @ pool.up[parts[i]].double()
+        if i in parts
+        else x
+        for i, x in enumerate(flat)
+    ]
+    torch.stack(edited).square().sum().backward()
+    torch.testing.assert_close(h.grad.double(), wide.grad, rtol=1e-5, atol=1e-4)
+    assert not any(t.requires_grad for t in (pool.down, pool.up, pool.bias))
+
+
+def test_intervene_passes_gradcheck_with_activations() -> None:
+    """h and every tensor of the pool, through the in-place function too."""
+    pool, plan = _pool_and_plan(dtype=torch.float64)
+    kind = torch.tensor([0, 2, 4 | 0x100, 6, 7, 0, 0, 0], dtype=torch.int32)
+    leaves = [
+        t.requires_grad_() for t in (*draw(0, (6, 8), dtype=torch.float64), pool.down, pool.up, pool.bias)
+    ]
+    args = (kind, *plan[:3], plan.offsets)
+
+    def in_place(h: Tensor, *rest: Tensor) -> Tensor:
+        return InterveneInPlace.apply(h * 1.5, *rest, *args, "reference")
+
+    def out_of_place(h: Tensor, *rest: Tensor) -> Tensor:
+        return torch.ops.reft_kernels.intervene.reference(h, *rest, *args)
+
+    for function in (in_place, out_of_place):
+        assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_in_place_edits_are_refused_where_autograd_needs_h() -> None:
+    pool, plan = _pool_and_plan()
+    h = draw(0, (6, 8))[0].requires_grad_()
+    before = h.detach().clone()
+    with pytest.raises(ValueError, match="h: requires a gradient.*use intervene"):
+        functional.intervene_(h, pool, plan)
+    with pytest.raises(ValueError, match="h: requires a gradient"):
+        functional.intervene_(h * 1, pool, plan)
+    assert same_bits(h, before)
+    with torch.no_grad():
+        functional.intervene_(h, pool, plan)
+    assert not same_bits(h, before)
+
+
+def _bad_calls() -> dict[str, tuple]:
+    """name → (h, pool, plan, message)."""
+    pool, plan = _pool_and_plan()
+    (h,) = draw(0, (6, 8))
+    half, _ = _pool_and_plan(dtype=torch.bfloat16)
+    meta = rk.Pool(8, device="meta", capacity=8)
+    plan_elsewhere = rk.Plan(*(t.to("meta") for t in plan))
+    width = "h: last dimension must be the pool's width 8"
+    devices = "h, pool and plan must be on one device"
+    dtype = "h: must be float64, float32, bfloat16 or float16, was torch."
+    return {
+        "narrow": (h[:, :7].clone(), pool, plan, width),
+        "wide": (torch.ones(6, 9), pool, plan, width),
+        "scalar": (torch.tensor(1.0), pool, plan, width),
+        "pool on another device": (h, meta, plan, devices),
+        "plan on another device": (h, pool, plan_elsewhere, devices),
+        "h on another device": (h.to("meta"), pool, plan, devices),
+        "pool narrower than h": (h, half, plan, "pool: its dtype must be h's .torch.float32. or"),
+        "pool of the other half": (h.half(), half, plan, "pool: its dtype must be h's .torch.float16. or"),
+        "integers": (h.int(), pool, plan, dtype + "int32"),
+        "complex": (h.to(torch.complex64), pool, plan, dtype + "complex64"),
+    }
+
+
+@pytest.mark.parametrize("name", _bad_calls())
+@pytest.mark.parametrize("function", [functional.intervene_, functional.intervene])
+def test_bad_calls_of_intervene(function, name: str) -> None:
+    h, pool, plan, message = _bad_calls()[name]
+    before = h.clone()
+    with pytest.raises(ValueError, match=message):
+        function(h, pool, plan)
+    if h.device.type != "meta":
+        assert torch.equal(h, before)
+
+
+def test_a_plan_with_a_row_that_h_lacks_writes_nothing(backend: str, device: str) -> None:
+    """make_plan can't know the h of every call. Beyond h there may be other people's memory."""
+    pool, _ = _pool_and_plan(device)
+    plan = rk.make_plan([(rk.Span(0, 2), [1, 7])], device)
+    if device != "cpu":
+        pytest.skip("rows on an accelerator are not read back")
+    memory = draw(0, (9, 8), device=device)[0]
+    before = memory.clone()
+    with rk.backend(backend), pytest.raises((ValueError, IndexError, RuntimeError), match="row|index"):
+        functional.intervene_(memory[:6], pool, plan)
+    assert same_bits(memory, before)
+
+
+def test_h_whose_rows_have_no_single_stride_is_no_silent_copy(backend: str, device: str) -> None:
+    """In place: an error, or an edit that the caller sees. Out of place: an error, or the right result."""
+    pool, plan = _pool_and_plan(device)
+    (base,) = draw(0, (2, 4, 8), device=device)
+    for h in (base[:, :3], base.new_empty(8, 6).copy_(base.reshape(-1)[:48].view(8, 6)).T):
+        plain = h.contiguous()
+        with rk.backend(backend):
+            want = functional.intervene(plain, pool, plan)
+            for function in (functional.intervene, functional.intervene_):
+                before = h.clone()
+                try:
+                    got = function(h, pool, plan)
+                except (RuntimeError, ValueError):
+                    assert same_bits(h, before)
+                else:
+                    assert same_bits(got, want)
+                    assert same_bits(h, before if function is functional.intervene else want)
+
+
+def _bad_loreft() -> dict[str, tuple]:
+    h, R, W, b = *draw(0, (2, 3, 8)), *draw(1, (2, 8), (2, 8), (2,))
+    return {
+        "R too narrow": ((h, R[:, :7], W, b), r"R: must be \[r, 8\] to fit h \[2, 3, 8\], was \[2, 7\]"),
+        "R of one dimension": ((h, R[0], W, b), r"R: must be \[r, 8\]"),
+        "W of another rank": ((h, R, W[:1], b), r"W: must have R's shape \[2, 8\], was \[1, 8\]"),
+        "b too long": ((h, R, W, torch.ones(3)), r"b: must be \[2\], was \[3\]"),
+        "b of one value": ((h, R, W, torch.ones(1)), r"b: must be \[2\], was \[1\]"),
+        "R of another dtype": ((h, R.half(), W, b), "R: dtype must be h's .torch.float32. or"),
+        "W of another dtype": ((h.half(), R, W.bfloat16(), b), "W: dtype must be h's .torch.float16. or"),
+        "R elsewhere": ((h, R.to("meta"), W, b), "R: is on meta, but h is on cpu"),
+        "b elsewhere": ((h, R, W, b.to("meta")), "b: is on meta, but h is on cpu"),
+        "row twice": ((h, R, W, b, [0, 2, 0]), "rows: row 0 is named twice"),
+        "negative row": ((h, R, W, b, [-1]), r"rows: rows must lie in \[0, 6\); found -1"),
+        "row beyond": ((h, R, W, b, torch.tensor([6])), r"rows: rows must lie in \[0, 6\); found 6"),
+        "fractional row": ((h, R, W, b, [0.5]), "rows: rows must be integers"),
+        "mask for rows": ((h, R, W, b, torch.ones(6, dtype=torch.bool)), "rows: rows must be integers"),
+        "integers for h": (
+            (h.int(), R, W, b),
+            "h: must be float64, float32, bfloat16 or float16, was torch.int32",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _bad_loreft())
+def test_bad_calls_of_loreft(name: str) -> None:
+    arguments, message = _bad_loreft()[name]
+    with pytest.raises(ValueError, match=message):
+        functional.loreft(*arguments)
+
+
+def test_unavailable_backend_before_anything_is_written() -> None:
+    pool, plan = _pool_and_plan()
+    (h,) = draw(0, (6, 8))
+    missing = [name for name in ("native", "triton") if rk.ops.why_not(name, "cpu") is not None]
+    before = h.clone()
+    for name, function in itertools.product(missing, (functional.intervene_, functional.intervene)):
+        with rk.backend(name), pytest.raises(rk.BackendUnavailable, match=f"'{name}'"):
+            function(h, pool, plan)
+    assert same_bits(h, before)
+    assert current_backend("cpu") not in missing
