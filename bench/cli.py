@@ -13,6 +13,7 @@ from rich.console import Console
 COMMANDS = {
     "kernels": (".kernels.run", True, "the op alone, beside torch's own ways and the machine's floor"),
     "overhead": (".overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
+    "train": (".train", True, "training steps: time and peak memory, beside PEFT's LoRA and pyreft"),
 }
 
 #: Columns where the output is no terminal (a file, a log).

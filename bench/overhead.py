@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .correctness import TOLERANCE, References
 from .presets import AXES, PHASES, PRESETS, Sweep
 from .record import CaseResult, ResultError
 from .session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
+from .sweep import axis_values
 from .systems import BASELINE, CONTROL, Runner, Setup, System, Unable, all_systems
 from .systems.base import Point
 from .systems.lora import merge, peft_missing
@@ -203,33 +205,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{axis}", help=text)
 
 
-def _values(axis: str, text: str) -> list[Any]:
-    if axis == "positions":
-        from reft_kernels.positions import Positions
-
-        words = text.split(",")
-        for word in words:
-            try:
-                Positions.parse(word)
-            except ValueError as error:
-                raise ResultError(f"--positions: {error}") from error
-        return words
-    found: list[Any] = []
-    for word in text.split(","):
-        if axis == "layers" and word == "all":
-            found.append("all")
-        elif word.isdigit() and int(word) > 0:
-            found.append(int(word))
-        else:
-            raise ResultError(f"--{axis}: must be integers from 1 up with commas between them, was {text!r}")
-    return found
-
-
 def cases_of(args: argparse.Namespace, name: str, dtype: str, depth: int) -> list[OverheadCase]:
     """The preset's cases, or the sweep around what the arguments give. Raises ResultError."""
     preset = PRESETS[args.preset]
     sweeps = preset.sweeps
-    given = {axis: _values(axis, getattr(args, axis)) for axis in AXES if getattr(args, axis)}
+    given = {axis: axis_values(axis, getattr(args, axis)) for axis in AXES if getattr(args, axis)}
     if given:
         base = {**sweeps[0].base, **{axis: values[0] for axis, values in given.items()}}
         base["batch"] = base["batch"] if "batch" in given else max(base["batch"], base["adapters"])
@@ -254,15 +234,17 @@ def cases_of(args: argparse.Namespace, name: str, dtype: str, depth: int) -> lis
     return sorted(dict.fromkeys(cases), key=lambda case: points.index(case.point))
 
 
-def choose(names: str | None, available: dict[str, System]) -> dict[str, System]:
-    """The systems that were asked for, the baseline first; without a wish all but those that are too slow."""
+def choose(
+    names: str | None, available: dict[str, System], baseline: str, unasked: Sequence[str]
+) -> dict[str, System]:
+    """The systems that were asked for, the baseline first; without a wish all but the unasked."""
     if names is None:
-        return {name: system for name, system in available.items() if name not in UNASKED}
+        return {name: system for name, system in available.items() if name not in unasked}
     asked = names.split(",")
     for name in asked:
         if name not in available:
             raise ResultError(f"--systems: unknown {name!r}; allowed are {', '.join(available)}")
-    return {name: available[name] for name in dict.fromkeys([BASELINE, *asked])}
+    return {name: available[name] for name in dict.fromkeys([baseline, *asked])}
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -271,7 +253,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     args.rounds = args.rounds or preset.rounds
     name = args.model or preset.model
     dtype = args.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-    chosen = choose(args.systems, all_systems())
+    chosen = choose(args.systems, all_systems(), BASELINE, UNASKED)
     settings = {"rounds": args.rounds, "seed": args.seed, "model": name, "systems": list(chosen)}
     session = Session("overhead", settings, device, args, console)
     with console.status(f"Building {name} …"):

@@ -42,3 +42,25 @@ def overhead_table(results: Results) -> Table:
             label = ""
         shown.add_section()
     return shown
+
+
+def train_table(results: Results) -> Table:
+    title = f"Training steps on {results.settings['model']}, over one trainable vector"
+    shown = Table(title=title, title_justify="left")
+    for heading in ("case", "system"):
+        shown.add_column(heading, no_wrap=heading == "system")
+    for heading in ("time", "ratio [95%]", "peak memory", "trained"):
+        shown.add_column(heading, justify="right")
+    shown.add_column("verdict")
+    for case in results.cases:
+        label = case.id
+        for name, system in case.systems.items():
+            ratio = "1" if system.ratio is None else interval_text(system.ratio)
+            peak = f"{system.extra['peak_bytes'] / 2**20:.1f} MiB"
+            trained = f"{system.extra['trained_parameters']:,}"
+            shown.add_row(
+                label, name, time_text(system.time.median), ratio, peak, trained, system.verdict or ""
+            )
+            label = ""
+        shown.add_section()
+    return shown

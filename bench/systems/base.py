@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +21,14 @@ BASELINE, CONTROL = "merged LoRA", "merged LoRA (A/A)"
 
 class Unable(Exception):
     """A system can't do a setup; the message says why. The others go on."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences other libraries' warnings and prints while they are imported or set up."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import models
-from .base import BASELINE, Runner, Setup, System, Unable
+from .base import BASELINE, Runner, Setup, System, Unable, quiet
 
 
 def peft_missing() -> str | None:
@@ -35,8 +34,7 @@ def lora(setup: Setup, base: nn.Module, count: int) -> Any:
     from peft import get_peft_model
 
     torch.manual_seed(setup.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
             model = get_peft_model(base, _config(setup), adapter_name="l0")
         except ValueError as error:

@@ -3,45 +3,58 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import models
-from .base import Runner, System, Unable
+from .base import Runner, Setup, System, Unable, quiet
+
+
+def imported() -> Any:
+    """pyreft, without what pyvene prints as it is imported. Raises Unable."""
+    try:
+        with quiet():
+            import pyreft
+    except ImportError as error:
+        raise Unable(f"pyreft can't be imported: {error}") from error
+    return pyreft
+
+
+def interventions(pyreft: Any, setup: Setup, base: nn.Module) -> Any:
+    """pyreft's model on `base`, with the weights of the setup's first adapter."""
+    representations = []
+    for layer, one in zip(setup.layers, setup.adapters[0].interventions):
+        intervention = pyreft.LoreftIntervention(
+            embed_dim=models.width(base), low_rank_dimension=setup.point.rank, dtype=setup.dtype
+        )
+        with torch.no_grad():
+            intervention.rotate_layer.weight = one.R.T.contiguous()
+            intervention.learned_source.weight.copy_(one.W)
+            intervention.learned_source.bias.copy_(one.b)
+        representations.append(
+            {
+                "layer": layer,
+                "component": "block_output",
+                "low_rank_dimension": setup.point.rank,
+                "intervention": intervention,
+            }
+        )
+    with quiet():
+        config = pyreft.ReftConfig(representations=representations)
+        model = pyreft.get_reft_model(base, config, set_device=False)
+    model.set_device(setup.device)
+    return model
 
 
 class PyreftRunner(Runner):
     single = True
 
-    def __init__(self, setup) -> None:
-        import pyreft
-
-        base = models.twin(setup.merged)
-        rank = setup.point.rank
-        representations = []
-        for layer, one in zip(setup.layers, setup.adapters[0].interventions):
-            intervention = pyreft.LoreftIntervention(
-                embed_dim=models.width(base), low_rank_dimension=rank, dtype=setup.dtype
-            )
-            with torch.no_grad():
-                intervention.rotate_layer.weight = one.R.T.contiguous()
-                intervention.learned_source.weight.copy_(one.W)
-                intervention.learned_source.bias.copy_(one.b)
-            representations.append(
-                {
-                    "layer": layer,
-                    "component": "block_output",
-                    "low_rank_dimension": rank,
-                    "intervention": intervention.eval(),
-                }
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = pyreft.ReftConfig(representations=representations)
-            model = pyreft.get_reft_model(base, config, set_device=False)
-        model.set_device(setup.device)
+    def __init__(self, setup: Setup) -> None:
+        pyreft = imported()
+        model = interventions(pyreft, setup, models.twin(setup.merged))
+        model.eval()  # pyvene's returns None
         super().__init__(setup, model)
         self.locations: Any = None
         if not setup.every_position:
@@ -74,7 +87,4 @@ class Pyreft(System):
         return None
 
     def build(self, setup):
-        try:
-            return PyreftRunner(setup)
-        except ImportError as error:
-            raise Unable(f"pyreft can't be imported: {error}") from error
+        return PyreftRunner(setup)
