@@ -1,0 +1,125 @@
+"""torch.compile: generate's compiled decode step under a static cache, and a model compiled by its user.
+
+The traps: a model compiled before it was patched, or while idle, must not go on unedited in silence.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import model_oracle as oracle
+from support.adapters import mixed_adapters
+from support.models import batch_of, make_model, row_alone
+from transformers import CompileConfig
+
+import reft_kernels as rk
+
+pytestmark = pytest.mark.models
+LENGTHS = [8, 3, 6]
+STEPS = 5
+
+
+def add_adapters(model):
+    reft = rk.patch(model)
+    for name, adapter in mixed_adapters(model.config.hidden_size).items():
+        reft.add_adapter(name, adapter)
+    return reft
+
+
+def compiled_tokens(model, batch, **kwargs):
+    """Greedy tokens through a decode step that is really compiled, in one graph, also without a GPU."""
+    config = CompileConfig(fullgraph=True, mode="default", backend="aot_eager")
+    config._compile_all_devices = True
+    out = model.generate(
+        **batch,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        cache_implementation="static",
+        compile_config=config,
+        **kwargs,
+    )
+    return out[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def expected(bare, adapters, batch, names):
+    found = []
+    for row, name in enumerate(names):
+        tokens, _ = oracle.greedy(bare, row_alone(batch, row), adapters.get(name), STEPS)
+        found.append(tokens.tolist())
+    return found
+
+
+def test_compiled_decode_step_through_patching_and_changing_adapters():
+    model, bare = make_model(), make_model()
+    batch = batch_of(LENGTHS)
+    nothing = ["__base__"] * 3
+    assert compiled_tokens(model, batch) == expected(bare, {}, batch, nothing)  # compiled before the patch
+    reft = add_adapters(model)
+    reft.set_adapter(None)
+    adapters = dict(reft.adapters)
+    for names in (
+        nothing,  # compiled while idle, then used for edits
+        ["everywhere", "generated", "__base__"],
+        ["generated", "everywhere", "everywhere"],
+        nothing,
+        ["tied", "untied", "tied"],
+        ["everywhere", "generated", "__base__"],
+    ):
+        assert compiled_tokens(model, batch, adapter_names=names) == expected(bare, adapters, batch, names)
+    reft.delete_adapter("everywhere")
+    assert compiled_tokens(model, batch, adapter_names=["generated"] * 3) == expected(
+        bare, adapters, batch, ["generated"] * 3
+    )
+    rk.unpatch(model)
+    assert compiled_tokens(model, batch) == expected(bare, {}, batch, nothing)
+
+
+def test_decode_steps_do_not_recompile_for_other_rows_of_the_same_adapters():
+    from torch._dynamo.utils import counters
+
+    model = make_model()
+    add_adapters(model)
+    batch = batch_of(LENGTHS)
+    compiled_tokens(model, batch, adapter_names=["everywhere", "generated", "everywhere"])
+    compiled_tokens(model, batch, adapter_names=["everywhere", "everywhere", "generated"])
+    before = counters["stats"]["unique_graphs"]
+    compiled_tokens(model, batch, adapter_names=["generated", "everywhere", "everywhere"])
+    compiled_tokens(
+        model, batch_of([5, 5, 2], seed=9), adapter_names=["generated", "everywhere", "everywhere"]
+    )
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("when", ["before the patch", "after the patch"])
+def test_a_model_that_its_user_compiles(when):
+    model, bare = make_model(), make_model()
+    batch = batch_of(LENGTHS)
+    names = ["everywhere", "untied", "__base__"]
+    compiled = torch.compile(model, backend="aot_eager") if when == "before the patch" else None
+    if compiled is not None:
+        with torch.no_grad():
+            compiled(**batch)
+    add_adapters(model)
+    if compiled is None:
+        compiled = torch.compile(model, backend="aot_eager")
+    for given in (names, ["__base__"] * 3, names[::-1]):
+        with torch.no_grad():
+            logits = compiled(**batch, adapter_names=given).logits
+        for row, name in enumerate(given):
+            want = oracle.forward(bare, row_alone(batch, row), model.reft.adapters.get(name))
+            got = logits[row][batch["attention_mask"][row].bool()]
+            torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+
+
+def test_a_compiled_forward_method():
+    """`model.forward = torch.compile(model.forward)` wraps ours; unpatching leaves a working model."""
+    model, bare = make_model(), make_model()
+    batch = batch_of(LENGTHS)
+    reft = add_adapters(model)
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    with torch.no_grad():
+        got = model(**batch, adapter_names=["everywhere"] * 3).logits
+        want = oracle.forward(bare, row_alone(batch, 0), reft.adapters["everywhere"])
+        torch.testing.assert_close(got[0][batch["attention_mask"][0].bool()], want, atol=2e-4, rtol=1e-4)
+        rk.unpatch(model)
+        torch.testing.assert_close(model(**batch).logits, bare(**batch).logits)
