@@ -59,6 +59,20 @@ def product(a, b, acc, FULL: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """float32 to DTYPE, to nearest, ties to even."""
+    if _INTERPRETING and DTYPE == tl.bfloat16:
+        # The interpreter truncates, and gets subnormals wrong: round by the bits. NaN stays a NaN.
+        bits = x.to(tl.int32, bitcast=True)
+        carried = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x == x, carried, bits | 0x400000)
+        out = (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        out = x.to(DTYPE)
+    return out
+
+
+@triton.jit
 def tile_rows(rows, start, count, n_rows):
     """Rows [T] of a tile and which of them are to be edited (not padding, not beyond h)."""
     lane = tl.arange(0, _TILE)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .activations import slope
-from .blocks import _TILE, activated, pool_range, pre_activation, product, scalar_kind, tile_rows
+from .blocks import _TILE, activated, pool_range, pre_activation, product, rounded, scalar_kind, tile_rows
 
 _POOL_BLOCK = tl.constexpr(16)
 _KEPT = tl.constexpr(64)  # columns of the kept p and v
@@ -90,7 +90,7 @@ def _rows_by_products(
             g = tl.load(g_rows + col, mask=inside, other=0.0)  # [16, B]
             d = tl.load(down + pool_rows + col, mask=has_down[:, None] & (col < D), other=0.0)  # [R, B]
             delta = product(p, d, tl.zeros((_TILE, UP_BLOCK), tl.float32), FULL)
-            tl.store(dh_rows + col, (g.to(tl.float32) + delta).to(g.dtype), mask=inside)
+            tl.store(dh_rows + col, rounded(g.to(tl.float32) + delta, g.dtype), mask=inside)
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def _rows_by_rows(
                     z = tl.sum(x.to(tl.float32) * d, 0) + c
                     p = slope(z, code) * tl.sum(g.to(tl.float32) * u, 0)
                     total += p * d
-            tl.store(dh + row * D + col, total.to(g.dtype), mask=inside)
+            tl.store(dh + row * D + col, rounded(total, g.dtype), mask=inside)
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def pool_kernel(
 
     out = (pool_row * D)[:, None] + col
     inside = (pool_row < n_pool)[:, None] & (col < D)
-    tl.store(ddown + out, total_d.to(ddown.dtype.element_ty), mask=inside)
-    tl.store(dup + out, total_u.to(dup.dtype.element_ty), mask=inside)
+    tl.store(ddown + out, rounded(total_d, ddown.dtype.element_ty), mask=inside)
+    tl.store(dup + out, rounded(total_u, dup.dtype.element_ty), mask=inside)
     if tl.program_id(1) == 0:
         tl.store(dbias + pool_row, total_c, mask=pool_row < n_pool)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .blocks import _TILE, activated, pool_range, pre_activation, product, scalar_kind, tile_rows
+from .blocks import _TILE, activated, pool_range, pre_activation, product, rounded, scalar_kind, tile_rows
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _edit_by_products(
         x = tl.load(h_rows + col, mask=inside, other=0.0)  # [16, B]
         u = tl.load(up + pool_rows + col, mask=live[:, None] & (col < D), other=0.0)  # [R, B]
         delta = product(v, u, tl.zeros((_TILE, UP_BLOCK), tl.float32), FULL)
-        tl.store(h_rows + col, (x.to(tl.float32) + delta).to(x.dtype), mask=inside)
+        tl.store(h_rows + col, rounded(x.to(tl.float32) + delta, x.dtype), mask=inside)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _edit_by_rows(
                     z += tl.sum(x.to(tl.float32) * d.to(tl.float32), 0)
                 u = tl.load(up + (first + r) * D + col, mask=inside, other=0.0)
                 total += activate(z, code) * u.to(tl.float32)
-            tl.store(h + row * row_stride + col, total.to(x.dtype), mask=inside)
+            tl.store(h + row * row_stride + col, rounded(total, x.dtype), mask=inside)
 
 
 @triton.jit
