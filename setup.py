@@ -52,7 +52,9 @@ def _cpu_library() -> Library:
     if platform.machine().lower() in ("x86_64", "amd64"):
         avx2 = ["-mavx2", "-mfma", "-mf16c"]
         sources["csrc/cpu/isa_avx2.cpp"] = avx2
-        sources["csrc/cpu/isa_avx512.cpp"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+        avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+        sources["csrc/cpu/isa_avx512.cpp"] = avx512
+        sources["csrc/cpu/isa_avx512_bf16.cpp"] = [*avx512, "-mavx512bf16"]
     # No contraction: a compiler that fuses a product and a sum in one block size and not in another
     # would make a row's bits depend on its neighbours.
     flags = ["-Icsrc/cpu", "-ffp-contract=off", "-fvisibility=hidden"]

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 
 namespace reft {
@@ -17,8 +18,6 @@ std::string shape_of(const Tensor& tensor) {
   }
   return text + "]";
 }
-
-int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 void check_tensor(const Tensor& tensor, const char* name, int64_t dim, int64_t last) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": must be on the CPU, as h is");
@@ -141,6 +140,14 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
   out.tile_count = tiles.size(0);
   out.segments = spans.size(0);
 
+  const int64_t pool_bytes = out.pool_rows * h.d * (out.pool.dtype == Dtype::f32 ? 4 : 2);
+  const Region regions[] = {
+      {"down", out.pool.down, pool_bytes},        {"up", out.pool.up, pool_bytes},
+      {"bias", out.pool.bias, 4 * out.pool_rows}, {"kind", out.pool.kind, 4 * out.pool_rows},
+      {"rows", out.plan.rows, 4 * out.positions}, {"tiles", out.plan.tiles, 12 * out.tile_count},
+      {"spans", out.plan.spans, 8 * out.segments}};
+  std::copy(std::begin(regions), std::end(regions), out.regions);
+
   int64_t highest = -1;
   for (int64_t i = 0; i < out.positions; ++i) {
     highest = std::max<int64_t>(highest, out.plan.rows[i]);
@@ -172,14 +179,16 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
   return out;
 }
 
-void check_apart(const Rows& h, const Tensor& other, const char* name) {
-  const int64_t size = element_size(h.dtype);
+void check_apart(const Rows& h, const Checked& checked) {
+  if (h.count == 0) return;
   const char* first = static_cast<const char*>(h.matrix.data);
-  const char* last = first + ((h.count - 1) * h.matrix.stride + h.d) * size;
-  const char* begin = static_cast<const char*>(other.const_data_ptr());
-  const char* end = begin + other.numel() * static_cast<int64_t>(other.element_size());
-  STD_TORCH_CHECK(h.count == 0 || begin == end || end <= first || last <= begin,
-                  "h: shares memory with ", name, ", so it can't be edited in place");
+  const char* last =
+      first + ((h.count - 1) * h.matrix.stride + h.d) * (h.dtype == Dtype::f32 ? 4 : 2);
+  for (const Region& region : checked.regions) {
+    const char* begin = static_cast<const char*>(region.data);
+    STD_TORCH_CHECK(region.bytes == 0 || begin + region.bytes <= first || last <= begin,
+                    "h: shares memory with ", region.name, ", so it can't be edited in place");
+  }
 }
 
 }  // namespace reft

@@ -33,11 +33,19 @@ Rows readable_rows(const Tensor& tensor, const char* name, Tensor* holder);
 // another.
 Rows writable_rows(const Tensor& h);
 
+// Memory that the kernels read while they write h.
+struct Region {
+  const char* name;
+  const void* data;
+  int64_t bytes;
+};
+
 // The pool and the plan, checked against rows of width d and dtype `dtype`, of which there are
 // `count`.
 struct Checked {
   Pool pool;
   Plan plan;
+  Region regions[7];
   int64_t pool_rows;
   int64_t positions;  // n, the length of `rows`
   int64_t tile_count;
@@ -49,7 +57,7 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
                             const Tensor& kind, const Tensor& rows, const Tensor& tiles,
                             const Tensor& spans, const Rows& h);
 
-// Refuses h that shares memory with a tensor that the kernels read while they write h.
-void check_apart(const Rows& h, const Tensor& other, const char* name);
+// Refuses h that shares memory with the pool or the plan.
+void check_apart(const Rows& h, const Checked& checked);
 
 }  // namespace reft

@@ -52,13 +52,7 @@ void intervene_(Tensor h, const Tensor& down, const Tensor& up, const Tensor& bi
                 const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans) {
   const Rows view = writable_rows(h);
   const Checked checked = check_pool_and_plan(down, up, bias, kind, rows, tiles, spans, view);
-  check_apart(view, down, "down");
-  check_apart(view, up, "up");
-  check_apart(view, bias, "bias");
-  check_apart(view, kind, "kind");
-  check_apart(view, rows, "rows");
-  check_apart(view, tiles, "tiles");
-  check_apart(view, spans, "spans");
+  check_apart(view, checked);
   run_forward(view, checked);
 }
 

@@ -133,6 +133,7 @@ struct IsaChoice {
 const IsaChoice& select_isa();
 
 #ifdef __x86_64__
+extern const Isa kAvx512Bf16;
 extern const Isa kAvx512;
 extern const Isa kAvx2;
 #endif

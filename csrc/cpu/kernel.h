@@ -18,26 +18,51 @@ constexpr int kWide = Vec::kBlock;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// What `project` and `expand` step through d by: Vec, unless a vector type of the instruction set's
+// own declares itself for the two element types.
+template <class X, class W>
+Vec unit_of(X, W);
+
+inline Vec dot(const Vec& a, const Vec& b, const Vec& sum) { return fma(a, b, sum); }
+
+template <class V, class T>
+inline V get(const T* p) {
+  if constexpr (V::kLanes == Vec::kLanes) {
+    return load(p);
+  } else {
+    return load_pair(p);
+  }
+}
+template <class V, class T>
+inline V get(const T* p, int64_t n) {
+  if constexpr (V::kLanes == Vec::kLanes) {
+    return load_part(p, n);
+  } else {
+    return load_pair(p, n);
+  }
+}
+
 // z[r][m] = w_r · x_m for M rows and R pool rows; z is [.., kTile].
 template <int M, int R, class X, class W>
 void dot_block(const X* const* x, const W* const* w, int64_t d, float* const* z) {
+  using V = decltype(unit_of(X{}, W{}));
   Vec sums[R][M];
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) sums[r][m] = zero();
-  const auto step = [&](auto get) {
-    Vec xs[M];
-    for (int m = 0; m < M; ++m) xs[m] = get(x[m]);
+  const auto step = [&](auto read) {
+    V xs[M];
+    for (int m = 0; m < M; ++m) xs[m] = read(x[m]);
     for (int r = 0; r < R; ++r) {
-      const Vec ws = get(w[r]);
-      for (int m = 0; m < M; ++m) sums[r][m] = fma(ws, xs[m], sums[r][m]);
+      const V ws = read(w[r]);
+      for (int m = 0; m < M; ++m) sums[r][m] = dot(ws, xs[m], sums[r][m]);
     }
   };
   int64_t j = 0;
-  for (; j + Vec::kLanes <= d; j += Vec::kLanes) {
-    step([j](const auto* row) { return load(row + j); });
+  for (; j + V::kLanes <= d; j += V::kLanes) {
+    step([j](const auto* row) { return get<V>(row + j); });
   }
   if (j < d) {
-    step([j, d](const auto* row) { return load_part(row + j, d - j); });
+    step([j, d](const auto* row) { return get<V>(row + j, d - j); });
   }
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) z[r][m] = sum(sums[r][m]);
@@ -80,56 +105,57 @@ void project(const X* const* x, int64_t count, const W* w, const int32_t* kind, 
   }
 }
 
-// to_m[j] = from_m[j] + Σ_r v[r][m] w_r[j] for M rows, and for V vectors of j or, if V is 0, the
-// last `part` elements. The sum comes first, so that it is rounded at its own magnitude and not at
-// h's.
-template <int M, int V, class H, class W>
+// to_m[j] = from_m[j] + Σ_r v[r][m] w_r[j] for M rows, and for N units of j or, if N is 0, the last
+// `part` elements. The sum comes first, so that it is rounded at its own magnitude and not at h's.
+template <int M, int N, class H, class W>
 void expand_block(const H* const* from, H* const* to, const W* w, const int32_t* kind, int64_t rank,
                   int64_t d, const float* v, int64_t j, int64_t part) {
-  constexpr int kVectors = V ? V : 1;
-  Vec sums[M][kVectors];
+  using V = decltype(unit_of(H{}, W{}));
+  constexpr int kUnits = N ? N : 1;
+  typename V::Sum sums[M][kUnits];
   for (int m = 0; m < M; ++m)
-    for (int i = 0; i < kVectors; ++i) sums[m][i] = zero();
+    for (int i = 0; i < kUnits; ++i) sums[m][i] = typename V::Sum{};
   for (int64_t r = 0; r < rank; ++r) {
     if (kind != nullptr && (kind[r] & kNoProduct)) continue;
     const W* row = w + r * d + j;
-    Vec ws[kVectors];
-    for (int i = 0; i < kVectors; ++i)
-      ws[i] = V ? load(row + i * Vec::kLanes) : load_part(row, part);
+    V ws[kUnits];
+    for (int i = 0; i < kUnits; ++i) ws[i] = N ? get<V>(row + i * V::kLanes) : get<V>(row, part);
     for (int m = 0; m < M; ++m) {
       const Vec vs = broadcast(v[r * kTile + m]);
-      for (int i = 0; i < kVectors; ++i) sums[m][i] = fma(vs, ws[i], sums[m][i]);
+      for (int i = 0; i < kUnits; ++i) sums[m][i] = fma(vs, ws[i], sums[m][i]);
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t at = j + i * Vec::kLanes;
-      if (V) {
-        store(to[m] + at, add(load(from[m] + at), sums[m][i]));
+    for (int i = 0; i < kUnits; ++i) {
+      const int64_t at = j + i * V::kLanes;
+      if (N) {
+        store(to[m] + at, add(get<V>(from[m] + at), sums[m][i]));
       } else {
-        store_part(to[m] + at, add(load_part(from[m] + at, part), sums[m][i]), part);
+        store_part(to[m] + at, add(get<V>(from[m] + at, part), sums[m][i]), part);
       }
     }
   }
 }
 
-template <int V, class H, class W>
+template <int N, class H, class W>
 void expand_rows(const H* const* from, H* const* to, int64_t count, const W* w, const int32_t* kind,
                  int64_t rank, int64_t d, const float* v, int64_t j, int64_t part) {
   int64_t m = 0;
   for (; m + kRowBlock <= count; m += kRowBlock)
-    expand_block<kRowBlock, V>(from + m, to + m, w, kind, rank, d, v + m, j, part);
-  for (; m < count; ++m) expand_block<1, V>(from + m, to + m, w, kind, rank, d, v + m, j, part);
+    expand_block<kRowBlock, N>(from + m, to + m, w, kind, rank, d, v + m, j, part);
+  for (; m < count; ++m) expand_block<1, N>(from + m, to + m, w, kind, rank, d, v + m, j, part);
 }
 
 // to_m = from_m + Σ_r v[r][m] w_r, without the rows of w that have no product if `kind` is given.
 template <class H, class W>
 void expand(const H* const* from, H* const* to, int64_t count, const W* w, const int32_t* kind,
             int64_t rank, int64_t d, const float* v) {
+  using V = decltype(unit_of(H{}, W{}));
+  constexpr int kUnits = kWide * Vec::kLanes / V::kLanes;
   int64_t j = 0;
-  for (; j + kWide * Vec::kLanes <= d; j += kWide * Vec::kLanes)
-    expand_rows<kWide>(from, to, count, w, kind, rank, d, v, j, 0);
-  for (; j + Vec::kLanes <= d; j += Vec::kLanes)
+  for (; j + kUnits * V::kLanes <= d; j += kUnits * V::kLanes)
+    expand_rows<kUnits>(from, to, count, w, kind, rank, d, v, j, 0);
+  for (; j + V::kLanes <= d; j += V::kLanes)
     expand_rows<1>(from, to, count, w, kind, rank, d, v, j, 0);
   if (j < d) expand_rows<0>(from, to, count, w, kind, rank, d, v, j, d - j);
 }

@@ -1,4 +1,4 @@
-// Eight floats. Included inside one translation unit only, in a namespace of its own.
+// Eight floats. All names are local to the file that includes this.
 #pragma once
 
 #include <immintrin.h>
@@ -10,6 +10,7 @@ namespace reft {
 namespace {
 
 struct Vec {
+  using Sum = Vec;
   static constexpr int64_t kLanes = 8;
   static constexpr int kBlock = 2;  // block edge: 4 x 2 sums fit the registers
   __m256 x;

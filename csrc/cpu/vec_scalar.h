@@ -10,6 +10,7 @@ namespace reft {
 namespace {
 
 struct Vec {
+  using Sum = Vec;
   static constexpr int64_t kLanes = 8;
   static constexpr int kBlock = 2;  // block edge: 4 x 2 sums fit the registers
   float x[kLanes];

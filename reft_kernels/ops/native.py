@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
 
 from . import schema
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-
-#: Why the compiled CPU library is not there; None when it is loaded.
-cpu_missing: str | None = "not loaded"
+_CPU_LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "reft_kernels_cpu.so"
 
 
-def _load(stem: str) -> str | None:
-    """Loads reft_kernels/lib/<stem>.so; returns why that failed, or None."""
-    path = _PACKAGE / "lib" / f"{stem}.so"
+def _load(path: Path) -> str | None:
+    """Loads a compiled library; returns why that failed, or None."""
     if not path.exists():
         return f"{path.name} was not built (no C++ compiler when the package was installed?)"
     try:
@@ -26,5 +23,27 @@ def _load(stem: str) -> str | None:
     return None
 
 
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "scalar".
+
+    None where the library is missing (`cpu_missing` says why). The best one that the machine has, or the
+    one that the environment variable REFT_KERNELS_CPU_ISA names, read once.
+
+    Raises:
+        RuntimeError: REFT_KERNELS_CPU_ISA names none of them, or one that this machine lacks.
+    """
+    if cpu_missing is not None:
+        return None
+    function = ctypes.CDLL(str(_CPU_LIBRARY)).reft_kernels_cpu_isa
+    function.restype = ctypes.c_char_p
+    error = ctypes.c_char_p()
+    name = function(ctypes.byref(error))
+    if name is None:
+        raise RuntimeError((error.value or b"").decode())
+    return name.decode()
+
+
 assert schema.NAMESPACE == "reft_kernels"  # the name that the compiled library registers under
-cpu_missing = _load("reft_kernels_cpu")
+
+#: Why the compiled CPU library is not there; None when it is loaded.
+cpu_missing: str | None = _load(_CPU_LIBRARY)
