@@ -14,6 +14,8 @@ COMMANDS = {
     "kernels": (".kernels.run", True, "the op alone, beside torch's own ways and the machine's floor"),
     "overhead": (".overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
     "train": (".train", True, "training steps: time and peak memory, beside PEFT's LoRA and pyreft"),
+    "report": (".report", False, "tables and plots of a folder of results"),
+    "compare": (".compare", False, "what got slower between two runs; exit status 1 if anything did"),
 }
 
 #: Columns where the output is no terminal (a file, a log).

@@ -16,6 +16,10 @@ from .systems.ours import OursRunner
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
+#: Least share of greedy tokens that must be the reference's in float32. (One near tie turns the rest of its
+#: row, and in half precision of most rows, so there the share is recorded and nothing is asked of it.)
+AGREEMENT = 0.75
+
 Outputs = tuple[Tensor, ...]
 
 
@@ -38,6 +42,7 @@ class References:
         self.setup = setup
         self._bare: dict[str, Outputs] = {}
         self._wanted: dict[tuple[str, bool], Outputs] = {}
+        self._tokens: dict[tuple[bool, int], Tensor] = {}
 
     def bare(self, family: str) -> Outputs:
         """Without any adapter, on the weights that this family of systems runs on."""
@@ -82,3 +87,18 @@ class References:
             size = (theirs - origin).norm().item()
             worst = max(worst, (mine - theirs).norm().item() / max(size, 1e-30))
         return worst
+
+    @torch.no_grad()
+    def agreement(self, runner: Runner, tokens: int) -> float:
+        """Share of the generated tokens that are the reference backend's; for ReFT systems."""
+        key = (runner.single, tokens)
+        if key not in self._tokens:
+            reference = OursRunner(self.setup, "reference", runner.single)
+            with reference.context():
+                self._tokens[key] = reference.generate(tokens)
+        with runner.context():
+            got = runner.generate(tokens)
+        wanted = self._tokens[key]
+        if got.shape != wanted.shape:
+            return 0.0
+        return (got == wanted)[:, self.setup.point.prompt :].float().mean().item()

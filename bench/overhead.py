@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from . import attribution, models, record, stats
-from .correctness import TOLERANCE, References
+from .correctness import AGREEMENT, TOLERANCE, References
 from .presets import AXES, PHASES, PRESETS, Sweep
 from .record import CaseResult, ResultError
 from .session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
@@ -59,6 +59,7 @@ class Group:
     """The runners of a point, which its phases share. errors: of those that are right."""
 
     setup: Setup
+    references: References
     runners: dict[str, Runner]
     errors: dict[str, float | None]
     left_out: dict[str, str]
@@ -79,14 +80,13 @@ class Bench:
         setup = Setup(self.model, point, self.args.seed)
         if peft_missing() is None:
             setup.merged = merge(setup)
-        group = Group(setup, {}, {}, {})
-        references = References(setup)
+        group = Group(setup, References(setup), {}, {}, {})
         for name, system in self.chosen.items():
             reason = system.why_not(setup)
             if reason is None:
                 try:
                     runner = system.build(setup)
-                    reason = self._admit(group, references, name, system, runner)
+                    reason = self._admit(group, name, system, runner)
                 except Unable as error:
                     reason = str(error)
                 except Exception as error:  # a peer that breaks must not end the run
@@ -96,14 +96,12 @@ class Bench:
                 self.session.note(f"{name}: {reason}")
         return group
 
-    def _admit(
-        self, group: Group, references: References, name: str, system: System, runner: Runner
-    ) -> str | None:
+    def _admit(self, group: Group, name: str, system: System, runner: Runner) -> str | None:
         """Lets a runner in that gives the right logits; returns why not."""
         try:
-            error = references.error(runner, system.family, decode=True)
+            error = group.references.error(runner, system.family, decode=True)
         except Unable:
-            error = references.error(runner, system.family, decode=False)
+            error = group.references.error(runner, system.family, decode=False)
         allowed = TOLERANCE[group.setup.dtype]
         if not error <= allowed:
             return f"wrong: error {error:.2g} of what the adapters change, allowed {allowed:g}"
@@ -116,6 +114,15 @@ class Bench:
             self._group, self._point = self._build(point), point
         assert self._group is not None
         return self._group
+
+    def _agreement(self, group: Group, name: str, case: OverheadCase) -> dict[str, Any]:
+        """Share of tokens that are the reference's. Raises LeftOut where too few are."""
+        if case.phase != "generate" or self.chosen[name].family != "reft":
+            return {}
+        share = group.references.agreement(group.runners[name], case.new_tokens)
+        if group.setup.dtype is torch.float32 and share < AGREEMENT:
+            raise LeftOut(f"wrong: {share:.0%} of its tokens are the reference's, {AGREEMENT:.0%} asked for")
+        return {"token_agreement": share}
 
     def _candidate(self, name: str, runner: Runner, case: OverheadCase) -> Candidate:
         if case.phase == "prefill":
@@ -138,11 +145,14 @@ class Bench:
             raise LeftOut(str(error)) from error
         left_out = dict(group.left_out)
         candidates: dict[str, Candidate] = {}
+        agreements: dict[str, dict[str, Any]] = {}
         for name, runner in group.runners.items():
             try:
+                agreements[name] = self._agreement(group, name, case)
                 candidates[name] = self._candidate(name, runner, case)
             except LeftOut as reason:
                 left_out[name] = str(reason)
+                self.session.note(f"{case.phase}: {name}: {reason}")
         if BASELINE not in candidates:
             raise LeftOut(f"the baseline {BASELINE!r} can't be measured: {left_out.get(BASELINE)}")
         twin = Runner(group.setup, models.twin(group.setup.merged))
@@ -152,6 +162,7 @@ class Bench:
         found = record.summarize(samples, BASELINE, CONTROL, group.errors)
         for name, runner in group.runners.items():
             if name in found:
+                found[name].extra |= agreements[name]
                 found[name].extra |= self._extra(case, runner, samples[name], samples[BASELINE])
             if name in found and runner.attributed:
                 found[name].extra |= self._attributed(candidates[name], runner, samples[BASELINE])

@@ -1,0 +1,201 @@
+"""The command `reft-bench report DIR`: Markdown tables and PNG plots of what was recorded there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from . import plots, record
+from .record import CaseResult, ResultError, Results
+from .tables import attributed_text, interval_text, time_text
+
+REPORT = "report.md"
+
+#: Cases in one forest plot.
+MOST_PANELS = 12
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def _machine(results: Results) -> str:
+    facts = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    device = facts["gpu"]["name"] if facts["gpu"] else facts["cpu"]["model"]
+    features = " ".join(facts["cpu"]["features"])
+    state = "complete" if results.finished else "interrupted"
+    return (
+        f"{device}, {facts['cpu']['cores']} CPU cores ({features}), {facts['threads']} threads. {versions}. "
+        f"Commit {facts['commit'] or 'unknown'}. {results.settings['rounds']} interleaved rounds, "
+        f"started {results.started}, {state}.\n"
+    )
+
+
+def _ratio(case: CaseResult, name: str) -> str:
+    system = case.systems[name]
+    if system.ratio is None:
+        return "1"
+    text = interval_text(system.ratio)
+    return f"{text}, {system.verdict}" if system.verdict == "not distinguishable" else text
+
+
+def _kernels(results: Results) -> str:
+    rows = []
+    for case in results.cases:
+        p = case.params
+        label = [
+            p["direction"],
+            p["dtype"],
+            str(p["rows"]),
+            str(p["width"]),
+            str(p["rank"]),
+            f"{p['adapters']} {p['mix']}",
+        ]
+        for name, system in case.systems.items():
+            fraction = system.extra.get("floor_fraction")
+            floor = ["", ""]
+            if fraction is not None and case.floor is not None:
+                floor = [f"{fraction:.0%}", f"{case.floor['moved_bytes'] / 1e6:.2f}"]
+            rows.append([*label, name, f"{system.time.median * 1e6:.1f}", _ratio(case, name), *floor])
+            label = [""] * len(label)
+    headings = ["direction", "dtype", "T", "d", "rank", "adapters", "system", "µs a call"]
+    headings += ["ratio over eager [95%]", "of the floor", "MB moved"]
+    return _markdown(headings, rows)
+
+
+def _overhead(results: Results) -> str:
+    rows = []
+    for case in results.cases:
+        p = case.params
+        phase = f"{p['phase']} of {p['new_tokens']}" if p["new_tokens"] else p["phase"]
+        label = [
+            phase,
+            *(str(p[key]) for key in ("batch", "prompt", "rank", "layers", "positions", "adapters")),
+        ]
+        for name, system in case.systems.items():
+            served = system.extra.get("adapters_served")
+            shown = f"{name} (one adapter)" if served == 1 != p["adapters"] and system.ratio else name
+            rate = system.extra.get("tokens_per_s")
+            cells = [time_text(system.time.median), _ratio(case, name), attributed_text(system)]
+            rows.append([*label, shown, *cells, "" if rate is None else f"{rate:.0f}"])
+            label = [""] * len(label)
+    headings = ["phase", "batch", "prompt", "rank", "layers", "positions", "adapters", "system", "time"]
+    return _markdown([*headings, "ratio [95%]", "attributed [95%]", "tokens/s"], rows)
+
+
+def _train(results: Results) -> str:
+    rows = []
+    for case in results.cases:
+        p = case.params
+        label = [
+            str(p["batch"]),
+            f"{p['prompt']}+{p['completion']}",
+            str(p["rank"]),
+            str(p["layers"]),
+            p["positions"],
+        ]
+        for name, system in case.systems.items():
+            peak = f"{system.extra['peak_bytes'] / 2**20:.1f}"
+            trained = f"{system.extra['trained_parameters']:,}"
+            rows.append([*label, name, time_text(system.time.median), _ratio(case, name), peak, trained])
+            label = [""] * len(label)
+    headings = ["batch", "tokens", "rank", "layers", "positions", "system", "step", "ratio [95%]"]
+    return _markdown([*headings, "peak memory (MiB)", "trained parameters"], rows)
+
+
+def _overhead_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
+    drawn = []
+    for axis in ("rank", "layers", "positions", "prompt", "batch"):
+        swept = plots.lines(results, axis)
+        if swept:
+            path = folder / f"overhead-{axis}.png"
+            drawn.append((f"Overhead against {plots.AXIS_LABELS[axis]}", plots.overhead_lines(swept, path)))
+    swept = plots.lines(results, "adapters")
+    if swept:
+        drawn.append(
+            ("Throughput against distinct adapters", plots.throughput(swept, folder / "throughput.png"))
+        )
+    for start in range(0, len(results.cases), MOST_PANELS):
+        cases = results.cases[start : start + MOST_PANELS]
+        path = folder / f"overhead-{start // MOST_PANELS + 1}.png"
+        drawn.append(("Every system in each case", plots.forest(results, path, cases)))
+    return drawn
+
+
+def _kernel_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
+    if not plots.kernel_lines(results):
+        return []
+    return [
+        ("Time of a call", plots.kernels(results, folder / "kernels-time.png", False)),
+        ("Fraction of the floor reached", plots.kernels(results, folder / "kernels-floor.png", True)),
+    ]
+
+
+def _train_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
+    return [("Training steps", plots.training(results, folder / "train.png"))] if results.cases else []
+
+
+KINDS: dict[str, tuple[str, Any, Any]] = {
+    "kernels": ("The op alone", _kernels, _kernel_plots),
+    "overhead": ("Overhead over merged LoRA", _overhead, _overhead_plots),
+    "train": ("Training", _train, _train_plots),
+}
+
+
+def section(results: Results, folder: Path, base: Path, with_plots: bool) -> str:
+    """The Markdown of one result file; its plots are drawn into `folder` and linked from `base`."""
+    title, tabulate, draw = KINDS[results.command]
+    model = f" on {results.settings['model']}" if "model" in results.settings else ""
+    parts = [f"## {title}{model}\n", _machine(results)]
+    if results.ceilings:
+        parts.append(_ceilings(results))
+    if results.notes:
+        parts.append("Left out:\n\n" + "\n".join(f"- {note}" for note in results.notes) + "\n")
+    if with_plots:
+        for text, path in draw(results, folder):
+            parts.append(f"![{text}]({path.relative_to(base).as_posix()})\n")
+    parts.append(tabulate(results))
+    return "\n".join(parts)
+
+
+def _ceilings(results: Results) -> str:
+    found = next(iter(results.ceilings.values()))
+    copies = found["copy_bytes_per_s"]
+    rates = ", ".join(f"{rate / 1e9:.1f} GB/s at {int(size) / 1e6:.2f} MB" for size, rate in copies.items())
+    matrix = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s in {dtype.removeprefix('torch.')}"
+        for dtype, rate in found["matrix_operations_per_s"].items()
+    )
+    empty = found["empty_call_s"] * 1e6
+    return (
+        f"Measured in the same run: copy {rates}; matrix product {matrix}; an empty op call {empty:.2f} µs.\n"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="a folder with results.json in it or below")
+    parser.add_argument("--no-plots", action="store_true", help="tables only")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    files = record.find(args.folder)
+    base = args.folder if args.folder.is_dir() else args.folder.parent
+    reason = "--no-plots was given" if args.no_plots else plots.missing()
+    if reason is not None:
+        console.print(f"[yellow]note:[/] {reason}", highlight=False)
+    record.prepare_folder(base)
+    sections = ["# Results of reft-bench\n"]
+    for file in files:
+        results = record.load(file)
+        if results.command not in KINDS:
+            raise ResultError(f"{file}: unknown command {results.command!r}")
+        sections.append(section(results, file.parent, base, reason is None))
+    (base / REPORT).write_text("\n".join(sections))
+    console.print(f"Written: {base / REPORT}", highlight=False)
+    return 0
