@@ -49,7 +49,7 @@ def find_blocks(model: nn.Module) -> Blocks:
             ):
                 found.append((parent, child))
     if len(found) > 1 and hasattr(model, "get_decoder") and not getattr(config, "is_encoder_decoder", False):
-        decoder = model.get_decoder()
+        decoder = model.get_decoder()  # type: ignore[operator]
         found = [pair for pair in found if pair[0] is decoder] or found
     if not found:
         raise NotPatchable(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -47,6 +47,17 @@ class GenerateScope:
         self.names, self.selection, self.owners, self.seen = names, selection, owners, seen
         self.pending: Pending | None = None
         self.decode: tuple[tuple, BatchPlan | None] | None = None
+        self._held: Any = None
+
+    def hold(self, lock: Any) -> None:
+        """Keeps the model to this generate until it ends."""
+        if self._held is None:
+            lock.acquire()
+            self._held = lock
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._held.release()
 
 
 class _Scopes(threading.local):
@@ -70,7 +81,7 @@ class State:
         return {}  # deepcopy and pickle of a patched model: nothing is under way in the copy
 
     def __setstate__(self, _: dict) -> None:
-        self.__init__()
+        self.__init__()  # type: ignore[misc]
 
     def __reduce__(self):
         return (State, ())
@@ -87,7 +98,9 @@ class State:
             yield
         finally:
             _scopes.stack.pop()
-            self.plan, self.prepared = None, False
+            if scope._held is not None:
+                self.plan, self.prepared = None, False
+            scope.close()
 
     @contextlib.contextmanager
     def using(self, plan: BatchPlan | None) -> Iterator[None]:
