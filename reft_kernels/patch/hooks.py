@@ -5,7 +5,6 @@ All are objects rather than closures, so that a deepcopy or a pickle of the mode
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +96,9 @@ def attach(reft: Reft, state: State, key: SiteKey, module: nn.Module) -> Any:
 class StackHook:
     """Pre-hook of the stack of blocks: makes the plan where the model's forward was passed by."""
 
-    def __init__(self, reft: Reft, state: State) -> None:
+    def __init__(self, reft: Reft, state: State, stack: nn.Module) -> None:
         self.reft, self.state = reft, state
+        self.parameters = _parameters_of(stack.forward)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.state.depth or torch.compiler.is_compiling():
@@ -107,12 +107,11 @@ class StackHook:
         if changed:
             kwargs = dict(kwargs)
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
-        call = {**dict(zip(_parameters_of(module.forward), args)), **kwargs} if args else kwargs
+        call = {**dict(zip(self.parameters, args)), **kwargs} if args else kwargs
         self.state.plan = self.reft._plan_forward(call, names, lengths)
         return (args, kwargs) if changed else None
 
 
-@functools.lru_cache(maxsize=256)
 def _parameters_of(function: Any) -> tuple[str, ...]:
     """Names of a bound method's parameters, in order."""
     return tuple(inspect.signature(function).parameters)
@@ -122,8 +121,13 @@ class _Wrapper:
     """Stands for a method on the instance; `original` is what was there."""
 
     def __init__(self, reft: Reft, state: State, original: Any) -> None:
-        functools.update_wrapper(self, original)
         self.reft, self.state, self.original = reft, state, original
+        self.parameters = _parameters_of(original)
+        self.__name__, self.__doc__ = original.__name__, original.__doc__
+
+    @property
+    def __wrapped__(self) -> Any:  # inspect.signature looks here
+        return self.original
 
 
 class Forward(_Wrapper):
@@ -151,7 +155,7 @@ class Forward(_Wrapper):
 
     def _plan(self, args: tuple, kwargs: dict[str, Any]) -> BatchPlan | None:
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
-        call = {**dict(zip(_parameters_of(self.__wrapped__), args)), **kwargs} if args else kwargs
+        call = {**dict(zip(self.parameters, args)), **kwargs} if args else kwargs
         scope = self.state.scope
         if scope is not None and names is None:
             pending, scope.pending = scope.pending, None
@@ -163,7 +167,7 @@ class Forward(_Wrapper):
 class PrepareInputs(_Wrapper):
     """`prepare_inputs_for_generation`: notes which columns the next forward of generate covers.
 
-    The plan is made here rather than in forward, because a compiled decode step has no Python to make it.
+    The plan is made here rather than in forward, because a compiled decode step makes none.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,9 +184,15 @@ class PrepareInputs(_Wrapper):
         if start is None:
             start = scope.seen
         scope.seen = start + length
-        plan = self.reft._plan_generate(scope, start, length, batch)
+        if getattr(cache, "is_compileable", False):
+            # The next step may be compiled code, which takes no lock and makes no plan of its own: both are
+            # had here, and the lock is kept until this generate ends.
+            scope.hold(self.state.lock)
+            self.state.plan = plan = self.reft._plan_generate(scope, start, length, batch)
+            self.state.prepared = True
+        else:
+            plan = self.reft._plan_generate(scope, start, length, batch)
         scope.pending = Pending(cache, plan)
-        self.state.plan, self.state.prepared = plan, True
         return inputs
 
 

@@ -33,6 +33,9 @@ class Reft(nn.Module):
     model's state_dict: adapters are saved by `save_pretrained`, the base model by its own.
     """
 
+    _model: nn.Module
+    _blocks: Blocks
+
     def __init__(
         self,
         model: nn.Module,
@@ -174,8 +177,8 @@ class Reft(nn.Module):
             if self._planner.active == name:
                 self._planner.active = None
             kept = {key for other in self._adapters.values() for key in keys_of(other)}
-            for key in [key for key in self._handles if key not in kept]:
-                self._handles.pop(key).remove()
+            for site in [site for site in self._handles if site not in kept]:
+                self._handles.pop(site).remove()
 
     def set_adapter(self, name: str | None) -> None:
         """Makes `name` the adapter of calls that name none; None for the bare model."""
@@ -241,7 +244,7 @@ class Reft(nn.Module):
         for block in self._blocks.layers:
             function = block.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Recompute):
-                block._gradient_checkpointing_func = Recompute(self._state, function)
+                block.__dict__["_gradient_checkpointing_func"] = Recompute(self._state, function)
 
     # Attachment ------------------------------------------------------------------------------------------
 
@@ -255,7 +258,7 @@ class Reft(nn.Module):
                 model.__dict__[name] = wrapped
         if self._blocks.stack is not model:
             self._stack_handle = self._blocks.stack.register_forward_pre_hook(
-                StackHook(self, self._state), with_kwargs=True, prepend=True
+                StackHook(self, self._state, self._blocks.stack), with_kwargs=True, prepend=True
             )
         self._forget_compiled()
 
