@@ -4,8 +4,8 @@ from . import functional
 from .adapter import Adapter
 from .config import ReftConfig
 from .ops import BackendUnavailable, backend, current_backend
-from .plan import Plan, make_plan
 from .patch import NotPatchable, Reft, patch, unpatch
+from .plan import Plan, make_plan
 from .pool import Fold, Pool, PoolFull, Span
 from .positions import Positions
 

@@ -74,8 +74,7 @@ def _backend(name: str, device_type: str) -> dict[str, Any]:
     if reason is not None:
         cost = _COST.get((name, device_type))
         return {"available": False, "detail": reason, "cost": cost}
-    isa = getattr(native, "cpu_isa", None)
-    detail = isa() if isa and (name, device_type) == ("native", "cpu") else None
+    detail = native.cpu_isa() if (name, device_type) == ("native", "cpu") else None
     return {"available": True, "detail": detail, "cost": None}
 
 
