@@ -55,7 +55,6 @@ class Method:
     Attributes:
         shapes: parameter name → "rd" ([r, d]) or "r" ([r]), r the rank and d the width.
         fold: parameters (in one dtype, float32 at least) and activation code → Fold.
-        formula: for people.
         optional: parameters that may be absent.
         takes_activation: whether an act_fn means something.
         splits: whether a nonlinear φ makes the fold 2r rows, because φ acts on a part of the product only.
@@ -65,7 +64,6 @@ class Method:
 
     shapes: Mapping[str, str]
     fold: Callable[[Parameters, Act], Fold]
-    formula: str
     optional: frozenset[str] = frozenset()
     takes_activation: bool = False
     splits: bool = False
@@ -91,53 +89,52 @@ def _folded(p: Parameters, act: Act) -> Fold:
 
 
 METHODS: dict[str, Method] = {
+    # h + Rᵀ(φ(W h + b) − R h)
     "loreft": Method(
         shapes={"R": "rd", "W": "rd", "b": "r"},
         fold=lambda p, act: _difference(p["W"], p["b"], p["R"], None, act),
-        formula="h + Rᵀ(φ(W h + b) − R h)",
         takes_activation=True,
         splits=True,
         orthonormal=("R",),
         trainable=True,
     ),
+    # h + W2ᵀ(φ(W1 h + b1) − W2 h − b2)
     "noreft": Method(
         shapes={"W1": "rd", "b1": "r", "W2": "rd", "b2": "r"},
         fold=lambda p, act: _difference(p["W1"], p["b1"], p["W2"], p.get("b2"), act),
-        formula="h + W2ᵀ(φ(W1 h + b1) − W2 h − b2)",
         optional=frozenset({"b2"}),
         takes_activation=True,
         splits=True,
     ),
+    # h + Rᵀ(b − R h)
     "consreft": Method(
         shapes={"R": "rd", "b": "r"},
         fold=lambda p, act: Fold(-p["R"], p["R"], p["b"], _kinds(p["b"], Act.NONE)),
-        formula="h + Rᵀ(b − R h)",
         orthonormal=("R",),
     ),
+    # h + Rᵀ b
     "lobireft": Method(
         shapes={"R": "rd", "b": "r"},
         fold=lambda p, act: Fold(torch.zeros_like(p["R"]), p["R"], p["b"], _kinds(p["b"], NO_PRODUCT)),
-        formula="h + Rᵀ b",
         orthonormal=("R",),
     ),
+    # h + Rᵀ φ(W h + b)
     "direft": Method(
         shapes={"R": "rd", "W": "rd", "b": "r"},
         fold=lambda p, act: Fold(p["W"], p["R"], p["b"], _kinds(p["b"], act)),
-        formula="h + Rᵀ φ(W h + b)",
         takes_activation=True,
         orthonormal=("R",),
         trainable=True,
     ),
+    # h + W2ᵀ φ(W1 h + b1)
     "nodireft": Method(
         shapes={"W1": "rd", "b1": "r", "W2": "rd"},
         fold=lambda p, act: Fold(p["W1"], p["W2"], p["b1"], _kinds(p["b1"], act)),
-        formula="h + W2ᵀ φ(W1 h + b1)",
         takes_activation=True,
     ),
-    # What a composition leaves: the fold itself, `kind` [r] int32 holding the activation of every row.
+    # h + Uᵀ φ(D h + c): what a composition leaves, with `kind` [r] int32 holding the activation of every row.
     "folded": Method(
         shapes={"down": "rd", "up": "rd", "bias": "r", "kind": "r"},
         fold=_folded,
-        formula="h + Uᵀ φ(D h + c)",
     ),
 }

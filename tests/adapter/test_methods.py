@@ -131,6 +131,12 @@ def test_gradients(method: str, act_fn: str | None) -> None:
     assert torch.autograd.gradcheck(lambda *_: apply(one.fold(), h), tuple(one.parameters()))
 
 
+@pytest.mark.parametrize("method", METHODS_WITH_FORMULA)
+def test_a_fold_of_half_precision_parameters_is_float32(method: str) -> None:
+    fold = intervention(method, parameters(method, torch.bfloat16)).fold()
+    assert {fold.down.dtype, fold.up.dtype, fold.bias.dtype} == {torch.float32}
+
+
 def test_an_unknown_activation_lists_the_known() -> None:
     with pytest.raises(ValueError, match="relu.*quick_gelu.*hardswish"):
         activation("hardswish")
