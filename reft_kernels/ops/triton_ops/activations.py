@@ -54,11 +54,22 @@ def _normal_cdf(z):
 
 
 @triton.jit
-def _gate(code, z):
-    """The factor s of the activations that are z · s(z)."""
+def _sigmoid_slope(u):
+    # s (1 − s) would cancel where s is near 1.
+    t = tl.exp(-tl.abs(u))
+    return t / ((1.0 + t) * (1.0 + t))
+
+
+@triton.jit
+def _gate_argument(code, z):
+    """u of the activations that are z · sigmoid(u): (1 + tanh(u/2)) / 2 is the sigmoid of u."""
     u = tl.where(code == _QUICK_GELU, _QUICK * z, z)
-    u = tl.where(code == _GELU_TANH, _SQRT_8_OVER_PI * (z + _CUBIC * z * z * z), u)
-    # (1 + tanh(u/2)) / 2 is the sigmoid of u.
+    return tl.where(code == _GELU_TANH, _SQRT_8_OVER_PI * (z + _CUBIC * z * z * z), u)
+
+
+@triton.jit
+def _gate(code, z, u):
+    """The factor s of the activations that are z · s(z)."""
     return tl.where(code == _GELU, _normal_cdf(z), _sigmoid(u))
 
 
@@ -70,7 +81,7 @@ def _is_gated(code):
 @triton.jit
 def activate(z, code):
     """φ(z); z float32, code int32 of a shape that broadcasts."""
-    gate = _gate(code, z)
+    gate = _gate(code, z, _gate_argument(code, z))
     out = tl.where(_is_gated(code), tl.where(gate == 0.0, 0.0, z * gate), z)
     out = tl.where((code == _RELU) & (z <= 0), 0.0, out)
     out = tl.where(code == _SIGMOID, _sigmoid(z), out)
@@ -83,15 +94,13 @@ def slope(z, code):
     """φ′(z); at 0 that of ReLU is 0 and that of leaky ReLU its slope, as in torch."""
     # Beyond ±50 every slope has reached its limit in float32; powers of a clipped z stay finite.
     z = tl.where(z > 50.0, 50.0, tl.where(z < -50.0, -50.0, z))
-    s = _gate(code, z)
-    # d(z s)/dz = s + z s′, with s′ = s (1 − s) u′ for a sigmoid of u.
+    u = _gate_argument(code, z)
+    # d(z s)/dz = s + z s′, where s′ = sigmoid′(u) u′.
     du = tl.where(code == _QUICK_GELU, _QUICK, 1.0)
     du = tl.where(code == _GELU_TANH, _SQRT_8_OVER_PI * (1.0 + 3.0 * _CUBIC * z * z), du)
-    ds = tl.where(code == _GELU, _INV_SQRT_2PI * tl.exp(-0.5 * z * z), s * (1.0 - s) * du)
-    sigmoid = _sigmoid(z)
-    tanh = _tanh(z)
-    out = tl.where(_is_gated(code), s + z * ds, 1.0)
+    ds = tl.where(code == _GELU, _INV_SQRT_2PI * tl.exp(-0.5 * z * z), _sigmoid_slope(u) * du)
+    out = tl.where(_is_gated(code), _gate(code, z, u) + z * ds, 1.0)
     out = tl.where((code == _RELU) & (z <= 0), 0.0, out)
-    out = tl.where(code == _SIGMOID, sigmoid * (1.0 - sigmoid), out)
-    out = tl.where(code == _TANH, 1.0 - tanh * tanh, out)
+    out = tl.where(code == _SIGMOID, _sigmoid_slope(z), out)
+    out = tl.where(code == _TANH, 4.0 * _sigmoid_slope(2.0 * z), out)
     return tl.where((code == _LEAKY_RELU) & (z <= 0), _SLOPE, out)

@@ -1,0 +1,246 @@
+"""What only the Triton kernels have: forms by rank, blocks of d and of the pool, their own activations.
+
+In the interpreter where there is no GPU (see conftest.py). The promises that all backends share are
+tested in tests/ops.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reft_kernels.ops import INTERVENE, INTERVENE_, INTERVENE_BACKWARD, NO_PRODUCT, Act, why_not
+from reft_kernels.ops.reference import activate, activation_slope
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason=str(why_not("triton", DEVICE)))
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
+#: Relative to the largest value: one rounding of the result, and float32 sums.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+class Call:
+    """Pool, plan and h for segments of given (first pool row, rank, number of rows)."""
+
+    def __init__(self, segments, d, dtypes=DTYPES[0], rows_of_h=40, seed=0, padding=0, activations=True):
+        generator = torch.Generator().manual_seed(seed)
+        self.h_dtype, pool_dtype = dtypes
+        capacity = max(first + rank for first, rank, _ in segments) + 3
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        kind = torch.arange(capacity, dtype=torch.int32) % len(Act) if activations else torch.zeros(capacity)
+        kind = kind.to(torch.int32)
+        kind[::5] |= NO_PRODUCT
+        down, up = normal(capacity, d) / d**0.5, normal(capacity, d) / 4
+        down[::5] = torch.inf  # where there is no product, D is not read
+        bias = normal(capacity)
+        used = torch.zeros(capacity, dtype=torch.bool)
+        for first, rank, _ in segments:
+            used[first : first + rank] = True
+        for tensor in (down, up, bias):
+            tensor[~used] = torch.nan
+        self.used = used
+        h = normal(rows_of_h, d)
+        order = torch.randperm(rows_of_h, generator=generator).tolist()
+        rows, tiles, offsets = [], [], [0]
+        for number, (_, _, count) in enumerate(segments):
+            mine = [order.pop() for _ in range(count)] + [-1] * padding
+            for start in range(0, len(mine), 16):
+                tiles.append((number, len(rows) + start, min(16, len(mine) - start)))
+            if padding:
+                tiles.append((0, 0, 0))
+            rows += mine
+            offsets.append(len(rows))
+        to = {"device": DEVICE}
+        ints = to | {"dtype": torch.int32}
+        self.h = h.to(self.h_dtype).to(**to)
+        self.pool = [down.to(pool_dtype).to(**to), up.to(pool_dtype).to(**to), bias.to(**to), kind.to(**to)]
+        self.rows = torch.tensor(rows, **ints)
+        self.tiles = torch.tensor(tiles, **ints).view(-1, 3)
+        self.spans = torch.tensor([segment[:2] for segment in segments], **ints).view(-1, 2)
+        self.offsets = torch.tensor(offsets, **ints)
+        self.grad = normal(rows_of_h, d).to(self.h_dtype).to(**to)
+
+    @property
+    def plan(self):
+        return self.rows, self.tiles, self.spans
+
+    def forward(self, backend: str = "triton") -> Tensor:
+        out = self.h.clone()
+        INTERVENE_[backend](out, *self.pool, *self.plan)
+        return out
+
+    def backward(self, backend: str = "triton", need_h: bool = True, need_pool: bool = True):
+        hs = self.h[self.rows.clamp(min=0).long()]
+        hs[self.rows < 0] = torch.nan
+        return INTERVENE_BACKWARD[backend](
+            self.grad, hs, *self.pool, *self.plan, self.offsets, need_h, need_pool
+        )
+
+
+def assert_near(got: Tensor, want: Tensor, what: str) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype, what
+    scale = want.double().abs().max().clamp(min=1.0)
+    error = (got.double() - want.double()).abs().max() / scale
+    assert error <= TOLERANCE[got.dtype], f"{what}: off by {error:.2e} of the largest"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "d"),
+    [*((pair, 33) for pair in DTYPES), (DTYPES[0], 130), (DTYPES[3], 130), (DTYPES[1], 272)],
+    ids=str,
+)
+def test_mixed_ranks_equal_the_reference(dtypes, d: int) -> None:
+    segments = [(2, 1, 2), (3, 3, 18), (7, 8, 3), (16, 40, 4), (0, 0, 3)]
+    call = Call(segments, d, dtypes, padding=3)
+    assert_near(call.forward(), call.forward("reference"), "h")
+    for what, got, want in zip(("dh", "ddown", "dup", "dbias"), call.backward(), call.backward("reference")):
+        assert_near(got, want, what)
+        if what != "dh":
+            assert not got[~call.used].any(), f"{what} of pool rows that nobody used"
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3]], ids=["float32", "bfloat16", "mixed"])
+def test_ranks_beyond_the_products_take_the_row_form(dtypes) -> None:
+    call = Call([(1, 66, 1), (67, 64, 1)], 40, dtypes, rows_of_h=5, padding=1)
+    assert_near(call.forward(), call.forward("reference"), "h")
+    for what, got, want in zip(("dh", "ddown", "dup", "dbias"), call.backward(), call.backward("reference")):
+        assert_near(got, want, what)
+
+
+@pytest.mark.parametrize("rank", [8, 33, 65])
+def test_a_row_alone_has_the_bits_that_it_has_in_a_tile(rank: int) -> None:
+    call = Call([(3, rank, 3)], 70, DTYPES[1], rows_of_h=3)
+    together = call.forward()
+    dh = call.backward(need_pool=False)[0]
+    for position in (0, 2):
+        row = int(call.rows[position])
+        alone = Call([(3, rank, 3)], 70, DTYPES[1], rows_of_h=3)
+        alone.rows = alone.rows[position : position + 1]
+        alone.tiles = torch.tensor([[0, 0, 1]], dtype=torch.int32, device=DEVICE)
+        alone.offsets = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+        assert torch.equal(alone.forward()[row], together[row])
+        assert torch.equal(alone.backward(need_pool=False)[0][row], dh[row])
+
+
+@pytest.mark.parametrize("second", [(3, 8), (3, 5), (9, 20), (5, 66)])
+def test_segments_that_share_pool_rows_add_up(second: tuple[int, int]) -> None:
+    """Wholly, in part, across blocks of the pool, and one of a rank whose p and v are not kept."""
+    call = Call([(3, 8, 3), (*second, 2)], 40, rows_of_h=6)
+    for what, got, want in zip(("dh", "ddown", "dup", "dbias"), call.backward(), call.backward("reference")):
+        assert_near(got, want, what)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_infinity_in_one_segment_stays_there() -> None:
+    """Adapters that share a block of 16 pool rows: Inf of one's h times the 0 of the other's mask is NaN."""
+    call = Call([(0, 3, 2), (3, 3, 2)], 40, activations=False)
+    call.h[call.rows[0].long(), 7] = torch.inf
+    forward, expected = call.forward(), call.forward("reference")
+    other = call.rows[2:].long()
+    assert_near(forward[other], expected[other], "h")
+    poisoned = expected[call.rows[0].long()]
+    assert torch.equal(forward[call.rows[0].long()].isnan(), poisoned.isnan())
+    for got, want in zip(call.backward()[1:], call.backward("reference")[1:]):
+        assert_near(got[3:6], want[3:6], "gradients of the other adapter")
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("code", list(Act), ids=lambda code: code.name.lower())
+def test_activations_and_slopes(code: Act) -> None:
+    """Through one call: d = 2, U picks the first number, D h = h₁ and h₀ = 0."""
+    fixed = [
+        0.0,
+        1e-4,
+        -1e-4,
+        0.3,
+        -0.6,
+        0.624,
+        0.626,
+        5.0,
+        -5.0,
+        20.0,
+        -20.0,
+        60.0,
+        -60.0,
+        3e4,
+        -3e4,
+        1e30,
+        -1e30,
+    ]
+    z = torch.tensor(fixed + torch.linspace(-9, 9, 47).tolist(), device=DEVICE)
+    call = Call([(0, 1, len(z))], 2, rows_of_h=len(z))
+    one = torch.tensor([[0.0, 1.0]], device=DEVICE)
+    call.pool = [one, one.flip(1), torch.zeros(1, device=DEVICE), call.pool[3][:1] * 0 + int(code)]
+    call.h = torch.stack([torch.zeros_like(z), z], 1)
+    call.grad = torch.ones_like(call.h)
+    value, gradient = call.forward()[:, 0], call.backward(need_pool=False)[0][:, 1] - 1
+    kind = torch.full_like(z, int(code), dtype=torch.int32)
+    want = activate(z.double()[None], kind)[0]
+    slope = activation_slope(z.double()[None], kind)[0]
+    assert ((value.double() - want).abs() <= 1e-6 * want.abs().clamp(min=0.1)).all()
+    assert ((gradient.double() - slope).abs() <= 1e-6).all()
+
+
+def test_rows_beyond_h_are_not_written() -> None:
+    call = Call([(0, 4, 3), (4, 66, 1)], 40, rows_of_h=4)
+    storage = torch.cat([call.h, call.h])
+    call.rows[0] += 4
+    call.rows[3] += 4
+    INTERVENE_["triton"](storage[:4], *call.pool, *call.plan)
+    assert torch.equal(storage[4:], call.h)
+    edited = call.rows[1:3].long()
+    assert not torch.equal(storage[edited], call.h[edited])
+
+
+def test_a_strided_h_is_edited_in_place() -> None:
+    call = Call([(0, 4, 5)], 40, DTYPES[1])
+    storage = torch.zeros(40, 47, dtype=torch.bfloat16, device=DEVICE)
+    view = storage[:, 3:43]
+    view.copy_(call.h)
+    INTERVENE_["triton"](view.view(8, 5, 40), *call.pool, *call.plan)
+    assert torch.equal(view, call.forward())
+    assert not storage[:, :3].any() and not storage[:, 43:].any()
+
+
+def test_what_the_kernels_would_misread_is_refused() -> None:
+    call = Call([(0, 4, 5)], 40)
+    down, up, bias, kind = call.pool
+    refused = [
+        ("h: the triton backend takes.*float64.*reference", (call.h.double(), *call.pool, *call.plan)),
+        ("h: the last dimension must be contiguous", (call.h.T.contiguous().T, *call.pool, *call.plan)),
+        (
+            "h: its leading dimensions must collapse",
+            (call.h.view(8, 5, 40).transpose(0, 1), *call.pool, *call.plan),
+        ),
+        ("down, up: one dtype", (call.h, down.half(), up.half(), bias, kind, *call.plan)),
+        ("up: must be a contiguous", (call.h, down, up[:, :-1], bias, kind, *call.plan)),
+        ("bias: must be", (call.h, down, up, bias.double(), kind, *call.plan)),
+        ("rows: must be", (call.h, *call.pool, call.rows.long(), call.tiles, call.spans)),
+        ("tiles: must be", (call.h, *call.pool, call.rows, call.tiles[:, :2], call.spans)),
+    ]
+    for message, arguments in refused:
+        before = arguments[0].clone()
+        with pytest.raises(ValueError, match=message):
+            INTERVENE_["triton"](*arguments)
+        assert torch.equal(arguments[0], before)
+
+
+def test_an_empty_plan_changes_nothing() -> None:
+    call = Call([(0, 4, 0)], 40)
+    assert torch.equal(call.forward(), call.h)
+    dh, ddown, dup, dbias = call.backward()
+    assert torch.equal(dh, call.grad) and not (ddown.any() or dup.any() or dbias.any())
+    out = INTERVENE["triton"](call.h[:0], *call.pool, *call.plan, call.offsets)
+    assert out.shape == (0, 40)
