@@ -223,7 +223,10 @@ def cases_of(args: argparse.Namespace, name: str, dtype: str, depth: int) -> lis
     given = {axis: axis_values(axis, getattr(args, axis)) for axis in AXES if getattr(args, axis)}
     if given:
         base = {**sweeps[0].base, **{axis: values[0] for axis, values in given.items()}}
-        base["batch"] = base["batch"] if "batch" in given else max(base["batch"], base["adapters"])
+        if "batch" not in given:
+            base["batch"] = max(base["batch"], *given.get("adapters", [1]))
+        if "adapters" not in given:
+            base["adapters"] = min(base["adapters"], base["batch"])
         sweeps = (Sweep(base, {axis: tuple(values) for axis, values in given.items()}, sweeps[0].phases),)
     phases = args.phases.split(",") if args.phases else None
     for phase in phases or ():

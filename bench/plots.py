@@ -41,8 +41,6 @@ AXIS_LABELS = {
     "batch": "rows in the batch",
     "prompt": "prompt length (tokens)",
 }
-#: Parameters that may differ along an axis without being swept themselves.
-FOLLOWERS = {"adapters": ("batch",)}
 
 
 def missing() -> str | None:
@@ -112,7 +110,7 @@ def _point_title(case: CaseResult) -> str:
     )
 
 
-def forest(results: Results, path: Path, cases: Sequence[CaseResult]) -> Path:
+def forest(path: Path, cases: Sequence[CaseResult]) -> Path:
     """Overhead of every system in each case, in percent of the baseline."""
     pyplot = _pyplot()
     columns = min(3, len(cases))
@@ -148,7 +146,8 @@ def forest(results: Results, path: Path, cases: Sequence[CaseResult]) -> Path:
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.7)
         _symlog(axis, "x")
-        axis.set_xlim(min(-2.0, band.low * 1.5), None)
+        lowest = min(percent_over(system.ratio).low for system in case.systems.values() if system.ratio)
+        axis.set_xlim(min(-2.0, 1.5 * lowest), None)
         axis.set_title(_point_title(case), fontsize=8)
         axis.set_xlabel(f"overhead over {case.baseline} (%)")
     _forest_legend(figure, pyplot)
@@ -194,9 +193,8 @@ def _order(axis: str, case: CaseResult) -> tuple[int, str]:
 def lines(results: Results, axis: str) -> list[Line]:
     """The sweeps along an axis: at least two cases that agree in all else."""
     found: dict[tuple, Line] = {}
-    loose = (axis, *FOLLOWERS.get(axis, ()))
     for case in results.cases:
-        fixed = {key: value for key, value in case.params.items() if key not in loose}
+        fixed = {key: value for key, value in case.params.items() if key != axis}
         line = found.setdefault(tuple(fixed.items()), Line(axis, fixed, []))
         line.cases.append(case)
     for line in found.values():
@@ -260,7 +258,7 @@ def throughput(swept: Sequence[Line], path: Path) -> Path:
     figure, axes = pyplot.subplots(1, len(swept), figsize=(4.6 * len(swept) + 0.4, 4.2), squeeze=False)
     shown: dict[str, Any] = {}
     for axis, line in zip(axes.flat, swept):
-        labels = [f"{case.params['adapters']}\n(batch {case.params['batch']})" for case in line.cases]
+        labels = [str(case.params["adapters"]) for case in line.cases]
         names = dict.fromkeys(n for c in line.cases for n in c.systems if n != c.control)
         for number, name in enumerate(names):
             points = []
@@ -286,7 +284,10 @@ def throughput(swept: Sequence[Line], path: Path) -> Path:
             shown[label] = _draw(axis, points, shift, fmt="o-", color=colour, ms=4)
         axis.set_xticks(range(len(labels)), labels)
         axis.set_ylim(0, None)
-        axis.set_title(f"{line.fixed['phase']}, positions {line.fixed['positions']}", fontsize=9)
+        axis.set_title(
+            f"{line.fixed['phase']}, positions {line.fixed['positions']}, batch {line.fixed['batch']}",
+            fontsize=9,
+        )
         axis.set_xlabel(AXIS_LABELS["adapters"])
     axes[0][0].set_ylabel("tokens a second, 95% intervals")
     figure.legend(shown.values(), shown.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -25,8 +25,6 @@ class Sweep:
         for axis, values in self.axes.items():
             for value in values:
                 point = {**self.base, axis: value}
-                # More distinct adapters than rows can't be: the batch grows with them.
-                point["batch"] = max(point["batch"], point["adapters"])
                 if point not in found:
                     found.append(point)
         return found
@@ -71,7 +69,9 @@ PRESETS = {
                 {"rank": (1, 32), "layers": (1, 4), "positions": ("f1", "all")},
                 ("prefill", "decode"),
             ),
-            Sweep(_base(batch=4, prompt=32, adapters=4, positions="all"), {"adapters": (1, 16)}, ("decode",)),
+            Sweep(
+                _base(batch=16, prompt=32, adapters=1, positions="all"), {"adapters": (4, 16)}, ("decode",)
+            ),
             Sweep(_base(batch=4, prompt=32, adapters=4, positions="all"), {}, ("generate",)),
         ),
         text="2 CPU cores, under 3 minutes",

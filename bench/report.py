@@ -11,11 +11,12 @@ from rich.console import Console
 
 from . import plots, record
 from .record import CaseResult, ResultError, Results
+from .stats import Interval
 from .tables import attributed_text, interval_text, time_text
 
 REPORT = "report.md"
 
-#: Cases in one forest plot.
+#: Cases in the plot of single cases; in a longer run only those that no other plot shows.
 MOST_PANELS = 12
 
 
@@ -59,13 +60,15 @@ def _kernels(results: Results) -> str:
         ]
         for name, system in case.systems.items():
             fraction = system.extra.get("floor_fraction")
+            over = system.extra.get("ratio_over_gather")
             floor = ["", ""]
             if fraction is not None and case.floor is not None:
                 floor = [f"{fraction:.0%}", f"{case.floor['moved_bytes'] / 1e6:.2f}"]
-            rows.append([*label, name, f"{system.time.median * 1e6:.1f}", _ratio(case, name), *floor])
+            rows.append([*label, name, f"{system.time.median * 1e6:.1f}", _ratio(case, name)])
+            rows[-1] += ["" if over is None else interval_text(Interval.from_json(over)), *floor]
             label = [""] * len(label)
     headings = ["direction", "dtype", "T", "d", "rank", "adapters", "system", "µs a call"]
-    headings += ["ratio over eager [95%]", "of the floor", "MB moved"]
+    headings += ["over eager [95%]", "over gather+bmm [95%]", "of the floor", "MB moved"]
     return _markdown(headings, rows)
 
 
@@ -111,6 +114,9 @@ def _train(results: Results) -> str:
 
 def _overhead_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
     drawn = []
+    on_a_line = {
+        id(case) for axis in plots.AXIS_LABELS for line in plots.lines(results, axis) for case in line.cases
+    }
     for axis in ("rank", "layers", "positions", "prompt", "batch"):
         swept = plots.lines(results, axis)
         if swept:
@@ -121,10 +127,12 @@ def _overhead_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
         drawn.append(
             ("Throughput against distinct adapters", plots.throughput(swept, folder / "throughput.png"))
         )
-    for start in range(0, len(results.cases), MOST_PANELS):
-        cases = results.cases[start : start + MOST_PANELS]
-        path = folder / f"overhead-{start // MOST_PANELS + 1}.png"
-        drawn.append(("Every system in each case", plots.forest(results, path, cases)))
+    cases = results.cases
+    if len(cases) > MOST_PANELS:
+        cases = [case for case in cases if id(case) not in on_a_line]
+    if cases:
+        path = folder / "overhead-cases.png"
+        drawn.append(("Every system in each case", plots.forest(path, cases[:MOST_PANELS])))
     return drawn
 
 

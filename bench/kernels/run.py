@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import record
+from .. import record, stats
 from ..ceilings import Ceilings
 from ..record import CaseResult, ResultError, Results
 from ..session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
 from ..timer import Candidate, Clock, CpuClock, CudaEventClock, CudaGraphClock, interleave
 from . import systems
 from .cases import DIRECTIONS, DTYPES, MIXES, KernelCase, Problem
-from .systems import BASELINE, CONTROL, System
+from .systems import BASELINE, CONTROL, GATHER, System
 
 ROUNDS = 25
 
@@ -97,8 +97,12 @@ class Bench:
         self.session.results.ceilings = {str(key): value.to_json() for key, value in self.ceilings.items()}
         found = record.summarize(samples, BASELINE, CONTROL, errors)
         for name, result in found.items():
-            if not (name == CONTROL or self.chosen[name].single):
-                result.extra["floor_fraction"] = floor["floor_s"] / result.time.median
+            if name == CONTROL or self.chosen[name].single:
+                continue
+            result.extra["floor_fraction"] = floor["floor_s"] / result.time.median
+            if GATHER in found and name != GATHER:
+                ratio = stats.paired_ratio(samples[name], samples[GATHER])
+                result.extra["ratio_over_gather"] = ratio.to_json()
         return CaseResult(case.id, case.params, BASELINE, CONTROL, found, left_out, floor)
 
 
@@ -200,7 +204,7 @@ def table(results: Results) -> Table:
     )
     shown.add_column("case", no_wrap=True)
     shown.add_column("system")
-    for heading in ("µs a call", "ratio [95%]"):
+    for heading in ("µs a call", "over eager [95%]", "over gather"):
         shown.add_column(heading, justify="right")
     shown.add_column("verdict")
     for heading in ("of the floor", "floor µs", "MB moved"):
@@ -210,6 +214,8 @@ def table(results: Results) -> Table:
         assert case.floor is not None
         for name, system in case.systems.items():
             ratio, verdict = _cell(system)
+            over = system.extra.get("ratio_over_gather")
+            ratios = (ratio, "" if over is None else f"{over['median']:.3f}")
             fraction = system.extra.get("floor_fraction")
             floor = (
                 ("", "", "")
@@ -220,7 +226,7 @@ def table(results: Results) -> Table:
                     f"{case.floor['moved_bytes'] / 1e6:.2f}",
                 )
             )
-            shown.add_row(label, name, f"{system.time.median * 1e6:.1f}", ratio, verdict, *floor)
+            shown.add_row(label, name, f"{system.time.median * 1e6:.1f}", *ratios, verdict, *floor)
             label = ""
         shown.add_section()
     return shown

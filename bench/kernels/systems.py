@@ -161,7 +161,7 @@ def all_systems() -> dict[str, System]:
     return {system.name: system for system in found}
 
 
-BASELINE, CONTROL = "eager", "eager (A/A)"
+BASELINE, CONTROL, GATHER = "eager", "eager (A/A)", Gather.name
 
 
 def _distance(got: Tensor, wanted: Tensor, origin: Tensor | float) -> float:
