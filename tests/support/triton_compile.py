@@ -1,0 +1,105 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and tells what ptxas made of them.
+
+A program of its own: python triton_compile.py < variants.json, one line of JSON for each variant. It must
+run with TRITON_INTERPRET unset, which the tests' own process has set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kernel as `launch` compiles it for tensors of these dtypes."""
+
+    kernel: str  # "forward", "rows" or "pool"
+    h: str  # torch's names of dtypes
+    pool: str
+    arch: int  # compute capability, 90 for 9.0
+    d: int = 4096
+    need: tuple[bool, bool] = (True, True)  # need_h, need_pool of the kernel "rows"
+    aligned: bool = True  # addresses and row strides divisible by 16
+
+    def __str__(self) -> str:
+        need = "" if all(self.need) else "-dh" if self.need[0] else "-pool"
+        aligned = "" if self.aligned else "-unaligned"
+        return f"{self.kernel}{need}-{self.h}-{self.pool}-sm_{self.arch}-d{self.d}{aligned}"
+
+
+def compile_variant(variant: Variant) -> dict:
+    """Resources (registers, stack and local bytes a thread, shared bytes) and load widths of a variant."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from reft_kernels.ops.triton_ops import kernels_backward, kernels_forward, launch
+    from reft_kernels.ops.triton_ops.blocks import BATCH_SIZES, BATCH_TABLES
+
+    kernel, options_of = {
+        "forward": (kernels_forward.intervene_kernel, launch.forward_options),
+        "rows": (kernels_backward.rows_kernel, launch.rows_options),
+        "pool": (kernels_backward.pool_kernel, launch.pool_options),
+    }[variant.kernel]
+    short = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+    types = dict.fromkeys(("h", "grad", "dh", "hs"), short[variant.h])
+    types |= dict.fromkeys(("down", "up", "ddown", "dup"), short[variant.pool])
+    types |= dict.fromkeys(("bias", "dbias", "p_kept", "v_kept"), "*fp32")
+    types |= dict.fromkeys(("kind", *BATCH_TABLES), "*i32")
+    types |= dict.fromkeys((*BATCH_SIZES, "row_stride", "grad_stride"), "i32")
+
+    options = options_of(getattr(torch, variant.h), getattr(torch, variant.pool), variant.d)
+    compiler = {name: options.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    if variant.kernel == "rows":
+        options |= {"NEED_H": variant.need[0], "NEED_POOL": variant.need[1]}
+    signature = {name: "constexpr" if name in options else types[name] for name in kernel.arg_names}
+    free = {*options, *BATCH_SIZES, *BATCH_TABLES}
+    divisible = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if variant.aligned and name not in free
+    }
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=divisible),
+        target=GPUTarget("cuda", variant.arch, 32),
+        options=compiler,
+    )
+    return {"shared": compiled.metadata.shared, **_inspect(compiled.asm["cubin"])}
+
+
+def _inspect(cubin: bytes) -> dict:
+    import triton
+
+    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+
+        def dump(what: str) -> str:
+            return subprocess.run([cuobjdump, what, path], check=True, capture_output=True, text=True).stdout
+
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
+        sass = dump("--dump-sass")
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "local": int(usage["LOCAL"]),
+        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "atomics": len(re.findall(r"\b(?:ATOMG?|RED)\b", sass)),
+        "loads_of_16_bytes": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128\b", sass)),
+        "stores_of_16_bytes": len(re.findall(r"\bSTG\.E\S*\.128\b", sass)),
+        "tensor_core_products": len(re.findall(r"\bHMMA\b", sass)),
+    }
+
+
+if __name__ == "__main__":
+    for entry in json.load(sys.stdin):
+        entry["need"] = tuple(entry["need"])
+        print(json.dumps(compile_variant(Variant(**entry))), flush=True)
