@@ -1,0 +1,84 @@
+"""The wheel, built from a copy of the sources: with a compiler, and without one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("bench", "csrc", "python_bindings", "reft_kernels")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
+
+#: What runs in the folder that a wheel was unpacked to.
+TRIAL = """
+import torch
+import reft_kernels as rk
+from reft_kernels.ops import native
+h = torch.ones(2, 8)
+pool = rk.Pool(8)
+ones, kind = torch.ones(1, 8), torch.zeros(1, dtype=torch.int32)
+span = pool.add(rk.Fold(ones, ones, torch.zeros(1), kind))
+rk.functional.intervene_(h, pool, rk.make_plan([(span, [1])]))
+assert h.tolist() == [[1.0] * 8, [9.0] * 8]
+print(rk.__file__, rk.current_backend("cpu"), native.cpu_isa())
+"""
+
+
+def build_wheel(folder: Path, compiler: str) -> tuple[Path, str]:
+    """The wheel, and what the build said."""
+    source = folder / "source"
+    for name in SOURCES:
+        ignored = shutil.ignore_patterns("lib", "__pycache__", "results")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in FILES:
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    # -O0: what is tested here is the wheel, and the optimizer takes most of a build's time.
+    environment = {**os.environ, "CXX": compiler, "CXXFLAGS": "-O0"}
+    command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(folder / "dist")]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel, done.stderr
+
+
+def try_wheel(wheel: Path, folder: Path) -> list[str]:
+    """Runs TRIAL on the unpacked wheel, away from the sources."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    environment.pop("REFT_KERNELS_BACKEND", None)
+    command = [sys.executable, "-W", "ignore", "-c", TRIAL]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    where, *rest = done.stdout.split()
+    assert Path(where).is_relative_to(folder)
+    return rest
+
+
+def test_without_a_compiler_the_package_installs_and_says_so_once(tmp_path):
+    wheel, said = build_wheel(tmp_path, "/nonexistent/c++")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert said.count("reft_kernels_cpu was not built, it needs a C++ compiler") == 1
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "reft_kernels/ops/schema.py" in names and "reft_bench/cli.py" in names
+    assert not [name for name in names if name.endswith(".so")]
+    assert try_wheel(wheel, tmp_path / "away") == ["reference", "None"]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("c++"), reason="needs Linux and a C++ compiler"
+)
+def test_with_a_compiler_the_wheel_carries_the_library(tmp_path):
+    wheel, said = build_wheel(tmp_path, "c++")
+    assert "was not built" not in said
+    assert "-py3-none-linux_" in wheel.name
+    assert "reft_kernels/lib/reft_kernels_cpu.so" in zipfile.ZipFile(wheel).namelist()
+    backend, level = try_wheel(wheel, tmp_path / "away")
+    assert backend == "native" and level != "None"
