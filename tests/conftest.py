@@ -12,8 +12,12 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import pytest
+from support import interpreter
 
 from reft_kernels import ops
+
+if os.environ.get("TRITON_INTERPRET") == "1" and ops.why_not("triton", "cpu") is None:
+    interpreter.fix_the_order_of_sums()
 
 torch.set_num_threads(2)
 

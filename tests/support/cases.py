@@ -269,10 +269,15 @@ def specs(draw: st.DrawFn, backend: str, device: str, dtypes=None, plain: bool |
 def check(prop: Callable[[Case], None], backend: str, device: str, **options) -> None:
     """Runs a property on cases drawn for a backend, fewer of them where a case is slow."""
     strategy = specs(backend, device, **options)
+    slow = interpreted(backend, device)
     count = hypothesis.settings().max_examples
-    count = max(count // 3, 5) if interpreted(backend, device) else count
+    phases = [phase for phase in hypothesis.Phase if not slow or phase.name not in ("shrink", "explain")]
 
-    @hypothesis.settings(max_examples=count, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=max(count // 3, 5) if slow else count,
+        phases=phases,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(strategy)
     def holds(spec: Spec) -> None:
         prop(build(spec, device))
