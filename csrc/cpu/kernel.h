@@ -42,30 +42,41 @@ inline V get(const T* p, int64_t n) {
   }
 }
 
-// z[r][m] = w_r · x_m for M rows and R pool rows; z is [.., kTile].
+// z[r][m] = w_r · x_m for M rows and R pool rows; z is [.., kTile]. The sum is taken in chunks of d
+// that are then added up: in one long sum, each term would be rounded at the magnitude of the
+// whole.
 template <int M, int R, class X, class W>
 void dot_block(const X* const* x, const W* const* w, int64_t d, float* const* z) {
   using V = decltype(unit_of(X{}, W{}));
-  Vec sums[R][M];
+  constexpr int64_t kChunk = 1024;
+  Vec totals[R][M];
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) sums[r][m] = zero();
-  const auto step = [&](auto read) {
-    V xs[M];
-    for (int m = 0; m < M; ++m) xs[m] = read(x[m]);
-    for (int r = 0; r < R; ++r) {
-      const V ws = read(w[r]);
-      for (int m = 0; m < M; ++m) sums[r][m] = dot(ws, xs[m], sums[r][m]);
+    for (int m = 0; m < M; ++m) totals[r][m] = zero();
+  for (int64_t begin = 0; begin < d; begin += kChunk) {
+    const int64_t end = least(begin + kChunk, d);
+    Vec sums[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) sums[r][m] = zero();
+    const auto step = [&](auto read) {
+      V xs[M];
+      for (int m = 0; m < M; ++m) xs[m] = read(x[m]);
+      for (int r = 0; r < R; ++r) {
+        const V ws = read(w[r]);
+        for (int m = 0; m < M; ++m) sums[r][m] = dot(ws, xs[m], sums[r][m]);
+      }
+    };
+    int64_t j = begin;
+    for (; j + V::kLanes <= end; j += V::kLanes) {
+      step([j](const auto* row) { return get<V>(row + j); });
     }
-  };
-  int64_t j = 0;
-  for (; j + V::kLanes <= d; j += V::kLanes) {
-    step([j](const auto* row) { return get<V>(row + j); });
-  }
-  if (j < d) {
-    step([j, d](const auto* row) { return get<V>(row + j, d - j); });
+    if (j < end) {
+      step([j, end](const auto* row) { return get<V>(row + j, end - j); });
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) totals[r][m] = add(totals[r][m], sums[r][m]);
   }
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) z[r][m] = sum(sums[r][m]);
+    for (int m = 0; m < M; ++m) z[r][m] = sum(totals[r][m]);
 }
 
 template <int M, class X, class W>
