@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import models
-from .systems.base import Runner, Setup
+from .systems.base import Runner, Setup, System, Unable
 from .systems.lora import lora
 from .systems.ours import OursRunner
 
@@ -102,3 +102,25 @@ class References:
         if got.shape != wanted.shape:
             return 0.0
         return (got == wanted)[:, self.setup.point.prompt :].float().mean().item()
+
+
+def check(references: References, system: System, runner: Runner, tokens: int) -> dict[str, float]:
+    """What is known of a system that is right: its error and, for ReFT, its share of right tokens.
+
+    Raises: Unable for one that is wrong.
+    """
+    try:
+        error = references.error(runner, system.family, decode=True)
+    except Unable:
+        error = references.error(runner, system.family, decode=False)
+    setup = references.setup
+    allowed = TOLERANCE[setup.dtype]
+    if not error <= allowed:
+        raise Unable(f"wrong: error {error:.2g} of what the adapters change, allowed {allowed:g}")
+    found = {"error": error}
+    if system.family == "reft":
+        found["token_agreement"] = references.agreement(runner, tokens)
+        if setup.dtype is torch.float32 and found["token_agreement"] < AGREEMENT:
+            share = found["token_agreement"]
+            raise Unable(f"wrong: {share:.0%} of its tokens are the reference's, {AGREEMENT:.0%} asked for")
+    return found

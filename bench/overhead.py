@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from . import attribution, models, record, stats
-from .correctness import AGREEMENT, TOLERANCE, References
+from . import attribution, generation, models, record, stats
+from .correctness import References, check
 from .presets import AXES, PHASES, PRESETS, Sweep
 from .record import CaseResult, ResultError
 from .session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
@@ -21,187 +22,152 @@ from .systems import BASELINE, CONTROL, Runner, Setup, System, Unable, all_syste
 from .systems.base import Point
 from .systems.lora import merge, peft_missing
 from .tables import overhead_table
-from .timer import Candidate, Clock, CpuClock, CudaEventClock, interleave
+from .timer import interleaved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: The reference backend computes in fp64 and reads plans back: it is there to check, and timed on request.
 UNASKED = ("reft_kernels reference",)
 
+#: Generations that the attributed time is read from, at least; each gives many decode steps.
+LEAST_ATTRIBUTED = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class OverheadCase:
-    """A point in one phase. new_tokens: of the phase "generate", else 0."""
+    """A point on a model; its generations give a result for each phase."""
 
-    phase: str
+    phases: tuple[str, ...]
     model: str
     dtype: str
     point: Point
-    new_tokens: int = 0
+    new_tokens: int
 
     @property
     def id(self) -> str:
         p = self.point
-        tokens = f"+{self.new_tokens}" if self.new_tokens else ""
         return (
-            f"{self.phase}{tokens} {self.model} {self.dtype} batch={p.batch} prompt={p.prompt} rank={p.rank} "
-            f"layers={p.layers} positions={p.positions} adapters={p.adapters}"
+            f"{self.model} {self.dtype} batch={p.batch} prompt={p.prompt} new={self.new_tokens} "
+            f"rank={p.rank} layers={p.layers} positions={p.positions} adapters={p.adapters}"
         )
 
+    def result_id(self, phase: str) -> str:
+        return f"{phase} {self.id}"
+
     @property
-    def params(self) -> dict[str, Any]:
-        head = {"phase": self.phase, "model": self.model, "dtype": self.dtype}
+    def result_ids(self) -> list[str]:
+        return [self.result_id(phase) for phase in self.phases]
+
+    def params(self, phase: str) -> dict[str, Any]:
+        head = {"phase": phase, "model": self.model, "dtype": self.dtype}
         return head | dataclasses.asdict(self.point) | {"new_tokens": self.new_tokens}
 
 
 @dataclasses.dataclass
 class Group:
-    """The runners of a point, which its phases share. errors: of those that are right."""
+    """The runners of a case. facts: what is known of each that is right; left_out: why the others aren't."""
 
     setup: Setup
-    references: References
-    runners: dict[str, Runner]
-    errors: dict[str, float | None]
-    left_out: dict[str, str]
+    runners: dict[str, Runner] = dataclasses.field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Bench:
-    """Measures one case after another; the systems of a point are built once for all its phases."""
+    """Measures one case after another."""
 
     def __init__(
         self, session: Session, model: nn.Module, chosen: dict[str, System], args: argparse.Namespace
     ) -> None:
         self.session, self.model, self.chosen, self.args = session, model, chosen, args
-        self.cuda = next(model.parameters()).device.type == "cuda"
-        self._point: Point | None = None
-        self._group: Group | None = None
 
-    def _build(self, point: Point) -> Group:
-        setup = Setup(self.model, point, self.args.seed)
+    def _build(self, case: OverheadCase) -> Group:
+        setup = Setup(self.model, case.point, self.args.seed)
         if peft_missing() is None:
             setup.merged = merge(setup)
-        group = Group(setup, References(setup), {}, {}, {})
+        group = Group(setup)
+        references = References(setup)
         for name, system in self.chosen.items():
-            reason = system.why_not(setup)
-            if reason is None:
-                try:
-                    runner = system.build(setup)
-                    reason = self._admit(group, name, system, runner)
-                except Unable as error:
-                    reason = str(error)
-                except Exception as error:  # a peer that breaks must not end the run
-                    reason = f"failed: {type(error).__name__}: {error}".splitlines()[0]
-            if reason is not None:
-                group.left_out[name] = reason
-                self.session.note(f"{name}: {reason}")
+            try:
+                reason = system.why_not(setup)
+                if reason is not None:
+                    raise Unable(reason)
+                runner = system.build(setup)
+                group.facts[name] = check(references, system, runner, case.new_tokens)
+                group.runners[name] = runner
+            except Unable as error:
+                group.left_out[name] = str(error)
+            except Exception as error:  # a peer that breaks must not end the run
+                group.left_out[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            if name in group.left_out:
+                self.session.note(f"{name}: {group.left_out[name]}")
         return group
 
-    def _admit(self, group: Group, name: str, system: System, runner: Runner) -> str | None:
-        """Lets a runner in that gives the right logits; returns why not."""
+    def measure(self, case: OverheadCase, tick: Tick) -> list[CaseResult]:
         try:
-            error = group.references.error(runner, system.family, decode=True)
-        except Unable:
-            error = group.references.error(runner, system.family, decode=False)
-        allowed = TOLERANCE[group.setup.dtype]
-        if not error <= allowed:
-            return f"wrong: error {error:.2g} of what the adapters change, allowed {allowed:g}"
-        group.runners[name], group.errors[name] = runner, error
-        return None
-
-    def group(self, point: Point) -> Group:
-        if self._point != point:
-            self._group = None  # frees the models of the point before
-            self._group, self._point = self._build(point), point
-        assert self._group is not None
-        return self._group
-
-    def _agreement(self, group: Group, name: str, case: OverheadCase) -> dict[str, Any]:
-        """Share of tokens that are the reference's. Raises LeftOut where too few are."""
-        if case.phase != "generate" or self.chosen[name].family != "reft":
-            return {}
-        share = group.references.agreement(group.runners[name], case.new_tokens)
-        if group.setup.dtype is torch.float32 and share < AGREEMENT:
-            raise LeftOut(f"wrong: {share:.0%} of its tokens are the reference's, {AGREEMENT:.0%} asked for")
-        return {"token_agreement": share}
-
-    def _candidate(self, name: str, runner: Runner, case: OverheadCase) -> Candidate:
-        if case.phase == "prefill":
-            return Candidate(name, [runner.prefill], runner.context)
-        if case.phase == "generate":
-            return Candidate(name, [lambda: runner.generate(case.new_tokens)], runner.context)
-        with runner.context():
-            runner.prefill()
-            try:
-                runner.decode()
-            except Unable as error:
-                raise LeftOut(str(error)) from error
-        return Candidate(name, [runner.decode], runner.context, runner.rewind)
-
-    @torch.no_grad()
-    def measure(self, case: OverheadCase, tick: Tick) -> CaseResult:
-        try:
-            group = self.group(case.point)
+            group = self._build(case)
         except Unable as error:
             raise LeftOut(str(error)) from error
-        left_out = dict(group.left_out)
-        candidates: dict[str, Candidate] = {}
-        agreements: dict[str, dict[str, Any]] = {}
-        for name, runner in group.runners.items():
-            try:
-                agreements[name] = self._agreement(group, name, case)
-                candidates[name] = self._candidate(name, runner, case)
-            except LeftOut as reason:
-                left_out[name] = str(reason)
-                self.session.note(f"{case.phase}: {name}: {reason}")
-        if BASELINE not in candidates:
-            raise LeftOut(f"the baseline {BASELINE!r} can't be measured: {left_out.get(BASELINE)}")
-        twin = Runner(group.setup, models.twin(group.setup.merged))
-        candidates[CONTROL] = self._candidate(CONTROL, twin, case)
-        clock = self._clock(case)
-        samples = interleave(list(candidates.values()), clock, self.args.rounds, self.args.seed, tick)
-        found = record.summarize(samples, BASELINE, CONTROL, group.errors)
-        for name, runner in group.runners.items():
-            if name in found:
-                found[name].extra |= agreements[name]
-                found[name].extra |= self._extra(case, runner, samples[name], samples[BASELINE])
-            if name in found and runner.attributed:
-                found[name].extra |= self._attributed(candidates[name], runner, samples[BASELINE])
-        return CaseResult(case.id, case.params, BASELINE, CONTROL, found, left_out)
+        if BASELINE not in group.runners:
+            raise LeftOut(f"the baseline {BASELINE!r} can't be measured: {group.left_out[BASELINE]}")
+        runners = dict(group.runners)
+        runners[CONTROL] = Runner(group.setup, models.twin(group.setup.merged))
+        for runner in runners.values():
+            generation.timed(runner, 2)  # warm-up
 
-    def _clock(self, case: OverheadCase) -> Clock:
-        warmup = 1 if case.phase == "generate" else 2
-        return CudaEventClock(warmup=warmup) if self.cuda else CpuClock(span=0.0, warmup=warmup)
+        def on_round() -> None:
+            gc.collect()
+            tick()
 
-    def _extra(
-        self, case: OverheadCase, runner: Runner, taken: list[float], baseline: list[float]
-    ) -> dict[str, Any]:
-        """Throughput, the difference of totals, and whether all rows had to take one adapter."""
-        point = case.point
-        tokens = {"prefill": point.prompt, "decode": 1, "generate": case.new_tokens}[case.phase]
-        rate = point.batch * tokens / stats.median_interval(taken).median
-        difference = stats.paired_difference(taken, baseline)
-        return {
-            "tokens_per_s": rate,
-            "difference_s": difference.to_json(),
-            "adapters_served": 1 if runner.single else point.adapters,
+        timings = interleaved(
+            list(runners),
+            lambda name: generation.timed(runners[name], case.new_tokens),
+            self.args.rounds,
+            self.args.seed,
+            on_round,
+        )
+        parts = {
+            name: self._attributed(runner, case) for name, runner in runners.items() if runner.attributed
         }
+        return [self._result(case, phase, group, timings, parts) for phase in case.phases]
 
-    def _attributed(self, candidate: Candidate, runner: Runner, baseline: list[float]) -> dict[str, Any]:
-        """Attributed seconds a call, and their share of the baseline's."""
+    def _attributed(self, runner: Runner, case: OverheadCase) -> list[generation.Timing]:
+        rounds = max(LEAST_ATTRIBUTED, self.args.rounds // 3)
         costs = attribution.call_costs()
-        taken: list[float] = []
-        with candidate.context(), attribution.attributing(runner.model, runner.attributed) as ledger:
-            for _ in range(self.args.rounds):
-                if candidate.before:
-                    candidate.before()
-                ledger.reset()
-                candidate.calls[0]()
-                taken.append(ledger.seconds(costs))
-        return {
-            "attributed_s": stats.median_interval(taken).to_json(),
-            "attributed_share": stats.share(taken, baseline).to_json(),
-            "attributed_samples": taken,
-        }
+        with attribution.attributing(runner.model, runner.attributed) as ledger:
+            return [generation.attributed(runner, case.new_tokens, ledger, costs) for _ in range(rounds)]
+
+    def _result(
+        self,
+        case: OverheadCase,
+        phase: str,
+        group: Group,
+        timings: dict[str, list[generation.Timing]],
+        parts: dict[str, list[generation.Timing]],
+    ) -> CaseResult:
+        point = case.point
+        samples = {name: [getattr(timing, phase) for timing in taken] for name, taken in timings.items()}
+        errors = {name: facts["error"] for name, facts in group.facts.items()}
+        found = record.summarize(samples, BASELINE, CONTROL, errors)
+        tokens = {"prefill": point.prompt, "decode": 1, "generate": case.new_tokens}[phase]
+        for name, result in found.items():
+            difference = stats.paired_difference(samples[name], samples[BASELINE])
+            result.extra |= {
+                "tokens_per_s": point.batch * tokens / result.time.median,
+                "difference_s": difference.to_json(),
+            }
+            if name in group.runners:
+                result.extra |= group.facts[name]
+                result.extra["adapters_served"] = 1 if group.runners[name].single else point.adapters
+            if name in parts:
+                taken = [getattr(timing, phase) for timing in parts[name]]
+                result.extra |= {
+                    "attributed_s": stats.median_interval(taken).to_json(),
+                    "attributed_share": stats.share(taken, samples[BASELINE]).to_json(),
+                    "attributed_samples": taken,
+                }
+        params = case.params(phase)
+        return CaseResult(case.result_id(phase), params, BASELINE, CONTROL, found, dict(group.left_out))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -233,19 +199,15 @@ def cases_of(args: argparse.Namespace, name: str, dtype: str, depth: int) -> lis
         if phase not in PHASES:
             raise ResultError(f"--phases: unknown {phase!r}; allowed are {', '.join(PHASES)}")
     new_tokens = preset.new_tokens if args.new_tokens is None else args.new_tokens
-    if new_tokens < 1:
-        raise ResultError(f"--new-tokens: must be at least 1, was {new_tokens}")
-    cases = []
+    if new_tokens < 2:
+        raise ResultError(f"--new-tokens: must be at least 2 (a prefill and a decode step), was {new_tokens}")
+    wanted: dict[Point, list[str]] = {}
     for sweep in sweeps:
         for values in sweep.points():
             layers = depth if values["layers"] == "all" else values["layers"]
-            point = Point(**{**values, "layers": layers})
-            for phase in phases or sweep.phases:
-                tokens = new_tokens if phase == "generate" else 0
-                cases.append(OverheadCase(phase, name, dtype, point, tokens))
-    # Phases of a point follow each other, so that its systems are built once.
-    points = list(dict.fromkeys(case.point for case in cases))
-    return sorted(dict.fromkeys(cases), key=lambda case: points.index(case.point))
+            of_point = wanted.setdefault(Point(**{**values, "layers": layers}), [])
+            of_point += [phase for phase in phases or sweep.phases if phase not in of_point]
+    return [OverheadCase(tuple(p), name, dtype, point, new_tokens) for point, p in wanted.items()]
 
 
 def choose(

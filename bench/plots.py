@@ -103,7 +103,7 @@ def _symlog(axis: Any, which: str) -> None:
 
 def _point_title(case: CaseResult) -> str:
     p = case.params
-    tokens = f" of {p['new_tokens']} tokens" if p.get("new_tokens") else ""
+    tokens = f" of {p['new_tokens']} tokens" if p["phase"] == "generate" else ""
     return (
         f"{p['phase']}{tokens}: positions {p['positions']}, {p['adapters']} adapters\n"
         f"batch {p['batch']}, prompt {p['prompt']}, rank {p['rank']}, {p['layers']} layers"

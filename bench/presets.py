@@ -55,35 +55,30 @@ _PAPER = Sweep(
 _SERVING = Sweep(
     _base(batch=256, prompt=128, positions="all", adapters=1),
     {"adapters": (1, 4, 16, 64, 256)},
-    ("prefill", "decode"),
 )
 
 PRESETS = {
     "quick": Preset(
         "llama-512x8",
-        rounds=11,
+        rounds=9,
         new_tokens=8,
         sweeps=(
             Sweep(
                 _base(batch=4, prompt=32, adapters=4),
                 {"rank": (1, 32), "layers": (1, 4), "positions": ("f1", "all")},
-                ("prefill", "decode"),
             ),
-            Sweep(
-                _base(batch=16, prompt=32, adapters=1, positions="all"), {"adapters": (4, 16)}, ("decode",)
-            ),
-            Sweep(_base(batch=4, prompt=32, adapters=4, positions="all"), {}, ("generate",)),
+            Sweep(_base(batch=16, prompt=16, adapters=1, positions="all"), {"adapters": (4, 16)}),
         ),
         text="2 CPU cores, under 3 minutes",
     ),
     "cpu": Preset(
         "llama-1024x8",
-        rounds=31,
+        rounds=21,
         new_tokens=16,
         sweeps=(
             Sweep(_base()),
             Sweep(_base(positions="all")),
-            Sweep(_base(batch=64, adapters=64, positions="all"), {}, ("decode",)),
+            Sweep(_base(batch=64, adapters=64, positions="all")),
         ),
         text="the recorded numbers of the README: hidden size 1024, 8 layers, 2 CPU cores",
     ),

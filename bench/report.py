@@ -76,7 +76,7 @@ def _overhead(results: Results) -> str:
     rows = []
     for case in results.cases:
         p = case.params
-        phase = f"{p['phase']} of {p['new_tokens']}" if p["new_tokens"] else p["phase"]
+        phase = f"generate {p['new_tokens']}" if p["phase"] == "generate" else p["phase"]
         label = [
             phase,
             *(str(p[key]) for key in ("batch", "prompt", "rank", "layers", "positions", "adapters")),

@@ -36,11 +36,13 @@ class Case(Protocol):
     def id(self) -> str: ...
 
     @property
-    def params(self) -> dict[str, Any]: ...
+    def result_ids(self) -> list[str]:
+        """The ids of the results that it gives."""
+        ...
 
 
 Tick = Callable[[], None]
-Measure = Callable[[Any, Tick], CaseResult]
+Measure = Callable[[Any, Tick], Sequence[CaseResult]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,11 +151,11 @@ class Session:
         """Measures the cases that the results lack. Returns False after Ctrl-C; what was measured is kept.
 
         Args:
-            measure: (case, tick) → CaseResult; calls tick once a round; may raise LeftOut.
+            measure: (case, tick) → its results; calls tick once a round; may raise LeftOut.
             rounds: how often `measure` calls tick.
         """
         done = {case.id for case in self.results.cases}
-        todo = [case for case in cases if case.id not in done]
+        todo = [case for case in cases if not done.issuperset(case.result_ids)]
         self.save()
         try:
             with self._progress() as progress:
@@ -161,15 +163,15 @@ class Session:
                 for number, case in enumerate(todo):
                     progress.update(task, description=case.id, completed=rounds * number)
                     try:
-                        self.results.cases.append(measure(case, lambda: progress.advance(task)))
+                        self.results.cases += measure(case, lambda: progress.advance(task))
                     except LeftOut as reason:
                         self.note(f"{case.id}: {reason}")
                     self.save()
         except KeyboardInterrupt:
             self.save()
             self.console.print(
-                f"\nInterrupted: {len(self.results.cases)} of {len(cases)} cases are in {self.folder}; "
-                f"the same command with --out {self.folder} --resume goes on."
+                f"\nInterrupted: {len(self.results.cases)} results are kept in {self.folder}; the same "
+                f" command with --out {self.folder} --resume goes on."
             )
             return False
         self.results.finish()

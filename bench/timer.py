@@ -1,6 +1,6 @@
 """Interleaved sampling (A B C, B A C, …) in one process, with warm-up, on a CPU or a GPU.
 
-A sample is the time of one call in seconds, averaged over as many calls as fill a minimal time span.
+A clock's sample is the time of one call in seconds, averaged over as many calls as fill a minimal span.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import gc
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 Call = Callable[[], Any]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -174,6 +175,40 @@ class CudaGraphClock(CudaEventClock):
         self._graphs.clear()
 
 
+def interleaved(
+    names: Sequence[str],
+    take: Callable[[str], T],
+    rounds: int,
+    seed: int = 0,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, list[T]]:
+    """What `take` gives for each name, once a round; the order within a round is shuffled.
+
+    The shuffle keeps a system from always finding the caches as the same neighbour left them.
+
+    Returns: name → `rounds` samples, paired by round.
+    """
+    if rounds < 2:
+        raise ValueError(f"rounds: must be at least 2 to give an interval, was {rounds}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"names: one stands twice in {list(names)}")
+    samples: dict[str, list[T]] = {name: [] for name in names}
+    order, rng = list(names), random.Random(seed)
+    collected = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            rng.shuffle(order)
+            for name in order:
+                samples[name].append(take(name))
+            on_round()
+    finally:
+        if collected:
+            gc.enable()
+    return samples
+
+
 def interleave(
     candidates: Sequence[Candidate],
     clock: Clock,
@@ -181,30 +216,13 @@ def interleave(
     seed: int = 0,
     on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Samples of every candidate, one a round; the order within a round is shuffled.
-
-    The shuffle keeps a system from always finding the caches as the same neighbour left them.
-
-    Returns: candidate name → `rounds` samples in seconds a call, paired by round.
-    """
-    if rounds < 2:
-        raise ValueError(f"rounds: must be at least 2 to give an interval, was {rounds}")
-    names = [candidate.name for candidate in candidates]
-    if len(set(names)) != len(names):
-        raise ValueError(f"candidates: two have the same name in {names}")
-    passes = {candidate.name: clock.prepare(candidate) for candidate in candidates}
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    order, rng = list(candidates), random.Random(seed)
-    collected = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            rng.shuffle(order)
-            for candidate in order:
-                samples[candidate.name].append(clock.sample(candidate, passes[candidate.name]))
-            on_round()
-    finally:
-        if collected:
-            gc.enable()
-    return samples
+    """Samples of every candidate in seconds a call, interleaved; see `interleaved`."""
+    named = {candidate.name: candidate for candidate in candidates}
+    passes = {name: clock.prepare(candidate) for name, candidate in named.items()}
+    return interleaved(
+        [candidate.name for candidate in candidates],
+        lambda name: clock.sample(named[name], passes[name]),
+        rounds,
+        seed,
+        on_round,
+    )

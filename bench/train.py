@@ -50,6 +50,10 @@ class TrainCase:
         )
 
     @property
+    def result_ids(self) -> list[str]:
+        return [self.id]
+
+    @property
     def params(self) -> dict[str, Any]:
         found = {"phase": "train", "model": self.model, "dtype": self.dtype, **dataclasses.asdict(self.point)}
         return found | {"completion": self.completion}
@@ -116,7 +120,7 @@ class Bench:
             raise Unable(f"wrong: loss or gradients off by {error:.2g}, allowed {allowed:g}")
         return trainee, error
 
-    def measure(self, case: TrainCase, tick: Tick) -> CaseResult:
+    def measure(self, case: TrainCase, tick: Tick) -> list[CaseResult]:
         try:
             setup = Setup(self.model, case.point, self.args.seed)
         except Unable as error:
@@ -149,7 +153,7 @@ class Bench:
                 "peak_bytes": peak,
                 "trained_parameters": sum(p.numel() for p in step.trainee.parameters),
             }
-        return CaseResult(case.id, case.params, BASELINE, CONTROL, found, left_out)
+        return [CaseResult(case.id, case.params, BASELINE, CONTROL, found, left_out)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -50,6 +50,10 @@ class KernelCase:
         )
 
     @property
+    def result_ids(self) -> list[str]:
+        return [self.id]
+
+    @property
     def params(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

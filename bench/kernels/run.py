@@ -77,7 +77,7 @@ class Bench:
         build = system.forward if problems[0].case.direction == "forward" else system.backward
         return Candidate(name, [build(problem) for problem in problems], system.context)
 
-    def measure(self, case: KernelCase, tick: Tick) -> CaseResult:
+    def measure(self, case: KernelCase, tick: Tick) -> list[CaseResult]:
         seed, device = self.args.seed, self.device
         copies = _copies(case, device, seed)
         problems = [Problem(case, device, seed, copy) for copy in range(copies)]
@@ -103,7 +103,7 @@ class Bench:
             if GATHER in found and name != GATHER:
                 ratio = stats.paired_ratio(samples[name], samples[GATHER])
                 result.extra["ratio_over_gather"] = ratio.to_json()
-        return CaseResult(case.id, case.params, BASELINE, CONTROL, found, left_out, floor)
+        return [CaseResult(case.id, case.params, BASELINE, CONTROL, found, left_out, floor)]
 
 
 def _numbers(text: str, name: str) -> list[int]:

@@ -144,9 +144,12 @@ class Runner:
         if excess > 0:
             self.cache.crop(-excess)
 
-    def generate(self, tokens: int) -> Tensor:
-        """Greedy generation of exactly `tokens` tokens; returns [batch, prompt + tokens]."""
-        return self.model.generate(**self.generation(tokens), **self.arguments())
+    def generate(self, tokens: int, **options: Any) -> Tensor:
+        """Greedy generation of exactly `tokens` tokens; returns [batch, prompt + tokens].
+
+        options: further arguments of transformers' generate.
+        """
+        return self.model.generate(**self.generation(tokens), **options, **self.arguments())
 
     def generation(self, tokens: int) -> dict[str, Any]:
         ids = self.setup.input_ids

@@ -63,13 +63,13 @@ class PyreftRunner(Runner):
 
     def call(self, decode, **inputs):
         if decode and self.locations is not None:
-            raise Unable("pyreft has no decode step of its own for prompt positions; see generate")
+            raise Unable("pyreft has no decode step of its own for prompt positions")
         _, out = self.model(inputs, unit_locations=self.locations)
         return out
 
-    def generate(self, tokens):
+    def generate(self, tokens, **options):
         # For prompt positions pyreft edits the prompt only; without locations, every token.
-        arguments = self.generation(tokens)
+        arguments = self.generation(tokens) | options
         base = {name: arguments.pop(name) for name in ("input_ids", "attention_mask")}
         _, out = self.model.generate(
             base, unit_locations=self.locations, intervene_on_prompt=True, **arguments
