@@ -148,27 +148,29 @@ void expand_block(const H* const* from, H* const* to, const W* w, const int32_t*
   }
 }
 
-template <int N, class H, class W>
-void expand_rows(const H* const* from, H* const* to, int64_t count, const W* w, const int32_t* kind,
-                 int64_t rank, int64_t d, const float* v, int64_t j, int64_t part) {
-  int64_t m = 0;
-  for (; m + kRowBlock <= count; m += kRowBlock)
-    expand_block<kRowBlock, N>(from + m, to + m, w, kind, rank, d, v + m, j, part);
-  for (; m < count; ++m) expand_block<1, N>(from + m, to + m, w, kind, rank, d, v + m, j, part);
-}
-
-// to_m = from_m + Σ_r v[r][m] w_r, without the rows of w that have no product if `kind` is given.
-template <class H, class W>
-void expand(const H* const* from, H* const* to, int64_t count, const W* w, const int32_t* kind,
-            int64_t rank, int64_t d, const float* v) {
+template <int M, class H, class W>
+void expand_rows(const H* const* from, H* const* to, const W* w, const int32_t* kind, int64_t rank,
+                 int64_t d, const float* v) {
   using V = decltype(unit_of(H{}, W{}));
   constexpr int kUnits = kWide * Vec::kLanes / V::kLanes;
   int64_t j = 0;
   for (; j + kUnits * V::kLanes <= d; j += kUnits * V::kLanes)
-    expand_rows<kUnits>(from, to, count, w, kind, rank, d, v, j, 0);
+    expand_block<M, kUnits>(from, to, w, kind, rank, d, v, j, 0);
   for (; j + V::kLanes <= d; j += V::kLanes)
-    expand_rows<1>(from, to, count, w, kind, rank, d, v, j, 0);
-  if (j < d) expand_rows<0>(from, to, count, w, kind, rank, d, v, j, d - j);
+    expand_block<M, 1>(from, to, w, kind, rank, d, v, j, 0);
+  if (j < d) expand_block<M, 0>(from, to, w, kind, rank, d, v, j, d - j);
+}
+
+// to_m = from_m + Σ_r v[r][m] w_r, without the rows of w that have no product if `kind` is given. A
+// few rows at a time: where d is a power of two all rows fall on the same few sets of the first
+// cache.
+template <class H, class W>
+void expand(const H* const* from, H* const* to, int64_t count, const W* w, const int32_t* kind,
+            int64_t rank, int64_t d, const float* v) {
+  int64_t m = 0;
+  for (; m + kRowBlock <= count; m += kRowBlock)
+    expand_rows<kRowBlock>(from + m, to + m, w, kind, rank, d, v + m);
+  for (; m < count; ++m) expand_rows<1>(from + m, to + m, w, kind, rank, d, v + m);
 }
 
 template <class H, class P>
