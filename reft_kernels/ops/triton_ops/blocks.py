@@ -18,6 +18,11 @@ INTERPRETING: bool = bool(knobs.runtime.interpret)
 #: Largest rank of the matrix-product form; larger ranks take the row form, whatever the batch.
 LOW_RANK: int = 64
 
+#: Arguments that differ from batch to batch. Triton would compile anew for sizes of 1 or divisible by 16 and
+#: for addresses that are: a stall, and another kernel for the same row.
+BATCH_SIZES = ("n_rows", "n_pool", "n_segments")
+BATCH_TABLES = ("rows", "tiles", "spans", "offsets")
+
 _INTERPRETING = tl.constexpr(INTERPRETING)
 _ACT_MASK = tl.constexpr(ACT_MASK)
 _NO_PRODUCT = tl.constexpr(NO_PRODUCT)
@@ -40,8 +45,11 @@ def product(a, b, acc, FULL: tl.constexpr):
     float32 operand (21 bits or more). Two float32 operands: in full if FULL (for rows of h in float32),
     otherwise to 21 bits, where a 16-bit result has 11 at most.
     """
-    if _INTERPRETING or FULL:
-        # The interpreter would multiply the bits of a bfloat16 as integers.
+    if _INTERPRETING:
+        # Its tl.dot multiplies the bits of a bfloat16 as integers, and is a BLAS whose order of summation
+        # depends on where in the tile a row stands.
+        acc += tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+    elif FULL:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif a.dtype == b.dtype and a.dtype != tl.float32:
         acc = tl.dot(a, b, acc)

@@ -20,7 +20,18 @@ import triton
 import triton.language as tl
 
 from .activations import slope
-from .blocks import _TILE, activated, pool_range, pre_activation, product, rounded, scalar_kind, tile_rows
+from .blocks import (
+    _TILE,
+    BATCH_SIZES,
+    BATCH_TABLES,
+    activated,
+    pool_range,
+    pre_activation,
+    product,
+    rounded,
+    scalar_kind,
+    tile_rows,
+)
 
 _POOL_BLOCK = tl.constexpr(16)
 _KEPT = tl.constexpr(64)  # columns of the kept p and v
@@ -117,7 +128,7 @@ def _rows_by_rows(
             tl.store(dh + row * D + col, rounded(total, g.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
 def rows_kernel(
     grad,  # [n_rows, D], rows grad_stride apart
     dh,  # [n_rows, D] contiguous, a copy of grad; its edited rows are written
@@ -165,7 +176,7 @@ def rows_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
 def pool_kernel(
     grad,  # [n_rows, D], rows grad_stride apart
     hs,  # [n, D] contiguous

@@ -21,7 +21,18 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .blocks import _TILE, activated, pool_range, pre_activation, product, rounded, scalar_kind, tile_rows
+from .blocks import (
+    _TILE,
+    BATCH_SIZES,
+    BATCH_TABLES,
+    activated,
+    pool_range,
+    pre_activation,
+    product,
+    rounded,
+    scalar_kind,
+    tile_rows,
+)
 
 
 @triton.jit
@@ -77,7 +88,7 @@ def _edit_by_rows(
             tl.store(h + row * row_stride + col, rounded(total, x.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
 def intervene_kernel(
     h,  # [n_rows, D], rows row_stride apart; edited
     down, up,  # [P, D]

@@ -41,7 +41,7 @@ def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> di
         "WHOLE": triton.next_power_of_2(d),
         "DOWN_BLOCK": down,
         "UP_BLOCK": up,
-        "STAGES": 4,
+        "STAGES": 3,
         "num_warps": 4 if d <= 4096 else 8,
     }
 
@@ -49,12 +49,12 @@ def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> di
 def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `rows_kernel`."""
     common = _common(h_dtype, d)
-    down, up = _blocks(common["FULL"], h_dtype is not pool_dtype, ((16, 64), (64, 64), (128, 128)))
+    down, up = _blocks(common["FULL"], h_dtype is not pool_dtype, ((16, 64), (64, 64), (64, 128)))
     return common | {
         "WHOLE": triton.next_power_of_2(d),
         "DOWN_BLOCK": down,
         "UP_BLOCK": up,
-        "STAGES": 3,
+        "STAGES": 4,
         "num_warps": 4 if d <= 4096 else 8,
     }
 
@@ -63,7 +63,7 @@ def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `pool_kernel`."""
     common = _common(h_dtype, d)
     again = _blocks(common["FULL"], h_dtype is not pool_dtype, (32, 32, 64))
-    return common | {"ROWS": 32, "BLOCK": 64, "AGAIN": again, "num_warps": 4}
+    return common | {"ROWS": 32, "BLOCK": 64, "AGAIN": again, "num_warps": 4 if common["FULL"] else 8}
 
 
 def _row_stride(h: Tensor, name: str) -> int:

@@ -1,0 +1,112 @@
+"""Every Triton kernel, compiled for sm_80 to sm_100 without a GPU: no spills, wide loads, no atomics."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from support.triton_compile import Variant
+
+pytest.importorskip("triton")
+
+SCRIPT = pathlib.Path(__file__).parent / "support" / "triton_compile.py"
+ROOT = pathlib.Path(__file__).parents[1]
+
+KERNELS = ("forward", "rows", "pool")
+ARCHS = (80, 90, 100)
+DTYPES = (
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float32", "float32"),
+    ("bfloat16", "float32"),
+    ("float16", "float32"),
+)
+
+#: The least that a block may have on a GPU of compute capability 8.0 or more (8.6 and 8.9).
+SHARED = 99 * 1024
+
+QUICK = [
+    *(Variant(kernel, "bfloat16", "bfloat16", arch) for kernel in KERNELS for arch in ARCHS),
+    *(Variant(kernel, *dtypes, 90) for kernel in KERNELS for dtypes in DTYPES[2:4]),
+]
+
+
+def _all() -> list[Variant]:
+    """What launch code can ask for: dtypes, what needs a gradient, 4 and 8 warps, odd d and odd addresses."""
+    shapes = [(4096, True), (8192, True), (64, True), (4100, False), (33, False)]
+    needs = {
+        "forward": [(True, True)],
+        "rows": [(True, True), (True, False), (False, True)],
+        "pool": [(True, True)],
+    }
+    return [
+        Variant(kernel, *dtypes, arch, d, need, aligned)
+        for kernel, dtypes, arch in itertools.product(KERNELS, DTYPES, ARCHS)
+        for d, aligned in (shapes if arch == 90 else shapes[:1])
+        for need in needs.get(kernel, [(True, True)])
+    ]
+
+
+SLOW = [variant for variant in _all() if variant not in QUICK]
+
+
+def _compiled(variants: list[Variant]) -> dict[Variant, dict]:
+    """Results of all variants, by two processes."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    results = {}
+    workers = []
+    for part in (variants[::2], variants[1::2]):
+        worker = subprocess.Popen(
+            [sys.executable, str(SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        worker.stdin.write(json.dumps([dataclasses.asdict(variant) for variant in part]))
+        worker.stdin.close()
+        workers.append((part, worker))
+    for part, worker in workers:
+        lines = worker.stdout.read().splitlines()
+        errors = worker.stderr.read()
+        assert worker.wait() == 0, errors
+        results |= {variant: json.loads(line) for variant, line in zip(part, lines, strict=True)}
+    return results
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[Variant, dict]:
+    return _compiled(QUICK)
+
+
+@pytest.fixture(scope="module")
+def slow() -> dict[Variant, dict]:
+    return _compiled(SLOW)
+
+
+def _check(variant: Variant, made: dict) -> None:
+    assert made["stack"] == made["local"] == made["local_accesses"] == 0, made
+    assert made["shared"] <= SHARED, made
+    assert made["atomics"] == 0, made
+    assert made["tensor_core_products"] > 0 or variant.h == "float32", made
+    if variant.aligned:
+        assert made["loads_of_16_bytes"] > 0 and made["stores_of_16_bytes"] > 0, made
+
+
+@pytest.mark.parametrize("variant", QUICK, ids=str)
+def test_compiles_without_spills(variant: Variant, quick: dict[Variant, dict]) -> None:
+    _check(variant, quick[variant])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", SLOW, ids=str)
+def test_every_variant_compiles_without_spills(variant: Variant, slow: dict[Variant, dict]) -> None:
+    _check(variant, slow[variant])
