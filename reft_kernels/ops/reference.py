@@ -47,7 +47,7 @@ _SLOPES: dict[int, Callable[[Tensor], Tensor]] = {
     Act.SIGMOID: lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
     Act.TANH: lambda z: 1 - torch.tanh(z).square(),
     Act.QUICK_GELU: _quick_gelu_slope,
-    Act.LEAKY_RELU: lambda z: torch.where(z > 0, 1.0, _SLOPE).to(z.dtype),
+    Act.LEAKY_RELU: lambda z: torch.ones_like(z).masked_fill(z <= 0, _SLOPE),
 }
 
 
