@@ -11,8 +11,10 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +27,14 @@ from torch import Tensor, nn
 import reft_kernels as rk
 from reft_kernels.ops.reference import activate
 
-from . import models, stats, timer
+from . import models, stats
 from .record import ResultError
 from .tables import interval_text, time_text
 
-#: About 98 million parameters.
-SHAPE = "llama-768x12"
+#: About 101 million parameters.
+SHAPE = "llama-640x12"
 PROMPTS = (16, 9, 20, 13, 5, 18, 7, 11)
-NEW_TOKENS = 12
+NEW_TOKENS = 10
 ROUNDS = 5
 
 
@@ -178,6 +180,7 @@ def check_rows(
     """Generates for all rows at once, then each row alone through the reference backend; compares the two."""
     kept = {"return_dict_in_generate": True, "output_logits": True}
     together = generate(model, batch, NEW_TOKENS, adapter_names=names, **kept)
+    bare = generate(model, batch, NEW_TOKENS, adapter_names=["__base__"] * len(names))
     progress.advance(task)
     width = batch["input_ids"].shape[1]
     found = []
@@ -186,7 +189,6 @@ def check_rows(
         alone = {key: value[row][seen][None] for key, value in batch.items()}
         with rk.backend("reference"):
             one = generate(model, alone, NEW_TOKENS, adapter_names=[name], **kept)
-        plain = generate(model, alone, NEW_TOKENS, adapter_names=["__base__"])
         start = alone["input_ids"].shape[1]
         mine = together.sequences[row, width:]
         pairs = zip(together.logits, one.logits)
@@ -198,30 +200,41 @@ def check_rows(
                 "tokens": mine,
                 "equal": torch.equal(mine, one.sequences[0, start:]),
                 "difference": max(float((a[row] - b[0]).abs().max()) for a, b in pairs),
-                "changed": not torch.equal(mine, plain[0, start:]),
+                "changed": not torch.equal(mine, bare[row, width:]),
             }
         )
         progress.advance(task)
     return found
 
 
+class Stopwatch:
+    """A streamer that only notes when tokens come: the prompt's, then one step after the other."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def measure(
     systems: dict[str, Any], batch: dict[str, Tensor], progress, task
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a prefill and of a decode step by system, interleaved, one sample a round."""
-    candidates = [
-        timer.Candidate(f"{name}/{tokens}", [lambda run=run, tokens=tokens: run(tokens)])
-        for name, run in systems.items()
-        for tokens in (1, 1 + NEW_TOKENS)
-    ]
-    samples = timer.interleave(
-        candidates, timer.CpuClock(span=0, warmup=1), ROUNDS, on_round=lambda: progress.advance(task)
-    )
+    """Seconds of a prefill and of a decode step by system: whole generations, in turns, after one to warm up."""
     found: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode step": {}}
-    for name in systems:
-        first, all_ = samples[f"{name}/1"], samples[f"{name}/{1 + NEW_TOKENS}"]
-        found["prefill"][name] = first
-        found["decode step"][name] = [(b - a) / NEW_TOKENS for a, b in zip(first, all_)]
+    for number in range(1 + ROUNDS):
+        names = list(systems)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            watch = Stopwatch()
+            systems[name](streamer=watch)
+            prompt, first, *rest = watch.times
+            if number:
+                found["prefill"].setdefault(name, []).append(first - prompt)
+                found["decode step"].setdefault(name, []).append((rest[-1] - first) / len(rest))
+        progress.advance(task)
     return found
 
 
@@ -232,7 +245,8 @@ def timing_table(found: dict[str, dict[str, list[float]]]) -> Table:
     for column in ("phase", "system", "time", "over the bare model"):
         table.add_column(column, justify="left" if column in ("phase", "system") else "right")
     for phase, systems in found.items():
-        for name, samples in systems.items():
+        for name in ("bare", "patched", "eager hooks"):
+            samples = systems[name]
             ratio = "" if name == "bare" else interval_text(stats.paired_ratio(samples, systems["bare"]))
             table.add_row(phase, name, time_text(stats.median_interval(samples).median), ratio)
         table.add_section()
@@ -241,7 +255,7 @@ def timing_table(found: dict[str, dict[str, list[float]]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="reft_bench.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="path or hub name; by default a random Llama of 98M parameters")
+    parser.add_argument("--model", help="path or hub name; by default a random Llama of 101M parameters")
     arguments = parser.parse_args(argv)
     console = Console()
     try:
@@ -290,13 +304,13 @@ def run(name: str | None, console: Console) -> int:
         eager = [None if n == "__base__" else n for n in names]
         EagerHooks(hooked, eager, dict(reft.adapters), batch["attention_mask"])
         systems = {
-            "bare": lambda tokens: generate(bare, batch, tokens),
-            "patched": lambda tokens: generate(model, batch, tokens, adapter_names=names),
-            "eager hooks": lambda tokens: generate(hooked, batch, tokens),
+            "bare": partial(generate, bare, batch, NEW_TOKENS),
+            "patched": partial(generate, model, batch, NEW_TOKENS, adapter_names=names),
+            "eager hooks": partial(generate, hooked, batch, NEW_TOKENS),
         }
         reached = generate(hooked, batch, NEW_TOKENS)[:, batch["input_ids"].shape[1] :]
         hooks_agree = all(torch.equal(reached[r["row"]], r["tokens"]) for r in rows)
-        task = progress.add_task("timing, interleaved", total=ROUNDS)
+        task = progress.add_task("timing, in turns", total=1 + ROUNDS)
         found = measure(systems, batch, progress, task)
 
     size = sum(p.numel() for p in bare.parameters()) / 1e6

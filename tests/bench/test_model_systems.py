@@ -1,0 +1,190 @@
+"""Whole models: what is shared, what is right, and that attributed time and totals agree."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from reft_bench import attribution, generation, memory, models, stats
+from reft_bench.correctness import References, check, outputs
+from reft_bench.systems import Runner, Setup, System, Unable, all_systems
+from reft_bench.systems.base import Point
+from reft_bench.systems.lora import merge
+from reft_bench.timer import interleaved
+
+POINT = Point(batch=3, prompt=9, rank=2, layers=2, positions="f3+l3", adapters=2)
+
+
+def _setup(**changes) -> Setup:
+    model = models.build("tiny", torch.float32, "cpu", 0)
+    setup = Setup(model, Point(**{**vars(POINT), **changes}), 0)
+    setup.merged = merge(setup)
+    return setup
+
+
+def test_twins_share_weights_and_nothing_else():
+    model = models.build("tiny", torch.float32, "cpu", 0)
+    twin = models.twin(model)
+    pairs = list(zip(model.parameters(), twin.parameters()))
+    assert pairs and all(a is b for a, b in pairs)
+    models.blocks(twin)[0].register_forward_hook(lambda *_: None)
+    assert not models.blocks(model)[0]._forward_hooks
+
+
+def test_a_merge_leaves_the_model_that_it_came_from():
+    setup = _setup()
+    before = [parameter.clone() for parameter in setup.original.parameters()]
+    merged = merge(setup)
+    assert all(torch.equal(a, b) for a, b in zip(before, setup.original.parameters()))
+    shared = sum(a is b for a, b in zip(setup.original.parameters(), merged.parameters()))
+    assert 0 < shared < len(before)  # all but the modules that LoRA is on
+
+
+@pytest.mark.parametrize(("count", "total", "layers"), [(1, 8, [7]), (2, 8, [3, 7]), (3, 3, [0, 1, 2])])
+def test_edited_layers_are_spread(count, total, layers):
+    assert models.spread(count, total) == layers
+
+
+@pytest.mark.parametrize("positions", ["f3+l3", "all"])
+@pytest.mark.parametrize("name", all_systems())
+def test_systems_give_the_reference(name, positions):
+    setup, system = _setup(positions=positions), all_systems()[name]
+    reason = system.why_not(setup)
+    if reason is not None or name == "reft_kernels triton":
+        pytest.skip(reason or "slow through the interpreter")
+    found = check(References(setup), system, system.build(setup), 3)
+    assert found["error"] < 1e-4
+    assert found.get("token_agreement", 1.0) == 1.0
+
+
+class _Unedited(System):
+    name = "unedited"
+
+    def build(self, setup):
+        return Runner(setup, models.twin(setup.merged))
+
+
+class _OneForAll(System):
+    """The right edit with the wrong adapter for some rows."""
+
+    name = "one for all"
+
+    def build(self, setup):
+        runner = all_systems()["reft_kernels reference"].build(setup)
+        runner._arguments = {"adapter_names": ["a0"] * setup.point.batch}
+        return runner
+
+
+@pytest.mark.parametrize("system", [_Unedited(), _OneForAll()], ids=lambda system: system.name)
+def test_wrong_systems_are_not_timed(system):
+    setup = _setup()
+    with pytest.raises(Unable, match="wrong"):
+        check(References(setup), system, system.build(setup), 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 3}, "the model has 2"),
+        ({"rank": 65}, "more than the model's width"),
+        ({"adapters": 4}, "don't fit a batch of 3"),
+        ({"prompt": 9000}, "no room"),
+    ],
+)
+def test_what_a_model_cannot_take_is_said(changes, message):
+    with pytest.raises(Unable, match=message):
+        _setup(**changes)
+
+
+# Attribution ---------------------------------------------------------------------------------------------
+
+DELAY = 3e-3
+
+
+class _Delay:
+    """A hook that takes its time."""
+
+    def __call__(self, module, args, output):
+        end = time.perf_counter() + DELAY
+        while time.perf_counter() < end:
+            pass
+
+
+class _Wrapper:
+    """A method put on the instance that takes its time before it calls what was there."""
+
+    def __init__(self, original) -> None:
+        self.original, self.__name__ = original, "forward"
+
+    def __call__(self, *args, **kwargs):
+        _Delay()(None, None, None)
+        return self.original(*args, **kwargs)
+
+
+class _Delayed(Runner):
+    attributed = (__name__,)
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup, models.twin(setup.merged))
+        for block in models.blocks(self.model):
+            block.register_forward_hook(_Delay())
+        self.model.forward = _Wrapper(self.model.forward)
+
+
+def test_attributed_time_and_the_difference_of_totals_agree():
+    setup = _setup()
+    runners = {"bare": Runner(setup, models.twin(setup.merged)), "delayed": _Delayed(setup)}
+    for runner in runners.values():
+        generation.timed(runner, 2)
+    timings = interleaved(list(runners), lambda name: generation.timed(runners[name], 4), rounds=9)
+    with attribution.attributing(runners["delayed"].model, (__name__,)) as ledger:
+        costs = attribution.call_costs()
+        parts = [generation.attributed(runners["delayed"], 4, ledger, costs) for _ in range(9)]
+    for phase, calls in (("prefill", 3), ("decode", 3), ("generate", 12)):
+        samples = {name: [getattr(t, phase) for t in taken] for name, taken in timings.items()}
+        total = stats.paired_difference(samples["delayed"], samples["bare"])
+        part = stats.median_interval([getattr(t, phase) for t in parts])
+        assert part.low >= calls * DELAY  # two layers and the wrapper, in each forward
+        slack = 0.05 * calls * DELAY
+        assert total.low - slack <= part.high and part.low <= total.high + slack, (phase, total, part)
+
+    # A step that nobody disturbed: nothing but the delays is attributed.
+    assert min(timing.decode for timing in parts) < 1.3 * 3 * DELAY
+
+
+def test_attributing_leaves_the_model_as_it_was():
+    runner = _Delayed(_setup())
+    hooks = [dict(block._forward_hooks) for block in models.blocks(runner.model)]
+    forward, original = runner.model.forward, runner.model.forward.original
+    with attribution.attributing(runner.model, (__name__,)) as ledger:
+        outputs(runner, decode=False)
+        assert ledger.calls == {"_forward_pre_hooks": 0, "_forward_hooks": 2}
+    assert [dict(block._forward_hooks) for block in models.blocks(runner.model)] == hooks
+    assert runner.model.forward is forward and forward.original is original
+    spent = ledger.seconds(dict.fromkeys(attribution.HOOK_DICTS, 0.0))
+    outputs(runner, decode=False)
+    assert ledger.seconds(dict.fromkeys(attribution.HOOK_DICTS, 0.0)) == spent
+
+
+def test_other_peoples_hooks_are_not_attributed():
+    runner = _Delayed(_setup())
+    with attribution.attributing(runner.model, ("another.package",)) as ledger:
+        outputs(runner, decode=False)
+    assert ledger.seconds(dict.fromkeys(attribution.HOOK_DICTS, 1.0)) == 0.0
+
+
+def test_an_idle_hook_costs_a_little():
+    for cost in attribution.call_costs().values():
+        assert 0 < cost < 1e-4
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def call():
+        a = torch.ones(256, 1024)
+        b = a + 1
+        del a
+        c = b + 1
+        return c.sum()
+
+    assert 2 << 20 <= memory.peak_bytes(call, cuda=False) < 2.1 * (1 << 20)
