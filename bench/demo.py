@@ -223,7 +223,7 @@ class Stopwatch:
 def measure(
     systems: dict[str, Any], batch: dict[str, Tensor], progress, task
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a prefill and of a decode step by system: whole generations, in turns, after one to warm up."""
+    """Seconds of a prefill and of a decode step by system: whole generations in turns, one to warm up."""
     found: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode step": {}}
     for number in range(1 + ROUNDS):
         names = list(systems)
