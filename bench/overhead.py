@@ -147,7 +147,7 @@ class Bench:
     ) -> CaseResult:
         point = case.point
         samples = {name: [getattr(timing, phase) for timing in taken] for name, taken in timings.items()}
-        errors = {name: facts["error"] for name, facts in group.facts.items()}
+        errors = {name: facts.get("error") for name, facts in group.facts.items()}
         found = record.summarize(samples, BASELINE, CONTROL, errors)
         tokens = {"prefill": point.prompt, "decode": 1, "generate": case.new_tokens}[phase]
         for name, result in found.items():
@@ -161,8 +161,10 @@ class Bench:
                 result.extra["adapters_served"] = 1 if group.runners[name].single else point.adapters
             if name in parts:
                 taken = [getattr(timing, phase) for timing in parts[name]]
+                part = stats.median_interval(taken)
                 result.extra |= {
-                    "attributed_s": stats.median_interval(taken).to_json(),
+                    "attributed_s": part.to_json(),
+                    "attributed_agrees": part.overlaps(difference),
                     "attributed_share": stats.share(taken, samples[BASELINE]).to_json(),
                     "attributed_samples": taken,
                 }
@@ -193,7 +195,7 @@ def cases_of(args: argparse.Namespace, name: str, dtype: str, depth: int) -> lis
             base["batch"] = max(base["batch"], *given.get("adapters", [1]))
         if "adapters" not in given:
             base["adapters"] = min(base["adapters"], base["batch"])
-        sweeps = (Sweep(base, {axis: tuple(values) for axis, values in given.items()}, sweeps[0].phases),)
+        sweeps = (Sweep(base, {axis: tuple(values) for axis, values in given.items()}, PHASES),)
     phases = args.phases.split(",") if args.phases else None
     for phase in phases or ():
         if phase not in PHASES:
@@ -234,6 +236,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     session = Session("overhead", settings, device, args, console)
     with console.status(f"Building {name} …"):
         model = models.build(name, DTYPES[dtype], device, args.seed)
+    if peft_missing() is not None:
+        session.note(f"{peft_missing()}: the baseline is the bare model, which costs what a merged LoRA does")
     bench = Bench(session, model, chosen, args)
     finished = session.run(cases_of(args, name, dtype, models.depth(model)), bench.measure, args.rounds)
     console.print(overhead_table(session.results))

@@ -89,7 +89,22 @@ def _overhead(results: Results) -> str:
             rows.append([*label, shown, *cells, "" if rate is None else f"{rate:.0f}"])
             label = [""] * len(label)
     headings = ["phase", "batch", "prompt", "rank", "layers", "positions", "adapters", "system", "time"]
-    return _markdown([*headings, "ratio [95%]", "attributed [95%]", "tokens/s"], rows)
+    shown = _markdown([*headings, "ratio [95%]", "attributed [95%]", "tokens/s"], rows)
+    return f"{_agreement(results)}\n{shown}"
+
+
+def _agreement(results: Results) -> str:
+    """Whether attributed time lies within the interval of the difference of totals."""
+    found = [
+        system.extra["attributed_agrees"]
+        for case in results.cases
+        for system in case.systems.values()
+        if "attributed_agrees" in system.extra
+    ]
+    return (
+        f"Attributed time and the difference of totals agree within their intervals in {sum(found)} of "
+        f"{len(found)} measurements.\n"
+    )
 
 
 def _train(results: Results) -> str:

@@ -66,5 +66,9 @@ class HooksRunner(Runner):
 class EagerHooks(System):
     name = "eager hooks"
 
+    def why_not(self, setup):
+        # The hooks tell a prompt from a decode step by its length.
+        return "needs prompts of at least 2 tokens" if setup.point.prompt < 2 else None
+
     def build(self, setup):
         return HooksRunner(setup)

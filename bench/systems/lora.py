@@ -56,12 +56,9 @@ def merge(setup: Setup) -> nn.Module:
 
 
 class MergedLora(System):
-    """The model with the LoRA in its weights: the cost of the bare model."""
+    """The model with the LoRA in its weights, or without PEFT the bare model, which costs the same."""
 
     name, family = BASELINE, "lora"
-
-    def why_not(self, setup):
-        return peft_missing()
 
     def build(self, setup):
         runner = Runner(setup, models.twin(setup.merged))

@@ -151,3 +151,18 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_word(bench, tmp_path, m
     assert status == 0 and "pyreft is not installed" in said
     (case,) = record.load(tmp_path).cases
     assert "eager hooks" in case.systems and case.left_out["pyreft"].startswith("pyreft is not installed")
+
+
+def test_without_peft_the_baseline_is_the_bare_model(bench, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a)
+    )
+    words = ("--systems", "eager hooks,PEFT LoRA unmerged", "--positions", "all", "--adapters", "1")
+    status, said = bench(
+        "overhead", *TINY, *words, "--new-tokens", "2", "--phases", "decode", "--out", tmp_path
+    )
+    assert status == 0 and "the baseline is the bare model" in said
+    (case,) = record.load(tmp_path).cases
+    assert {"merged LoRA", "eager hooks"} <= set(case.systems)
+    assert case.left_out["PEFT LoRA unmerged"].startswith("PEFT is not installed")

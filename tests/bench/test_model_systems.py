@@ -146,11 +146,11 @@ def test_attributed_time_and_the_difference_of_totals_agree():
         total = stats.paired_difference(samples["delayed"], samples["bare"])
         part = stats.median_interval([getattr(t, phase) for t in parts])
         assert part.low >= calls * DELAY  # two layers and the wrapper, in each forward
-        slack = 0.05 * calls * DELAY
+        slack = 0.1 * calls * DELAY
         assert total.low - slack <= part.high and part.low <= total.high + slack, (phase, total, part)
 
     # A step that nobody disturbed: nothing but the delays is attributed.
-    assert min(timing.decode for timing in parts) < 1.3 * 3 * DELAY
+    assert min(timing.decode for timing in parts) < 1.5 * 3 * DELAY
 
 
 def test_attributing_leaves_the_model_as_it_was():
