@@ -170,10 +170,6 @@ class CudaGraphClock(CudaEventClock):
 
         return self._timed(replay_all) / (passes * len(candidate.calls))
 
-    def forget(self) -> None:
-        """Frees the graphs of candidates that are done."""
-        self._graphs.clear()
-
 
 def interleaved(
     names: Sequence[str],

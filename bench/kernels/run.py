@@ -55,7 +55,7 @@ class Bench:
         errors: dict[str, float] = {}
         left_out: dict[str, str] = {}
         for name, system in self.chosen.items():
-            reason = system.why_not(case, self.device)
+            reason = system.why_not(case, self.device) or self._not_captured(case, name)
             if reason is not None:
                 left_out[name] = reason
                 self.session.note(f"{name}: {reason}")
@@ -73,6 +73,17 @@ class Bench:
             self.session.note(f"{case.id}: {name} {left_out[name]}")
         return errors, left_out
 
+    def _not_captured(self, case: KernelCase, name: str) -> str | None:
+        """Why a system can't be timed by graph replays, or None."""
+        captured = isinstance(_clock(self._kind(case), self.device), CudaGraphClock)
+        if captured and name == "reference":
+            return "reads the plan back to the host, which a graph can't hold (--clock launch times it)"
+        return None
+
+    def _kind(self, case: KernelCase) -> str:
+        """Autograd's backward is launched, not captured."""
+        return self.args.clock if case.direction == "forward" else "launch"
+
     def _candidate(self, name: str, system: System, problems: list[Problem]) -> Candidate:
         build = system.forward if problems[0].case.direction == "forward" else system.backward
         return Candidate(name, [build(problem) for problem in problems], system.context)
@@ -86,8 +97,7 @@ class Bench:
             raise LeftOut(f"the baseline {BASELINE!r} can't be measured: {left_out[BASELINE]}")
         candidates = [self._candidate(name, self.chosen[name], problems) for name in errors]
         candidates.append(self._candidate(CONTROL, self.chosen[BASELINE], problems))
-        kind = self.args.clock if case.direction == "forward" else "launch"
-        clock = _clock(kind, device)
+        clock = _clock(self._kind(case), device)
         with torch.set_grad_enabled(case.direction == "backward"):
             samples = interleave(candidates, clock, self.args.rounds, seed, tick)
             if copies not in self.ceilings:
