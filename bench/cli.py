@@ -19,7 +19,7 @@ COMMANDS = {
 }
 
 #: Columns where the output is no terminal (a file, a log).
-NARROWEST = 160
+NARROWEST = 200
 
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:
