@@ -19,6 +19,12 @@ UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-1
 #: Half the smallest subnormal: the absolute error of a rounding near zero.
 FLOOR = {torch.float64: 0.0, torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 
+
+def between(dtype: torch.dtype) -> float:
+    """What a factor may lose on the way where h has `dtype`: two TF32 halves hold 21 bits of a float32."""
+    return 2.0**-20 if dtype in (torch.float16, torch.bfloat16) else 0.0
+
+
 #: Steepest slope of any activation (GELU's, 1.13), rounded up.
 STEEPEST = 1.2
 
@@ -80,9 +86,9 @@ class Intervention:
     def pre(self, x: np.ndarray) -> np.ndarray:
         return np.array([self.bias[j] + float(np.dot(self.down[j], x)) for j in range(len(self.kind))])
 
-    def pre_error(self, x: np.ndarray, unit: float) -> np.ndarray:
-        size = np.abs(self.down) @ np.abs(x) + np.abs(self.bias)
-        return unit * (len(x) + 4) * size
+    def pre_error(self, x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+        sums = UNIT[torch.float64 if dtype is torch.float64 else torch.float32]
+        return (sums * (len(x) + 4) + between(dtype)) * (np.abs(self.down) @ np.abs(x) + np.abs(self.bias))
 
     def forward(self, x: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
         """The edited row, and how far a right answer in `dtype` may be from it."""
@@ -90,10 +96,8 @@ class Intervention:
         z = self.pre(x)
         v = self._each(0, z)
         y = x + sum((v[j] * self.up[j] for j in range(len(v))), np.zeros_like(x))
-        # An activation may cost a few more roundings, and v may meet tensor cores in h's dtype.
-        v_error = STEEPEST * self.pre_error(x, sums) + (8 * sums + UNIT[dtype]) * (
-            np.abs(v) + np.abs(z) * sums
-        )
+        # An activation may cost a few more roundings.
+        v_error = STEEPEST * self.pre_error(x, dtype) + (8 * sums + between(dtype)) * (np.abs(v) + np.abs(z))
         terms = np.abs(x) + np.abs(v) @ np.abs(self.up)
         error = v_error @ np.abs(self.up) + sums * (len(v) + 2) * terms
         return y, error + UNIT[dtype] * (np.abs(y) + error) + FLOOR[dtype]
