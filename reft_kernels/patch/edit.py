@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..plan import Rows
+from ..pool import Pool
 from .tables import BatchPlan, SiteKey, SiteTable
 
 
@@ -26,9 +27,16 @@ def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: boo
     backend = plan.backend or ops.current_backend(h.device)
     if torch.is_grad_enabled() and (site.trainable or h.requires_grad):
         return _edit_differentiable(h, site, rows, plan, backend, training)
-    pool = site.pool
+    pool = _laid(site, plan)
     ops.INTERVENE_[backend](h, pool.down, pool.up, pool.bias, pool.kind, rows.rows, rows.tiles, site.spans)
     return h
+
+
+def _laid(site: SiteTable, plan: BatchPlan) -> Pool:
+    """The site's pool, with what was trained since the last look."""
+    if plan.stale:
+        plan.renew()
+    return site.pool
 
 
 def _edit_differentiable(
@@ -37,15 +45,10 @@ def _edit_differentiable(
     if site.trainable:
         # Under reentrant checkpointing each block has a backward of its own, so folds can't be shared there.
         shared = {} if plan.recomputing else plan.folds
-        folds = [shared.get(i) or i.fold() for i in site.interventions if i is not None]
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        down = torch.cat([fold.down for fold in folds]).to(h.device, dtype)
-        up = torch.cat([fold.up for fold in folds]).to(h.device, dtype)
-        bias = torch.cat([fold.bias for fold in folds]).to(h.device, dtype)
-        spans, kind = site.live_spans()
+        down, up, bias, kind, spans = site.live_pool(shared, torch.promote_types(h.dtype, torch.float32))
     else:
-        down, up, bias, kind = site.pool.down, site.pool.up, site.pool.bias, site.pool.kind
-        spans = site.spans
+        pool, spans = _laid(site, plan), site.spans
+        down, up, bias, kind = pool.down, pool.up, pool.bias, pool.kind
     arguments = (h, down, up, bias, kind, rows.rows, rows.tiles, spans, rows.offsets)
     # A view can't be edited in place under reentrant checkpointing, nor a leaf that wants a gradient at all;
     # a compiler makes its own choice of buffers.

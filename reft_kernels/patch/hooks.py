@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .blocks import edits_input
 from .edit import edit
-from .state import Pending, State, cache_length
+from .state import GenerateScope, Pending, State, cache_length
 from .tables import BatchPlan, Place, SiteKey
 
 if TYPE_CHECKING:
@@ -153,11 +153,14 @@ class Forward(_Wrapper):
                 state.depth -= 1
                 state.plan = before if state.depth else None
 
+    @torch.compiler.disable
     def _plan(self, args: tuple, kwargs: dict[str, Any]) -> BatchPlan | None:
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
         call = {**dict(zip(self.parameters, args)), **kwargs} if args else kwargs
         scope = self.state.scope
         if scope is not None and names is None:
+            if scope.selection is None:
+                return None
             pending, scope.pending = scope.pending, None
             if pending is not None and pending.cache is call.get("past_key_values"):
                 return pending.plan
@@ -175,25 +178,26 @@ class PrepareInputs(_Wrapper):
         scope = self.state.scope
         if scope is None:
             return inputs
-        tokens = inputs.get("inputs_embeds")
-        if tokens is None:
-            tokens = inputs["input_ids"]
-        batch, length = tokens.shape[:2]
         cache = inputs.get("past_key_values")
-        start = cache_length(cache, inputs.get("cache_position"))
-        if start is None:
-            start = scope.seen
-        scope.seen = start + length
+        plan = None if scope.selection is None else self._plan(scope, inputs, cache)
         if getattr(cache, "is_compileable", False):
             # The next step may be compiled code, which takes no lock and makes no plan of its own: both are
             # had here, and the lock is kept until this generate ends.
             scope.hold(self.state.lock)
-            self.state.plan = plan = self.reft._plan_generate(scope, start, length, batch)
-            self.state.prepared = True
-        else:
-            plan = self.reft._plan_generate(scope, start, length, batch)
+            self.state.plan, self.state.prepared = plan, True
         scope.pending = Pending(cache, plan)
         return inputs
+
+    def _plan(self, scope: GenerateScope, inputs: dict[str, Any], cache: Any) -> BatchPlan | None:
+        tokens = inputs.get("inputs_embeds")
+        if tokens is None:
+            tokens = inputs["input_ids"]
+        batch, length = tokens.shape[:2]
+        start = cache_length(cache, inputs.get("cache_position"))
+        if start is None:
+            start = scope.seen
+        scope.seen = start + length
+        return self.reft._plan_generate(scope, start, length, batch)
 
 
 class Generate(_Wrapper):

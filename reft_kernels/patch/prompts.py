@@ -7,6 +7,7 @@ Padding is told by the 2-D attention mask alone, so left and right padding come 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -70,6 +71,9 @@ def read_prompts(
     others'.
     """
     end = start + length
+    if start and prompt_lengths is None and (mask is None or _full(mask, batch, length)):
+        nothing = [np.zeros(0, dtype=np.int64)] * batch
+        return Prompts(nothing, nothing, start, complete=False)  # a decode loop by hand
     if mask is None:
         everything = np.arange(end)
         valid = [everything] * batch
@@ -110,6 +114,11 @@ def read_prompts(
     )
 
 
+def _full(mask: Tensor, batch: int, length: int) -> bool:
+    """Whether the last `length` columns are all tokens."""
+    return mask.dim() == 2 and mask.shape[0] == batch and bool(mask[:, -length:].all())
+
+
 @dataclasses.dataclass
 class Selection:
     """Which columns of which rows each segment edits; for all forwards over the same prompts."""
@@ -129,21 +138,23 @@ class Selection:
         copies = np.arange(repeat)
         first = max(self.width, start)
         fresh = np.arange(first - start, length)
-        some = False
         for columns, rows in zip(self.columns, self.generated):
             parts: list[np.ndarray] = []
             if start < self.width:
+                whole = start == 0 and length >= self.width
                 for row, absolute in columns:
-                    low, high = np.searchsorted(absolute, (start, start + length))
-                    if low < high:
-                        base = (row * repeat + copies) * length
-                        parts.append((base[:, None] + (absolute[low:high] - start)).ravel())
+                    if not whole:
+                        low, high = np.searchsorted(absolute, (start, start + length))
+                        absolute = absolute[low:high] - start
+                    if repeat == 1:
+                        parts.append(absolute + row * length)
+                    elif len(absolute):
+                        parts.append((((row * repeat + copies) * length)[:, None] + absolute).ravel())
             if len(rows) and len(fresh):
                 base = (rows[:, None] * repeat + copies).ravel() * length
                 parts.append((base[:, None] + fresh).ravel())
-            some = some or bool(parts)
             found.append(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
-        return found if some else None
+        return found if any(len(rows) for rows in found) else None
 
 
 def select(
@@ -176,7 +187,7 @@ def select(
 
 def _columns(positions: Positions, prompts: Prompts, row: int, name: str) -> np.ndarray:
     prompt, answer = prompts.prompt[row], prompts.answer[row]
-    parts = []
+    parts: list[np.ndarray] = []
     if positions.word != "generated":
         if not len(prompt):
             if prompts.complete and positions.needs_prompt:
@@ -186,9 +197,16 @@ def _columns(positions: Positions, prompts: Prompts, row: int, name: str) -> np.
                 )
         else:
             try:
-                parts.append(prompt[positions.resolve(len(prompt))])
+                parts.append(prompt[_resolved(positions, len(prompt))])
             except ValueError as error:
                 raise ValueError(f"row {row}, adapter {name!r}: {error}") from None
     if positions.generated:
         parts.append(answer)
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+@functools.lru_cache(maxsize=1024)
+def _resolved(positions: Positions, length: int) -> np.ndarray:
+    return positions.resolve(length)

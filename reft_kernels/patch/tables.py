@@ -6,7 +6,8 @@ spans of every site. `BatchPlan` adds the rows of one forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -36,6 +37,16 @@ class Place(NamedTuple):
     dtype: torch.dtype
 
 
+class LivePool(NamedTuple):
+    """What an op takes of a pool, with autograd: down, up [P, d], bias and kind [P], and spans [S, 2]."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    kind: Tensor
+    spans: Tensor
+
+
 class SiteTable:
     """One site under one set of segments: its pool, each segment's range in it, and whose it is.
 
@@ -58,30 +69,48 @@ class SiteTable:
         self.interventions, self.trainable = interventions, trainable
         self.live: tuple[Tensor, Tensor] | None = None
 
-    def live_spans(self) -> tuple[Tensor, Tensor]:
-        """Spans and kinds for a pool that is made of this site's interventions alone, in segment order."""
+    def live_pool(self, shared: Mapping[Intervention, Fold], dtype: torch.dtype) -> LivePool:
+        """A pool made of this site's interventions alone, in segment order, that autograd sees through.
+
+        shared: folds that were made already. dtype: of down, up and bias.
+        """
+        device = self.place.device
+        folds = [shared.get(i) or i.fold() for i in self.interventions if i is not None]
         if self.live is None:
-            spans, first = [], 0
-            for intervention in self.interventions:
-                rank = intervention.pool_rows if intervention is not None else 0
-                spans.append(Span(first, rank))
-                first += rank
-            with torch.no_grad():
-                kinds = torch.cat([i.fold().kind for i in self.interventions if i is not None])
-            self.live = (pack_spans(spans, self.place.device), kinds.to(self.place.device))
-        return self.live
+            ranks = [0 if i is None else i.pool_rows for i in self.interventions]
+            firsts = itertools.accumulate(ranks, initial=0)
+            kinds = torch.cat([fold.kind for fold in folds])
+            spans = [Span(first, rank) for first, rank in zip(firsts, ranks)]
+            self.live = (pack_spans(spans, device), kinds.to(device))
+        spans_table, kind = self.live
+        if len(folds) == 1:
+            parts = [folds[0].down, folds[0].up, folds[0].bias]
+        else:
+            parts = [torch.cat([getattr(fold, name) for fold in folds]) for name in ("down", "up", "bias")]
+        down, up, bias = (part.to(device, dtype) for part in parts)
+        return LivePool(down, up, bias, kind, spans_table)
 
 
 class Table:
     """The sites of one set of segments; changes only when the set of adapters does."""
 
-    __slots__ = ("adapters", "devices", "segments", "sites", "version")
+    __slots__ = ("adapters", "devices", "registry", "segments", "sites", "version")
 
-    def __init__(self, segments: tuple[Segment, ...], version: int) -> None:
-        self.segments, self.version = segments, version
+    def __init__(self, segments: tuple[Segment, ...], registry: Registry) -> None:
+        self.segments, self.registry, self.version = segments, registry, registry.version
         self.sites: dict[SiteKey, SiteTable] = {}
         self.devices: list[torch.device] = []
         self.adapters: list[Adapter] = []
+
+    @property
+    def trainable(self) -> bool:
+        return any(adapter.trainable for adapter in self.adapters)
+
+    def refresh(self) -> None:
+        """Renews in the pools what has been trained since it was laid there."""
+        for name, adapter in zip(dict.fromkeys(name for name, _ in self.segments), self.adapters):
+            if adapter.trainable:
+                self.registry.refresh(name, adapter)
 
 
 class BatchPlan:
@@ -98,6 +127,7 @@ class BatchPlan:
         "recomputing",
         "rows",
         "sites",
+        "stale",
         "table",
         "tokens",
     )
@@ -111,10 +141,22 @@ class BatchPlan:
         self.recomputing = False
         #: With autograd: the folds of trainable adapters, made once a forward for all layers.
         self.folds: dict[Intervention, Fold] = {}
+        #: Whether the pools may hold trainable adapters as they were: a step with autograd reads no pool, so
+        #: they are renewed only once something does.
+        self.stale = table.trainable
+        if not self.stale:
+            return
         if torch.is_grad_enabled():
             for adapter in table.adapters:
                 if adapter.trainable:
                     self.folds.update(zip(adapter.interventions, adapter.folds()))
+        else:
+            self.renew()
+
+    def renew(self) -> None:
+        """Makes the pools what the parameters are now."""
+        self.table.refresh()
+        self.stale = False
 
     def add_devices(self) -> None:
         """Lays the rows out again where the table's devices changed."""
@@ -175,9 +217,9 @@ class Registry:
         self._check_room(adapter)
         laid: list[_Laid] = []
         with torch.no_grad():
-            for intervention in adapter.interventions:
+            for intervention, fold in zip(adapter.interventions, adapter.folds()):
                 pool = self._pool(self.places[_key_of(intervention)], intervention.width)
-                laid.append(_Laid(pool, pool.add(intervention.fold())))
+                laid.append(_Laid(pool, pool.add(fold)))
         self._laid[name] = laid
         self._folded_at[name] = _versions(adapter)
         self.changed()
@@ -198,8 +240,8 @@ class Registry:
         if now == self._folded_at[name]:
             return
         with torch.no_grad():
-            for (pool, span), intervention in zip(self._laid[name], adapter.interventions):
-                pool.write(span, intervention.fold())
+            for (pool, span), fold in zip(self._laid[name], adapter.folds()):
+                pool.write(span, fold)
         self._folded_at[name] = now
 
     def replace(self, key: SiteKey, place: Place, adapters: dict[str, Adapter]) -> None:
@@ -220,13 +262,10 @@ class Registry:
         table = self._tables.get(segments)
         if table is None:
             table = self._tables[segments] = self._make_table(segments, adapters)
-        for adapter, name in zip(table.adapters, dict.fromkeys(name for name, _ in segments)):
-            if adapter.trainable:
-                self.refresh(name, adapter)
         return table
 
     def _make_table(self, segments: tuple[Segment, ...], adapters: dict[str, Adapter]) -> Table:
-        table = Table(segments, self.version)
+        table = Table(segments, self)
         index_of = {segment: index for index, segment in enumerate(segments)}
         spans: dict[SiteKey, list[Span]] = {}
         pools: dict[SiteKey, Pool] = {}
