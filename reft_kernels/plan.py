@@ -72,6 +72,8 @@ def pack_rows(by_segment: Sequence[np.ndarray], device: torch.device | str, tile
     return Rows(data[:n], data[n:middle].view(-1, 3), data[middle:])
 
 
+# No inference tensor: a table is kept, and may be trained through after a generate made it.
+@torch.inference_mode(False)
 def pack_spans(spans: Sequence[Span], device: torch.device | str) -> Tensor:
     """The spans table [S, 2] of one layer."""
     return torch.tensor([tuple(span) for span in spans], dtype=torch.int32, device=device).view(-1, 2)

@@ -69,6 +69,11 @@ def test_empty_spans_table() -> None:
     assert pack_spans([], "cpu").shape == (0, 2)
 
 
+def test_a_spans_table_from_inference_mode_can_be_trained_through() -> None:
+    with torch.inference_mode():
+        assert not pack_spans([Span(0, 2)], "cpu").is_inference()
+
+
 @pytest.mark.gpu
 def test_a_plan_on_a_gpu_is_the_plan_on_the_host() -> None:
     entries = [(Span(0, 2), [4, 1]), (Span(2, 1), list(range(5, 40)))]
