@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from support import model_oracle as oracle
 from support.adapters import mixed_adapters, random_adapter
 from support.models import batch_of, make_model, row_alone
@@ -125,6 +126,8 @@ def test_state_dict_and_save_pretrained_are_the_base_models(model, tmp_path):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_two_threads_generate_at_once(cache):
+    if cache == "static" and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 keeps one static cache on the model, whichever thread it is for")
     model = patched()
     jobs = {"everywhere": batch_of([7, 3], seed=3), "generated": batch_of([4, 5], seed=4)}
 
