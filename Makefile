@@ -46,8 +46,9 @@ format: $(TEST_STAMP) ## let ruff and clang-format rewrite what lint would refus
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-bench: $(NATIVE_STAMP) ## measure what the edit costs on this machine
-	$(BIN)/reft-bench overhead --preset quick
+bench: $(NATIVE_STAMP) ## measure what the edit costs on this machine (tables and plots in results/)
+	$(BIN)/reft-bench overhead --preset quick --out results/overhead --overwrite
+	$(BIN)/reft-bench report results/overhead
 
 native: $(BASE_STAMP) ## compile the native library in place
 	$(BIN)/python setup.py build_ext --inplace
