@@ -56,7 +56,8 @@ def compile_variant(variant: Variant) -> dict:
     types |= dict.fromkeys((*BATCH_SIZES, "row_stride", "grad_stride"), "i32")
 
     options = options_of(getattr(torch, variant.h), getattr(torch, variant.pool), variant.d)
-    compiler = {name: options.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    for_ptx = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+    compiler = {name: options.pop(name) for name in for_ptx if name in options}
     if variant.kernel == "rows":
         options |= {"NEED_H": variant.need[0], "NEED_POOL": variant.need[1]}
     signature = {name: "constexpr" if name in options else types[name] for name in kernel.arg_names}

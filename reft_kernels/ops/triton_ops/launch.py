@@ -29,6 +29,10 @@ def _common(h_dtype: torch.dtype, d: int) -> dict:
     return {"D": d, "FULL": full, "num_stages": 3, "enable_fp_fusion": True}
 
 
+# Else ptxas spills a few registers of these two for the sake of one more block on a multiprocessor.
+_ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+
+
 def _blocks(full: bool, mixed: bool, of: tuple) -> tuple:
     return of[0] if full else of[1] if mixed else of[2]
 
@@ -37,32 +41,40 @@ def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> di
     """Meta-parameters of `intervene_kernel`."""
     common = _common(h_dtype, d)
     down, up = _blocks(common["FULL"], h_dtype is not pool_dtype, ((32, 64), (64, 64), (256, 128)))
-    return common | {
-        "WHOLE": triton.next_power_of_2(d),
-        "DOWN_BLOCK": down,
-        "UP_BLOCK": up,
-        "STAGES": 3,
-        "num_warps": 4 if d <= 4096 else 8,
-    }
+    return (
+        common
+        | _ALL_REGISTERS
+        | {
+            "WHOLE": triton.next_power_of_2(d),
+            "DOWN_BLOCK": down,
+            "UP_BLOCK": up,
+            "STAGES": 3,
+            "num_warps": 4 if d <= 4096 else 8,
+        }
+    )
 
 
 def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `rows_kernel`."""
     common = _common(h_dtype, d)
     down, up = _blocks(common["FULL"], h_dtype is not pool_dtype, ((16, 64), (64, 64), (64, 128)))
-    return common | {
-        "WHOLE": triton.next_power_of_2(d),
-        "DOWN_BLOCK": down,
-        "UP_BLOCK": up,
-        "STAGES": 4,
-        "num_warps": 4 if d <= 4096 else 8,
-    }
+    return (
+        common
+        | _ALL_REGISTERS
+        | {
+            "WHOLE": triton.next_power_of_2(d),
+            "DOWN_BLOCK": down,
+            "UP_BLOCK": up,
+            "STAGES": 4,
+            "num_warps": 4 if d <= 4096 else 8,
+        }
+    )
 
 
 def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `pool_kernel`."""
     common = _common(h_dtype, d)
-    again = _blocks(common["FULL"], h_dtype is not pool_dtype, (32, 32, 64))
+    again = _blocks(common["FULL"], h_dtype is not pool_dtype, (16, 32, 64))
     return common | {"ROWS": 32, "BLOCK": 64, "AGAIN": again, "num_warps": 4 if common["FULL"] else 8}
 
 
