@@ -46,7 +46,7 @@ format: $(TEST_STAMP) ## let ruff and clang-format rewrite what lint would refus
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-bench: $(NATIVE_STAMP) ## measure what the edit costs on this machine (tables and plots in results/)
+bench: $(NATIVE_STAMP) $(TEST_STAMP) ## measure what the edit costs on this machine (tables and plots in results/)
 	$(BIN)/reft-bench overhead --preset quick --out results/overhead --overwrite
 	$(BIN)/reft-bench report results/overhead
 
