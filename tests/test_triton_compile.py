@@ -99,9 +99,12 @@ def _check(variant: Variant, made: dict) -> None:
     assert made["shared"] <= SHARED, made
     assert made["atomics"] == 0, made
     assert made["tensor_core_products"] > 0 or variant.h == "float32", made
-    if variant.aligned:
+    if variant.aligned and (
+        variant.h != "float32" or variant.d <= 4096
+    ):  # with 8 warps its blocks are too small
         assert made["loads_of_16_bytes"] > 0, made
-        assert made["stores_of_16_bytes"] > 0 or variant.kernel == "pool", made
+    if variant.aligned and variant.kernel != "pool" and variant.need[0]:  # that is, if it writes rows of h
+        assert made["stores_of_16_bytes"] > 0, made
 
 
 @pytest.mark.parametrize("variant", QUICK, ids=str)
