@@ -1,5 +1,7 @@
 """reft_kernels: fused representation finetuning (ReFT) for Hugging Face models."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import functional
 from .adapter import Adapter
 from .config import ReftConfig
@@ -8,6 +10,9 @@ from .patch import NotPatchable, Reft, patch, unpatch
 from .plan import Plan, make_plan
 from .pool import Fold, Pool, PoolFull, Span
 from .positions import Positions
+
+if TYPE_CHECKING:
+    from .training import ReftCollator, ReftTrainer
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -20,7 +25,9 @@ __all__ = [
     "PoolFull",
     "Positions",
     "Reft",
+    "ReftCollator",
     "ReftConfig",
+    "ReftTrainer",
     "Span",
     "backend",
     "current_backend",
@@ -29,3 +36,12 @@ __all__ = [
     "patch",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Training is imported when first asked for: transformers' Trainer takes seconds and accelerate."""
+    if name in ("ReftCollator", "ReftTrainer"):
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,6 +43,8 @@ class ReftConfig:
         dropout: probability with which an element of an edited hidden state is dropped in training, [0, 1).
         last_position: what an l position counts back from: the prompt's "length", or "length-1".
         heads: attention heads, for the site "head_attention_value_output" only (one intervention a head).
+        modules_to_save: names of modules of which the adapter trains and saves a copy of its own, such as
+            ["classifier"] or ["score"]; every module of the model whose path ends so.
 
     Raises:
         ValueError: a field is not what it may be.
@@ -58,6 +60,7 @@ class ReftConfig:
     dropout: float = 0.0
     last_position: LastPosition = "length"
     heads: Sequence[int] | None = None
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -79,6 +82,8 @@ class ReftConfig:
         if activation(self.act_fn) and not METHODS[self.method].takes_activation:
             raise ValueError(f"act_fn: {self.method} takes none, was {self.act_fn!r}")
         check_dropout(self.dropout)
+        if self.modules_to_save is not None:
+            self._set("modules_to_save", _module_names(self.modules_to_save))
         if isinstance(self.positions, Positions):
             self._set("last_position", self.positions.last_position)
         # What was written is kept in its shortest form, so that equal configs compare equal.
@@ -117,6 +122,15 @@ class ReftConfig:
         """The fields as JSON knows them; `ReftConfig(**d)` is equal again."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+
+
+def _module_names(value: Any) -> tuple[str, ...]:
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not listed or not value or any(not isinstance(name, str) or not name for name in value):
+        raise ValueError(f"modules_to_save: must be a list of module names, was {value!r}")
+    if len(set(value)) != len(value):
+        raise ValueError(f"modules_to_save: a name stands twice in {list(value)!r}")
+    return tuple(value)
 
 
 def check_dropout(dropout: float) -> None:

@@ -1,6 +1,7 @@
 """Adapters: interventions with their parameters, before anything is laid into a pool."""
 
 from .adapter import Adapter
+from .heads import Heads
 from .intervention import Intervention
 
-__all__ = ["Adapter", "Intervention"]
+__all__ = ["Adapter", "Heads", "Intervention"]

@@ -14,6 +14,7 @@ from ..config import ReftConfig
 from ..methods import METHODS
 from ..pool import Fold
 from ..positions import LastPosition, Positions
+from .heads import Heads
 from .intervention import Intervention
 from .orthonormal import orthonormal_rows, orthonormality_error
 
@@ -28,6 +29,8 @@ class Adapter(nn.Module):
         interventions: at least one, all of one width. No two at one place may share a position.
         config: what the adapter was made from, if known.
         n_layers: depth of the model it was made for, if known.
+        heads: copies of the model's modules that belong to the adapter; by default those that the config's
+            `modules_to_save` names, made when it is added to a model.
 
     Attributes:
         interventions: the `Intervention`s, in a stable order.
@@ -46,6 +49,7 @@ class Adapter(nn.Module):
         interventions: Iterable[Intervention],
         config: ReftConfig | None = None,
         n_layers: int | None = None,
+        heads: Heads | None = None,
     ) -> None:
         super().__init__()
         listed = list(interventions)
@@ -55,6 +59,7 @@ class Adapter(nn.Module):
         self.groups: tuple[Positions, ...] = tuple(dict.fromkeys(one.positions for one in listed))
         for one in listed:
             one.group = self.groups.index(one.positions)
+        self.heads = Heads((config and config.modules_to_save) or ()) if heads is None else heads
         self._trainable = False
 
     @property
@@ -93,7 +98,18 @@ class Adapter(nn.Module):
         for one in self.interventions:
             one.orthonormalize = value
             one.requires_grad_(value)
+        self.heads.requires_grad_(value)
         self._trainable = value
+
+    def take_as_raw(self) -> None:
+        """Makes it trainable with the parameters as they are: raw ones, of which the fold makes orthonormal
+        rows. For what was saved in the middle of training."""
+        for one in self.interventions:
+            _check_trainable(one.method)
+            one.orthonormalize = True
+            one.requires_grad_(True)
+        self.heads.requires_grad_(True)
+        self._trainable = True
 
     def folds(self) -> list[Fold]:
         """The fold of every intervention, in order; the same values as `intervention.fold()` one by one.

@@ -9,6 +9,7 @@ import torch
 
 from ..positions import Positions
 from .adapter import Adapter
+from .heads import Heads
 from .intervention import Intervention
 
 
@@ -17,6 +18,8 @@ def compose(adapters: Sequence[Adapter]) -> Adapter:
     """See `Adapter.compose`."""
     if not adapters:
         raise ValueError("adapters: at least one is needed")
+    if any(adapter.heads for adapter in adapters):
+        raise ValueError("adapters: those with modules_to_save can't be composed; heads have no sum")
     depths = {adapter.n_layers for adapter in adapters if adapter.n_layers is not None}
     if len(depths) > 1:
         raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
@@ -58,4 +61,9 @@ def select_subspace(adapter: Adapter, rows: Sequence[int]) -> Adapter:
         for one in adapter.interventions
     ]
     config = adapter.config and dataclasses.replace(adapter.config, r=len(chosen))
-    return Adapter(kept, config=config, n_layers=adapter.n_layers)
+    stored = {
+        path: {name: tensor.clone() for name, tensor in tensors.items()}
+        for path, tensors in adapter.heads.tensors().items()
+    }
+    heads = Heads(adapter.heads.names, stored)
+    return Adapter(kept, config=config, n_layers=adapter.n_layers, heads=heads)

@@ -1,7 +1,9 @@
 """The native format: reft_config.json beside reft_model.safetensors.
 
 The JSON says what each intervention is; the tensors carry the names `interventions.<index>.<parameter>`,
-in the dtypes they have, so that a round trip keeps every bit.
+in the dtypes they have, so that a round trip keeps every bit. Version 2 adds, where an adapter has them, the
+modules that it trained copies of (`modules_to_save.<path>.<tensor>`), and for training checkpoints the raw
+parameters instead of the orthonormal rows that the fold makes of them ("raw": true).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from ..adapter import Adapter, Intervention
+from ..adapter import Adapter, Heads, Intervention
 from ..config import ReftConfig
 from ..methods import METHODS
 from ..positions import Positions
@@ -26,11 +28,16 @@ from .errors import CheckpointError, read_json, take, warn_if_not_finite
 
 CONFIG, WEIGHTS = "reft_config.json", "reft_model.safetensors"
 
-FORMAT_VERSION = 1
+#: What is written where version 1 can't say it; older ones are read.
+FORMAT_VERSION = 2
 
 
 def _key(index: int, name: str) -> str:
     return f"interventions.{index}.{name}"
+
+
+def _head_key(path: str, name: str) -> str:
+    return f"modules_to_save.{path}.{name}"
 
 
 def _entry(one: Intervention) -> dict[str, Any]:
@@ -49,23 +56,38 @@ def _entry(one: Intervention) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """Writes `adapter` into the folder `path` (made if missing). See `Adapter.save_pretrained`."""
+def save(adapter: Adapter, path: str | os.PathLike[str], raw: bool = False) -> None:
+    """Writes `adapter` into the folder `path` (made if missing). See `Adapter.save_pretrained`.
+
+    raw: keep a trainable adapter's parameters as the optimizer has them, so that training goes on from them.
+    """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; give a folder to save into")
     tensors: dict[str, Tensor] = {}
     for index, one in enumerate(adapter.interventions):
-        for name, tensor in one.materialized().items():
+        raw_parameters = {name: getattr(one, name) for name in one.names}
+        for name, tensor in (raw_parameters if raw else one.materialized()).items():
             # A copy of its own: safetensors refuses tensors that share memory.
             tensors[_key(index, name)] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    heads = adapter.heads.tensors()
+    for module, parts in heads.items():
+        for name, tensor in parts.items():
+            kept = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[_head_key(module, name)] = kept
     weights = safetensors.save(tensors, metadata={"format": "pt"})
+    added: dict[str, Any] = {}
+    if heads:
+        added["modules_to_save"] = {module: list(parts) for module, parts in heads.items()}
+    if raw and adapter.trainable:
+        added["raw"] = True
     config = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if added else 1,
         "width": adapter.width,
         "n_layers": adapter.n_layers,
         "config": adapter.config and adapter.config.to_dict(),
         "interventions": [_entry(one) for one in adapter.interventions],
+        **added,
         # Tells weights of another save apart, should a process die between the two renames.
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -90,14 +112,17 @@ def _replace(folder: Path, contents: dict[str, bytes]) -> None:
             file.unlink(missing_ok=True)
 
 
-def load(folder: Path) -> Adapter:
-    """Reads the adapter that `save` wrote. Raises CheckpointError."""
+def load(folder: Path, keep_raw: bool = False) -> Adapter:
+    """Reads the adapter that `save` wrote. Raises CheckpointError.
+
+    keep_raw: give a training checkpoint back trainable, with its raw parameters.
+    """
     file, weights = folder / CONFIG, folder / WEIGHTS
     found = read_json(file)
     version = take(str(file), found, "format_version", int)
-    if version != FORMAT_VERSION:
+    if not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{file}: has format version {version}, this reft_kernels reads {FORMAT_VERSION}; "
+            f"{file}: has format version {version}, this reft_kernels reads 1 to {FORMAT_VERSION}; "
             "a newer reft_kernels may have written it"
         )
     entries = take(str(file), found, "interventions", list)
@@ -105,18 +130,43 @@ def load(folder: Path) -> Adapter:
     made = [
         _intervention(f"{file}: interventions[{i}]", weights, i, e, tensors) for i, e in enumerate(entries)
     ]
+    stored = _stored_heads(str(file), weights, found, tensors)
     if tensors:
         raise CheckpointError(
             f"{weights}: has tensors that {CONFIG} does not name: {', '.join(sorted(tensors))}"
         )
     width = take(str(file), found, "width", int)
     try:
-        adapter = Adapter(made, _config(found), take(str(file), found, "n_layers", int, type(None)))
+        config, depth = _config(found), take(str(file), found, "n_layers", int, type(None))
+        names = (config and config.modules_to_save) or tuple(stored)
+        adapter = Adapter(made, config, depth, Heads(names, stored))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     if adapter.width != width:
         raise CheckpointError(f"{file}: 'width' is {width}, the tensors of {WEIGHTS} have {adapter.width}")
+    if found.get("raw") is True:
+        adapter.take_as_raw()
+        adapter.trainable = keep_raw
     return adapter
+
+
+def _stored_heads(
+    where: str, weights: Path, found: dict[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of modules_to_save by module; takes them out of `tensors`."""
+    if "modules_to_save" not in found:
+        return {}
+    stored: dict[str, dict[str, Tensor]] = {}
+    for module, names in take(where, found, "modules_to_save", dict).items():
+        if not isinstance(names, list):
+            raise CheckpointError(f"{where}: 'modules_to_save' must list the tensors of {module!r}")
+        stored[module] = {}
+        for name in names:
+            key = _head_key(module, str(name))
+            if key not in tensors:
+                raise CheckpointError(f"{weights}: the tensor {key!r} is missing")
+            stored[module][str(name)] = tensors.pop(key)
+    return stored
 
 
 def _read_tensors(weights: Path, digest: object) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 
-def _peft_parameters(model: nn.Module) -> set[int]:
+def peft_parameters(model: nn.Module) -> set[int]:
     """Parameters of PEFT's adapters on the model: they go on training."""
     found: set[int] = set()
     for module in model.modules():
@@ -24,7 +24,7 @@ class Freeze:
 
     def freeze(self, model: nn.Module, own: nn.Module) -> None:
         """Freezes what is neither `own` nor PEFT's. Again and again is the same as once."""
-        keep = {id(p) for p in own.parameters()} | _peft_parameters(model)
+        keep = {id(p) for p in own.parameters()} | peft_parameters(model)
         for name, parameter in model.named_parameters():
             if id(parameter) not in keep:
                 self._were.setdefault(name, parameter.requires_grad)

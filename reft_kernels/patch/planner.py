@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..adapter import Adapter
+from .heads import share_heads
 from .prompts import Prompts, Selection, read_prompts, select
 from .state import GenerateScope, State, read_cache_length
 from .tables import BatchPlan, Registry
@@ -67,13 +68,16 @@ class Planner:
                 f"a forward has {batch} rows, which is no multiple of the {selection.batch} prompts"
             )
         by_segment = selection.window(start, length, repeat)
+        heads = share_heads(selection, owners, repeat)
         if by_segment is None:
-            return None
+            if not heads:
+                return None
+            by_segment = [np.zeros(0, dtype=np.int64)] * len(selection.segments)
         for name, adapter in owners.items():
             if self.adapters.get(name) is not adapter:
                 raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
         table = self.registry.table(selection.segments, self.adapters)
-        return BatchPlan(table, by_segment, batch * length, ops.chosen_backend())
+        return BatchPlan(table, by_segment, batch * length, ops.chosen_backend(), heads)
 
     def forward(self, call: dict[str, Any], given: Any, prompt_lengths: Any) -> BatchPlan | None:
         """The plan of a forward outside generate (or of a second model call inside it, as in guidance)."""

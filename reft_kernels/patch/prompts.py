@@ -121,8 +121,12 @@ def _full(mask: Tensor, batch: int, length: int) -> bool:
 
 @dataclasses.dataclass
 class Selection:
-    """Which columns of which rows each segment edits; for all forwards over the same prompts."""
+    """Which columns of which rows each segment edits; for all forwards over the same prompts.
 
+    names: the adapter of each row, None for the bare model.
+    """
+
+    names: tuple[str | None, ...]
     segments: tuple[Segment, ...]
     columns: list[list[tuple[int, np.ndarray]]]
     generated: list[np.ndarray]
@@ -182,7 +186,7 @@ def select(
             segments.append((name, group))
             columns.append([(row, found) for row, found in picked if len(found)])
             generated.append(np.array(rows_of[name]) if positions.generated else nothing)
-    return Selection(tuple(segments), columns, generated, prompts.width, prompts.batch)
+    return Selection(tuple(names), tuple(segments), columns, generated, prompts.width, prompts.batch)
 
 
 def _columns(positions: Positions, prompts: Prompts, row: int, name: str) -> np.ndarray:

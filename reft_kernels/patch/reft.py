@@ -18,6 +18,7 @@ from ..config import ReftConfig
 from ..positions import LastPosition, Positions
 from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module
 from .freezing import Freeze
+from .heads import HeadForward
 from .hooks import Forward, Generate, PrepareInputs, Recompute, StackHook, attach
 from .planner import BASE, Planner
 from .state import GenerateScope, State
@@ -35,6 +36,7 @@ class Reft(nn.Module):
 
     _model: nn.Module
     _blocks: Blocks
+    _heads: dict[str, nn.Module]
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class Reft(nn.Module):
         self._handles: dict[SiteKey, Any] = {}
         self._freeze = Freeze()
         self._wrappers: dict[str, tuple[Any, Any]] = {}
+        self.__dict__["_heads"] = {}  # path → module of the model's that adapters have copies of
         self._stack_handle: Any = None
         self.register_load_state_dict_post_hook(_forget_missing)
 
@@ -137,6 +140,7 @@ class Reft(nn.Module):
                     f"adapter: has width {intervention.width}; {intervention.site} of this model has {wanted}"
                 )
             site_module(self._blocks.layers[intervention.layer], intervention.site)
+        adapter.heads.check(self._model)
 
     def _install(self, name: str, adapter: Adapter) -> None:
         self._check_fit(adapter)
@@ -148,10 +152,12 @@ class Reft(nn.Module):
                     self._registry.places[key] = Place(*place_of(block, self._model))
             place = self._registry.places[next(iter(keys_of(adapter)))]
             adapter.to(place.device)
+            adapter.heads.meet(self._model, adapter.trainable)
             self._registry.lay(name, adapter)
             self._adapters[name] = adapter
             self._modules_of[_module_key(name, self._modules_of)] = adapter
             self._attach_sites(adapter)
+            self._attach_heads(adapter)
             if len(self._adapters) == 1:
                 self._planner.active = name
             if adapter.trainable:
@@ -164,6 +170,24 @@ class Reft(nn.Module):
             self._handles[key] = attach(self, self._state, key, module)
         if new:
             self._forget_compiled()
+
+    def _attach_heads(self, adapter: Adapter) -> None:
+        for path in adapter.heads.modules_by_path:
+            if path not in self._heads:
+                module = self._model.get_submodule(path)
+                own = module.__dict__.get("forward")
+                module.__dict__["forward"] = HeadForward(self._state, path, module.forward, own)
+                self._heads[path] = module
+                self._forget_compiled()
+
+    def _detach_heads(self, keep: set[str]) -> None:
+        for path in [path for path in self._heads if path not in keep]:
+            module = self._heads.pop(path)
+            wrapper = module.__dict__.get("forward")
+            if isinstance(wrapper, HeadForward):
+                del module.__dict__["forward"]
+                if wrapper.own is not None:
+                    module.__dict__["forward"] = wrapper.own
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter and frees its room. Raises ValueError for an unknown name."""
@@ -179,6 +203,9 @@ class Reft(nn.Module):
             kept = {key for other in self._adapters.values() for key in keys_of(other)}
             for site in [site for site in self._handles if site not in kept]:
                 self._handles.pop(site).remove()
+            self._detach_heads(
+                {path for other in self._adapters.values() for path in other.heads.modules_by_path}
+            )
 
     def set_adapter(self, name: str | None) -> None:
         """Makes `name` the adapter of calls that name none; None for the bare model."""

@@ -20,6 +20,7 @@ from .prompts import Segment
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Intervention
+    from .heads import Share
 
 
 class SiteKey(NamedTuple):
@@ -117,6 +118,7 @@ class BatchPlan:
     """All that the hooks of one forward need.
 
     sites: from the table. rows: for each device of the table. tokens: rows of h in this forward.
+    heads: who runs the modules of which adapters have copies, by path.
     """
 
     __slots__ = (
@@ -124,6 +126,7 @@ class BatchPlan:
         "by_head",
         "by_segment",
         "folds",
+        "heads",
         "recomputing",
         "rows",
         "sites",
@@ -132,7 +135,15 @@ class BatchPlan:
         "tokens",
     )
 
-    def __init__(self, table: Table, by_segment: list[np.ndarray], tokens: int, backend: str | None) -> None:
+    def __init__(
+        self,
+        table: Table,
+        by_segment: list[np.ndarray],
+        tokens: int,
+        backend: str | None,
+        heads: dict[str, list[Share]],
+    ) -> None:
+        self.heads = heads
         self.table, self.sites, self.tokens, self.backend = table, table.sites, tokens, backend
         self.by_segment = by_segment
         self.rows: list[Rows] = [pack_rows(by_segment, device) for device in table.devices]
@@ -190,7 +201,6 @@ class Registry:
         self.places: dict[SiteKey, Place] = {}
         self.version = 0
         self._laid: dict[str, list[_Laid]] = {}
-        self._folded_at: dict[str, tuple] = {}
         self._tables: dict[tuple[Segment, ...], Table] = {}
 
     def _pool(self, place: Place, width: int) -> Pool:
@@ -221,13 +231,11 @@ class Registry:
                 pool = self._pool(self.places[_key_of(intervention)], intervention.width)
                 laid.append(_Laid(pool, pool.add(fold)))
         self._laid[name] = laid
-        self._folded_at[name] = _versions(adapter)
         self.changed()
 
     def remove(self, name: str) -> None:
         for pool, span in self._laid.pop(name):
             pool.remove(span)
-        self._folded_at.pop(name)
         self.changed()
 
     def changed(self) -> None:
@@ -235,14 +243,13 @@ class Registry:
         self._tables.clear()
 
     def refresh(self, name: str, adapter: Adapter) -> None:
-        """Renews the folds of an adapter whose parameters changed since they were laid."""
-        now = _versions(adapter)
-        if now == self._folded_at[name]:
-            return
+        """Renews the folds of an adapter whose parameters may have changed since they were laid.
+
+        Nothing tells whether they did: fused optimizers and sharding don't count a tensor's versions up.
+        """
         with torch.no_grad():
             for (pool, span), fold in zip(self._laid[name], adapter.folds()):
                 pool.write(span, fold)
-        self._folded_at[name] = now
 
     def replace(self, key: SiteKey, place: Place, adapters: dict[str, Adapter]) -> None:
         """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
@@ -294,10 +301,6 @@ class Registry:
                 trainable,
             )
         return table
-
-
-def _versions(adapter: Adapter) -> tuple:
-    return tuple((id(p), p._version) for p in adapter.parameters())
 
 
 def keys_of(adapter: Adapter) -> Iterable[SiteKey]:

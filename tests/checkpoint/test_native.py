@@ -154,7 +154,7 @@ def first(change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(format_version=2), ("format version 2", "newer")),
+        (lambda c: c.update(format_version=3), ("format version 3", "newer")),
         (lambda c: c.pop("format_version"), ("format_version", "missing")),
         (lambda c: c.pop("interventions"), ("interventions", "missing")),
         (lambda c: c.update(interventions=None), ("interventions", "None")),

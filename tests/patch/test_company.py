@@ -300,10 +300,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         torch.testing.assert_close(parameter.grad, want[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_evaluation_in_the_middle_of_training_sees_the_new_weights():
+@pytest.mark.parametrize("fused", [False, True])  # fused steps don't count a tensor's versions up
+def test_evaluation_in_the_middle_of_training_sees_the_new_weights(fused):
     model = training_model()
     batch = batch_of([6, 6])
-    optimizer = torch.optim.AdamW(model.reft.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.reft.parameters(), lr=0.1, fused=fused)
     model.eval()
     before = logits(model, batch, ["a", "b"])
     gradients(model, batch, ["a", "b"])
