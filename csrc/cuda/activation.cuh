@@ -1,0 +1,78 @@
+// φ and φ′ by the activation codes of ops/schema.py; the definitions are torch's.
+#pragma once
+
+#include <math.h>
+
+#include "device.cuh"
+
+namespace reft::cuda {
+
+__device__ inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
+
+// z · gate, where a gate of 0 closes it: −Inf · 0 would be NaN.
+__device__ inline float gated(float z, float gate) { return gate == 0.0f ? 0.0f : z * gate; }
+
+__device__ inline float gelu_tanh_inner(float z) {
+  return 0.79788456f * (z + 0.044715f * z * z * z);  // √(2/π)
+}
+
+__device__ inline float activate(float z, int32_t kind) {
+  switch (kind & kActMask) {
+    case kRelu:
+      return z < 0.0f ? 0.0f : z;  // NaN stays NaN
+    case kGelu:
+      return gated(z, 0.5f + 0.5f * erff(z * 0.70710678f));
+    case kGeluTanh:
+      return gated(z, 0.5f + 0.5f * tanhf(gelu_tanh_inner(z)));
+    case kSilu:
+      return gated(z, sigmoid(z));
+    case kSigmoid:
+      return sigmoid(z);
+    case kTanh:
+      return tanhf(z);
+    case kQuickGelu:
+      return gated(z, sigmoid(1.702f * z));
+    case kLeakyRelu:
+      return z > 0.0f ? z : 0.01f * z;
+    default:
+      return z;
+  }
+}
+
+__device__ inline float activation_slope(float z, int32_t kind) {
+  // Beyond ±50 every slope has reached its limit in float32; powers of a clipped z stay finite.
+  z = z > 50.0f ? 50.0f : z < -50.0f ? -50.0f : z;
+  switch (kind & kActMask) {
+    case kRelu:
+      return z <= 0.0f ? 0.0f : 1.0f;
+    case kGelu:
+      return 0.5f + 0.5f * erff(z * 0.70710678f) + z * 0.39894228f * expf(-0.5f * z * z);
+    case kGeluTanh: {
+      const float t = tanhf(gelu_tanh_inner(z));
+      const float inner = 0.79788456f * (1.0f + 3.0f * 0.044715f * z * z);
+      return 0.5f + 0.5f * t + 0.5f * z * (1.0f - t * t) * inner;
+    }
+    case kSilu: {
+      const float s = sigmoid(z);
+      return s * (1.0f + z * (1.0f - s));
+    }
+    case kSigmoid: {
+      const float s = sigmoid(z);
+      return s * (1.0f - s);
+    }
+    case kTanh: {
+      const float t = tanhf(z);
+      return 1.0f - t * t;
+    }
+    case kQuickGelu: {
+      const float s = sigmoid(1.702f * z);
+      return s * (1.0f + 1.702f * z * (1.0f - s));
+    }
+    case kLeakyRelu:
+      return z > 0.0f ? 1.0f : 0.01f;
+    default:
+      return 1.0f;
+  }
+}
+
+}  // namespace reft::cuda

@@ -1,0 +1,52 @@
+// The CUDA kernels, on raw device pointers: h[row] += Uᵀ φ(D h[row] + c), and its gradients.
+//
+// Tensors and tables are those of reft_kernels/ops/schema.py, as in ../cpu/intervene.h. Everything
+// is on the device, so nothing here looks at the plan's numbers: they were checked when the plan
+// was made. Launches go to the current device, return their error and wait for nothing.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+struct CUstream_st;
+typedef CUstream_st* cudaStream_t;
+#endif
+
+#include "../cpu/intervene.h"
+
+namespace reft::cuda {
+
+// Largest rank of one range. The values of a row, φ(D h + c), lie in shared memory, and the rank of
+// a range is known on the device alone; a range beyond this stops the kernel with a trap.
+constexpr int64_t kMaxRank = 16384;
+
+// Columns of p and v that the first backward kernel keeps for the second, which computes them again
+// for ranges of a higher rank.
+constexpr int64_t kKept = 64;
+
+struct ForwardCall : Forward {
+  int64_t row_count;  // rows of h; a plan row beyond them is skipped
+  int64_t tile_count;
+  int64_t pool_rows;
+};
+
+struct BackwardCall : Backward {  // p, v: [n, kKept] or null where the pool needs no gradient
+  int64_t row_count;
+  int64_t tile_count;
+  int64_t pool_rows;
+  int64_t segments;
+  const int32_t* offsets;  // [segments + 1]
+  PoolGrad pool_grad;      // [P, d] of the pool's dtype
+  float* bias_grad;        // [P]
+};
+
+// Null, or what went wrong, by CUDA's own name for it.
+const char* launch_forward(const ForwardCall& call, cudaStream_t stream);
+
+// dh of the edited rows, which must hold a copy of grad before, and p and v.
+const char* launch_backward_rows(const BackwardCall& call, cudaStream_t stream);
+
+// Gradients of all pool rows, zeros where no row used them.
+const char* launch_backward_pool(const BackwardCall& call, cudaStream_t stream);
+
+}  // namespace reft::cuda

@@ -1,0 +1,119 @@
+// The scheduler of the emulated threads, and the calls that Python makes through ctypes.
+#include "device.cuh"
+
+namespace reft::cuda {
+
+Machine machine;
+bool emulate_clusters = true;
+
+namespace {
+
+constexpr int64_t kStack = 64 * 1024;
+
+void enter() {
+  machine.body();
+  Fiber* self = machine.now;
+  self->done = true;
+  // A thread that has returned no longer keeps the others from meeting.
+  for (Group* group : {&warp_group(), &machine.blocks[self->in_cluster], &machine.cluster}) {
+    ++group->gone;
+    if (group->waiting > 0 && group->waiting + group->gone == group->size) {
+      group->waiting = 0;
+      ++group->generation;
+    }
+  }
+  _longjmp(machine.scheduler, 1);
+}
+
+}  // namespace
+
+void run_cluster(const Launch& how, int64_t first_block, int64_t column) {
+  Machine& m = machine;
+  const int count = how.cluster * how.threads;
+  m.threads = how.threads;
+  m.fibers.assign(count, Fiber{});
+  while (static_cast<int>(m.stacks.size()) < count) m.stacks.emplace_back(new char[kStack]);
+  m.shared.clear();
+  for (int b = 0; b < how.cluster; ++b) {
+    m.shared.emplace_back(new char[how.shared + 16]);
+    memset(m.shared.back().get(), 0xff, how.shared);  // NaN: nothing may count on its contents
+  }
+  m.exchanges.resize(count / 32);
+  m.warps.assign(count / 32, Group{32, 0, 0, 0});
+  m.blocks.assign(how.cluster, Group{how.threads, 0, 0, 0});
+  m.cluster = Group{count, 0, 0, 0};
+  for (int i = 0; i < count; ++i) {
+    Fiber& fiber = m.fibers[i];
+    fiber.in_cluster = i / how.threads;
+    fiber.thread = {i % how.threads, 0};
+    fiber.block = {first_block + fiber.in_cluster, column};
+  }
+  for (volatile int left = count; left > 0;) {
+    for (volatile int i = 0; i < count; ++i) {
+      Fiber& fiber = m.fibers[i];
+      if (fiber.done) continue;
+      m.now = &fiber;
+      if (!_setjmp(m.scheduler)) {
+        if (fiber.started) _longjmp(fiber.jump, 1);
+        fiber.started = true;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = m.stacks[i].get();
+        fiber.context.uc_stack.ss_size = kStack;
+        makecontext(&fiber.context, enter, 0);
+        setcontext(&fiber.context);
+      }
+      if (m.fibers[i].done) left = left - 1;
+    }
+  }
+}
+
+}  // namespace reft::cuda
+
+using namespace reft;
+using namespace reft::cuda;
+
+struct Tables {
+  const void *down, *up;
+  const float* bias;
+  const int32_t *kind, *rows, *tiles, *spans, *offsets;
+  int64_t pool_dtype, pool_rows, tile_count, segments;
+};
+
+static Pool pool_of(const Tables& t) {
+  return {t.down, t.up, t.bias, t.kind, static_cast<Dtype>(t.pool_dtype)};
+}
+static Plan plan_of(const Tables& t) {
+  return {t.rows, reinterpret_cast<const Tile*>(t.tiles), reinterpret_cast<const Span*>(t.spans)};
+}
+
+extern "C" void emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d, int64_t dtype,
+                                 const Tables* t, int clusters) {
+  emulate_clusters = clusters != 0;
+  ForwardCall call;
+  static_cast<Forward&>(call) = {
+      {h, stride}, d, static_cast<Dtype>(dtype), pool_of(*t), plan_of(*t)};
+  call.row_count = rows, call.tile_count = t->tile_count, call.pool_rows = t->pool_rows;
+  launch_forward(call, nullptr);
+}
+
+extern "C" void emulated_backward(const void* grad, int64_t stride, const void* hs, void* dh,
+                                  int64_t rows, int64_t d, int64_t dtype, const Tables* t, float* p,
+                                  float* v, void* ddown, void* dup, float* dbias, int clusters) {
+  emulate_clusters = clusters != 0;
+  BackwardCall call;
+  static_cast<Backward&>(call) = {{const_cast<void*>(grad), stride},
+                                  {const_cast<void*>(hs), d},
+                                  {dh, d},
+                                  d,
+                                  static_cast<Dtype>(dtype),
+                                  pool_of(*t),
+                                  plan_of(*t),
+                                  p,
+                                  v,
+                                  kKept};
+  call.row_count = rows, call.tile_count = t->tile_count, call.pool_rows = t->pool_rows;
+  call.segments = t->segments, call.offsets = t->offsets;
+  call.pool_grad = {ddown, dup}, call.bias_grad = dbias;
+  launch_backward_rows(call, nullptr);
+  if (ddown != nullptr) launch_backward_pool(call, nullptr);
+}

@@ -1,0 +1,209 @@
+// Runs the kernels of csrc/cuda on a CPU: a fiber for each thread of a cluster of blocks, barriers,
+// shuffles and tensor-core products by their definitions. Slow, and blind to races and timing: it
+// shows that the indices, masks and layouts are right. Takes the place of what device.cuh has for
+// nvcc.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __launch_bounds__(...)
+
+namespace reft::cuda {
+
+struct Index {
+  int64_t x, y;
+};
+
+struct Fiber {
+  Index thread, block;
+  int in_cluster;  // the block's number in its cluster
+  ucontext_t context;
+  jmp_buf jump;
+  bool started, done;
+  int64_t met[3];  // barriers passed: warp, block, cluster
+};
+
+struct Group {
+  int size, gone;
+  int64_t waiting, generation;
+};
+
+// What one warp exchanges: 32 lanes of up to 8 words.
+struct Exchange {
+  uint32_t words[32][8];
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<std::unique_ptr<char[]>> stacks, shared;
+  std::vector<Exchange> exchanges;
+  std::vector<Group> warps, blocks;
+  Group cluster;
+  int threads;
+  Fiber* now;
+  jmp_buf scheduler;
+  std::function<void()> body;
+};
+extern Machine machine;
+
+#define threadIdx (::reft::cuda::machine.now->thread)
+#define blockIdx (::reft::cuda::machine.now->block)
+
+inline void leave() {
+  if (!_setjmp(machine.now->jump)) _longjmp(machine.scheduler, 1);
+}
+
+inline void meet(Group& group) {
+  const int64_t generation = group.generation;
+  if (++group.waiting + group.gone == group.size) {
+    group.waiting = 0;
+    ++group.generation;
+    return;
+  }
+  while (group.generation == generation) leave();
+}
+
+inline Group& warp_group() { return machine.warps[(machine.now - machine.fibers.data()) / 32]; }
+inline Exchange& exchange() {
+  return machine.exchanges[(machine.now - machine.fibers.data()) / 32];
+}
+
+inline float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return bits_float(uint32_t{x.bits} << 16); }
+inline float to_float(Half x) {
+  _Float16 half;
+  memcpy(&half, &x, 2);
+  return static_cast<float>(half);
+}
+inline void round_to(float x, float* out) { *out = x; }
+inline void round_to(float x, Bf16* out) {
+  const uint32_t bits = float_bits(x);
+  out->bits = static_cast<uint16_t>(x == x ? (bits + 0x7fffu + (bits >> 16 & 1)) >> 16 : 0x7fff);
+}
+inline void round_to(float x, Half* out) {
+  const _Float16 half = static_cast<_Float16>(x);
+  memcpy(out, &half, 2);
+}
+
+inline void load16(const void* from, uint32_t* to) {
+  if (reinterpret_cast<uintptr_t>(from) % 16)
+    throw std::runtime_error("unaligned load of 16 bytes");
+  memcpy(to, from, 16);
+}
+inline void store16(const uint32_t* from, void* to) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) throw std::runtime_error("unaligned store of 16 bytes");
+  memcpy(to, from, 16);
+}
+
+inline float shuffle_xor(float x, int lanes) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  exchange().words[lane][0] = float_bits(x);
+  meet(warp_group());
+  const float other = bits_float(exchange().words[lane ^ lanes][0]);
+  meet(warp_group());
+  return other;
+}
+
+template <class T>
+float element(uint32_t word, int half) {
+  T value;
+  value.bits = static_cast<uint16_t>(word >> (16 * half));
+  return to_float(value);
+}
+
+template <class T>
+void mma16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
+  const int self = static_cast<int>(threadIdx.x % 32);
+  Exchange& all = exchange();
+  for (int i = 0; i < 4; ++i) all.words[self][i] = a[i];
+  for (int i = 0; i < 2; ++i) all.words[self][4 + i] = b[i];
+  meet(warp_group());
+  for (int i = 0; i < 4; ++i) {
+    const int upper = i / 2, column = 2 * (self % 4) + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int late = k / 8, t = k % 8 / 2;
+      const float x = element<T>(all.words[self / 4 * 4 + t][upper + 2 * late], k % 2);
+      const float y = element<T>(all.words[column * 4 + t][4 + late], k % 2);
+      c[i] += x * y;
+    }
+  }
+  meet(warp_group());
+}
+
+inline void mma8_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+  const auto tf32 = [](float x) { return float_bits(x) & 0xffffe000u; };
+  const int self = static_cast<int>(threadIdx.x % 32);
+  Exchange& all = exchange();
+  for (int i = 0; i < 4; ++i) all.words[self][i] = tf32(a[i]);
+  all.words[self][4] = tf32(b0), all.words[self][5] = tf32(b1);
+  meet(warp_group());
+  for (int i = 0; i < 4; ++i) {
+    const int upper = i / 2, column = 2 * (self % 4) + i % 2;
+    for (int k = 0; k < 8; ++k) {
+      const int late = k / 4, t = k % 4;
+      c[i] += bits_float(all.words[self / 4 * 4 + t][upper + 2 * late]) *
+              bits_float(all.words[column * 4 + t][4 + late]);
+    }
+  }
+  meet(warp_group());
+}
+
+inline float* shared_memory() {
+  return reinterpret_cast<float*>(machine.shared[machine.now->in_cluster].get());
+}
+inline void sync_block() { meet(machine.blocks[machine.now->in_cluster]); }
+inline void sync_cluster(int) { meet(machine.cluster); }
+inline float load_cluster(const float* mine, int block, int) {
+  const int64_t offset = mine - shared_memory();
+  return reinterpret_cast<float*>(machine.shared[block].get())[offset];
+}
+inline void stop_kernel() { throw std::runtime_error("the kernel stopped itself"); }
+
+struct Launch {
+  int64_t blocks;
+  int64_t columns;
+  int threads;
+  int cluster;
+  int64_t shared;
+  cudaStream_t stream;
+};
+
+extern bool emulate_clusters;
+inline bool has_clusters() { return emulate_clusters; }
+
+void run_cluster(const Launch& how, int64_t first_block, int64_t column);
+
+template <class... Arguments>
+const char* launch(void (*kernel)(Arguments...), const Launch& how, Arguments... arguments) {
+  machine.body = [=] { kernel(arguments...); };
+  for (int64_t column = 0; column < how.columns; ++column) {
+    for (int64_t block = 0; block < how.blocks; block += how.cluster) {
+      run_cluster(how, block, column);
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace reft::cuda

@@ -1,0 +1,83 @@
+"""The CUDA kernels on a CPU, as functions with the signatures of the ops (see cuda_emulator.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+import shutil
+import subprocess
+
+import torch
+
+ROOT = pathlib.Path(__file__).parents[2]
+SOURCES = ("csrc/cuda/forward.cu", "csrc/cuda/backward.cu", "tests/support/cuda_emulator.cpp")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KEPT = 64
+
+
+class Tables(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("down", "up", "bias", "kind")),
+        *((name, ctypes.c_void_p) for name in ("rows", "tiles", "spans", "offsets")),
+        *((name, ctypes.c_int64) for name in ("pool_dtype", "pool_rows", "tile_count", "segments")),
+    ]
+
+
+def compiler() -> str | None:
+    return shutil.which("g++")
+
+
+def build(folder: pathlib.Path) -> Emulated:
+    """Compiles the kernels for the CPU. Needs g++ (for _Float16 and fibers)."""
+    library = folder / "cuda_emulated.so"
+    command = [compiler(), "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off"]
+    command += ["-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]  # which forbids longjmp between stacks
+    command += ["-Icsrc/cuda", "-Itests/support", "-o", str(library), *SOURCES]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return Emulated(ctypes.CDLL(str(library)))
+
+
+def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class Emulated:
+    """intervene_, intervene and intervene_backward. `clusters`: blocks share a tile, as from sm_90 on."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.clusters = True
+
+    @staticmethod
+    def _tables(pool, rows, tiles, spans, offsets=None) -> Tables:
+        pointers = (_pointer(t) for t in (*pool, rows, tiles, spans, offsets))
+        return Tables(*pointers, DTYPES[pool[0].dtype], len(pool[0]), len(tiles), len(spans))
+
+    def intervene_(self, h, down, up, bias, kind, rows, tiles, spans) -> None:
+        flat = h.view(-1, h.shape[-1])
+        tables = self._tables((down, up, bias, kind), rows, tiles, spans)
+        sizes = [ctypes.c_int64(n) for n in (flat.stride(0), *flat.shape, DTYPES[h.dtype])]
+        self._library.emulated_forward(_pointer(h), *sizes, ctypes.byref(tables), int(self.clusters))
+
+    def intervene(self, h, down, up, bias, kind, rows, tiles, spans, offsets):
+        out = h.clone(memory_format=torch.contiguous_format)
+        self.intervene_(out, down, up, bias, kind, rows, tiles, spans)
+        return out
+
+    def intervene_backward(
+        self, grad, hs, down, up, bias, kind, rows, tiles, spans, offsets, need_h, need_pool
+    ):
+        d = grad.shape[-1]
+        grad = grad.contiguous()
+        dh = grad.clone() if need_h else None
+        # NaN: every element must be written.
+        pool = [torch.full_like(t, torch.nan) if need_pool else None for t in (down, up, bias)]
+        kept = [torch.full((len(rows), KEPT), torch.nan) if need_pool else None for _ in range(2)]
+        tables = self._tables((down, up, bias, kind), rows, tiles, spans, offsets)
+        sizes = [ctypes.c_int64(n) for n in (grad.numel() // d, d, DTYPES[grad.dtype])]
+        self._library.emulated_backward(
+            _pointer(grad), ctypes.c_int64(d), _pointer(hs), _pointer(dh), *sizes, ctypes.byref(tables),
+            *map(_pointer, (*kept, *pool)), int(self.clusters),
+        )  # fmt: skip
+        results = zip((dh, *pool), (grad, down, up, bias))
+        return tuple(like.new_empty(0) if it is None else it for it, like in results)
