@@ -18,8 +18,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # Meta-parameters come from what is the same in every batch (dtypes and d): a row's sums must not depend
-# on the batch. The blocks are the largest that compile without spills for sm_80 to sm_100, the shared
-# memory fits the 99 KiB of consumer GPUs. tests/test_triton_compile.py holds them to that.
+# on the batch. The blocks are the largest that compile without spills for sm_80 to sm_100, and their
+# shared memory fits the 99 KiB of consumer GPUs. tests/test_triton_compile.py holds them to that.
 
 
 def _common(h_dtype: torch.dtype, d: int) -> dict:
@@ -29,52 +29,35 @@ def _common(h_dtype: torch.dtype, d: int) -> dict:
     return {"D": d, "FULL": full, "num_stages": 3, "enable_fp_fusion": True}
 
 
-# Else ptxas spills a few registers of these two for the sake of one more block on a multiprocessor.
-_ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
-
-
-def _blocks(full: bool, mixed: bool, of: tuple) -> tuple:
+def _pick(full: bool, mixed: bool, of: tuple) -> tuple | int:
     return of[0] if full else of[1] if mixed else of[2]
+
+
+def _tile_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, blocks: tuple, stages: int) -> dict:
+    options = _common(h_dtype, d)
+    down, up = _pick(options["FULL"], h_dtype is not pool_dtype, blocks)
+    options.update(WHOLE=triton.next_power_of_2(d), DOWN_BLOCK=down, UP_BLOCK=up, STAGES=stages)
+    options["num_warps"] = 4 if d <= 4096 else 8  # the row form holds d in registers
+    if torch.version.hip is None:
+        # Else ptxas spills a few registers for the sake of one more block on a multiprocessor.
+        options["maxnreg"] = 255
+    return options
 
 
 def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `intervene_kernel`."""
-    common = _common(h_dtype, d)
-    down, up = _blocks(common["FULL"], h_dtype is not pool_dtype, ((32, 64), (64, 64), (256, 128)))
-    return (
-        common
-        | _ALL_REGISTERS
-        | {
-            "WHOLE": triton.next_power_of_2(d),
-            "DOWN_BLOCK": down,
-            "UP_BLOCK": up,
-            "STAGES": 3,
-            "num_warps": 4 if d <= 4096 else 8,
-        }
-    )
+    return _tile_options(h_dtype, pool_dtype, d, ((32, 64), (64, 64), (256, 128)), 3)
 
 
 def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `rows_kernel`."""
-    common = _common(h_dtype, d)
-    down, up = _blocks(common["FULL"], h_dtype is not pool_dtype, ((16, 64), (64, 64), (64, 128)))
-    return (
-        common
-        | _ALL_REGISTERS
-        | {
-            "WHOLE": triton.next_power_of_2(d),
-            "DOWN_BLOCK": down,
-            "UP_BLOCK": up,
-            "STAGES": 4,
-            "num_warps": 4 if d <= 4096 else 8,
-        }
-    )
+    return _tile_options(h_dtype, pool_dtype, d, ((16, 64), (64, 64), (64, 128)), 4)
 
 
 def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `pool_kernel`."""
     common = _common(h_dtype, d)
-    again = _blocks(common["FULL"], h_dtype is not pool_dtype, (16, 32, 64))
+    again = _pick(common["FULL"], h_dtype is not pool_dtype, (16, 32, 64))
     return common | {"ROWS": 32, "BLOCK": 64, "AGAIN": again, "num_warps": 4 if common["FULL"] else 8}
 
 
