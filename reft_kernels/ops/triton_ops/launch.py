@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +30,7 @@ def _common(h_dtype: torch.dtype, d: int) -> dict:
     return {"D": d, "FULL": full, "num_stages": 3, "enable_fp_fusion": True}
 
 
-def _pick(full: bool, mixed: bool, of: tuple) -> tuple | int:
+def _pick(full: bool, mixed: bool, of: tuple) -> Any:
     return of[0] if full else of[1] if mixed else of[2]
 
 
