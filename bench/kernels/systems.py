@@ -70,7 +70,8 @@ class System:
 
 
 class Ours(System):
-    """This package with one backend: the in-place op for inference, the functional one for training."""
+    """This package with one backend: the in-place op for inference, as the patch calls it; the functional one
+    for training."""
 
     def __init__(self, backend: str) -> None:
         self.name = self.backend = backend
@@ -82,14 +83,32 @@ class Ours(System):
         return rk.backend(self.backend)
 
     def forward(self, problem):
-        h, pool, plan = problem.h, problem.pool, problem.plan
-        return lambda: rk.functional.intervene_(h, pool, plan)
+        op, plan = ops.INTERVENE_[self.backend], problem.plan
+        arguments = (problem.h, *problem.pool_tensors(), plan.rows, plan.tiles, plan.spans)
+        return lambda: op(*arguments)
 
     def differentiable(self, problem, single=False):
         *floats, kind = problem.pool_tensors()
         leaves = tuple(t.detach().clone().requires_grad_() for t in (problem.h, *floats))
         op = ops.INTERVENE[self.backend]
         return op(*leaves, kind, *problem.plan_tensors(single)), leaves
+
+
+class Functional(Ours):
+    """The best backend through rk.functional.intervene_: the op, and the Python of a public call."""
+
+    def __init__(self) -> None:
+        self.name = "rk.functional"
+
+    def why_not(self, case, device):
+        return "times the in-place call only" if case.direction == "backward" else None
+
+    def context(self):
+        return contextlib.nullcontext()
+
+    def forward(self, problem):
+        h, pool, plan = problem.h, problem.pool, problem.plan
+        return lambda: rk.functional.intervene_(h, pool, plan)
 
 
 def _eager(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
@@ -153,6 +172,7 @@ def all_systems() -> dict[str, System]:
     found = [
         Eager(),
         *(Ours(name) for name in ops.BACKENDS),
+        Functional(),
         Compiled(),
         Gather(),
         ShrinkExpand(),

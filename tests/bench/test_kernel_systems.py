@@ -19,7 +19,7 @@ def _case(direction="forward", dtype="float32", rows=12, width=96, rank=3, adapt
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("name", ["eager", "native", "reference", "gather+bmm"])
+@pytest.mark.parametrize("name", ["eager", "native", "reference", "rk.functional", "gather+bmm"])
 def test_systems_give_the_reference(name, mix, direction):
     system, case = systems.all_systems()[name], _case(direction, mix=mix)
     reason = system.why_not(case, "cpu")
