@@ -1,7 +1,8 @@
-"""Builds the native library where a C++ compiler, ninja and torch's headers are found.
+"""Builds the native libraries: for CPUs where a C++ compiler, ninja and torch's headers are found, for CUDA
+where nvcc and a torch with CUDA are there besides.
 
 Without them the package installs all the same, pure Python, after one message that says what is missing.
-The library is built with torch's stable ABI and no Python, so one wheel serves every Python and torch from
+The libraries are built with torch's stable ABI and no Python, so one wheel serves every Python and torch from
 2.10 on. Everything else about the package is in pyproject.toml.
 """
 
@@ -26,8 +27,13 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 
 
+#: What machine code the CUDA library holds, where nvcc knows it; PTX of the last one serves newer GPUs.
+#: sm_80 runs on 8.x, sm_90a on Hopper, sm_100 on Blackwell of data centres.
+CUDA_ARCHITECTURES = ("80", "90a", "100")
+
+
 class CannotBuild(Exception):
-    """Something that the native library needs is missing."""
+    """Something that a native library needs is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Library:
     sources: dict[str, list[str]]
     flags: list[str]
     link: list[str]
+    cuda: bool = False
 
 
 def _cpu_library() -> Library:
@@ -61,7 +68,55 @@ def _cpu_library() -> Library:
     return Library("reft_kernels_cpu", sources, flags, ["-ltorch_cpu"])
 
 
-LIBRARIES = [_cpu_library()]
+def _cuda_library() -> Library:
+    sources = {"csrc/cuda/forward.cu": [], "csrc/cuda/backward.cu": [], "python_bindings/cuda.cpp": []}
+    flags = ["-Icsrc/cuda", "-DUSE_CUDA", "-fvisibility=hidden"]
+    return Library("reft_kernels_cuda", sources, flags, ["-ltorch_cpu", "-ltorch_cuda"], cuda=True)
+
+
+LIBRARIES = [_cpu_library(), _cuda_library()]
+
+
+def _wanted(library: Library) -> bool:
+    """REFT_KERNELS_BUILD_NATIVE=0 leaves all libraries alone.
+
+    REFT_KERNELS_BUILD_CUDA: 0 leaves the CUDA library alone, 1 makes it an error if it can't be built, and
+    auto (the default) builds it where nvcc and a torch with CUDA are found, without a word where they are
+    not.
+    """
+    if os.environ.get("REFT_KERNELS_BUILD_NATIVE") == "0":
+        return False
+    choice = _build_cuda()
+    if not library.cuda or choice == "1":
+        return True
+    try:
+        return choice == "auto" and bool(shutil.which("nvcc")) and bool(_torch_with_cuda())
+    except CannotBuild:
+        return False
+
+
+def _build_cuda() -> str:
+    choice = os.environ.get("REFT_KERNELS_BUILD_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        raise SystemExit(f"REFT_KERNELS_BUILD_CUDA: must be 0, 1 or auto, was {choice!r}")
+    return choice
+
+
+def _torch_with_cuda() -> Path:
+    torch = _torch()
+    if not (torch / "lib" / "libtorch_cuda.so").is_file():
+        raise CannotBuild(f"a torch with CUDA ({torch} is one without)")
+    return torch
+
+
+def _gencodes(nvcc: str) -> str:
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    found = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known]
+    if not found:
+        raise CannotBuild(f"an nvcc that knows one of {', '.join(CUDA_ARCHITECTURES)}")
+    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in found]
+    newest = found[-1].rstrip("a")
+    return " ".join([*codes, f"-gencode arch=compute_{newest},code=compute_{newest}"])
 
 
 def _torch() -> Path:
@@ -105,6 +160,19 @@ def _ninja_file(library: Library, compiler: str, torch: Path, folder: Path) -> s
     common += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *library.flags]
     shared = "-shared" if sys.platform != "darwin" else "-dynamiclib -undefined dynamic_lookup"
     link = f"{shared} -L'{torch / 'lib'}' {' '.join(library.link)}"
+    linker, cuda = "$cxx", []
+    if library.cuda:
+        nvcc = _tool("nvcc", "nvcc")
+        linker = f"{nvcc} -cudart static"
+        # --fmad=false: products are fused where the kernels say so, or a row's bits would depend on
+        # which kernel it went through.
+        cuda = [
+            f"nvcc = {nvcc} -O3 -std=c++17 --fmad=false --threads 0 {_gencodes(nvcc)}",
+            "rule cuda",
+            "  command = $nvcc -Xcompiler -fPIC,-fvisibility=hidden -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {compiler}",
@@ -114,12 +182,14 @@ def _ninja_file(library: Library, compiler: str, torch: Path, folder: Path) -> s
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx $in {link} {os.environ.get('LDFLAGS', '')} -o $out",
+        f"  command = {linker} $in {link} {os.environ.get('LDFLAGS', '')} -o $out",
+        *cuda,
     ]
     objects = []
     for source, extra in library.sources.items():
         objects.append(_escaped(folder / (source.replace("/", "_") + ".o")))
-        lines += [f"build {objects[-1]}: compile {source}", f"  extra = {' '.join(extra)}"]
+        rule = "cuda" if source.endswith(".cu") else "compile"
+        lines += [f"build {objects[-1]}: {rule} {source}", f"  extra = {' '.join(extra)}"]
     lines += [f"build {_escaped(folder / (library.name + '.so'))}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
@@ -128,7 +198,7 @@ def _build(library: Library, folder: Path) -> Path:
     """Builds a library incrementally in `folder` and returns its path. Raises CannotBuild."""
     if sys.platform == "win32":
         raise CannotBuild("a Unix toolchain (there is no Windows build)")
-    torch = _torch()
+    torch = _torch_with_cuda() if library.cuda else _torch()
     ninja = _tool("ninja", "ninja")
     command = os.environ.get("CXX") or "c++"
     _tool(command.split()[0], "a C++ compiler")
@@ -141,24 +211,26 @@ def _build(library: Library, folder: Path) -> Path:
 
 
 class BuildNative(build_ext):
-    """build_ext that runs ninja; where that can't be, it says why and leaves the package pure Python.
-
-    REFT_KERNELS_BUILD_NATIVE=0 in the environment leaves the library alone.
-    """
+    """build_ext that runs ninja; where that can't be, it says why and leaves the package pure Python."""
 
     def run(self) -> None:
         self.built: list[str] = []
-        if os.environ.get("REFT_KERNELS_BUILD_NATIVE") == "0":
-            return
         folder = (Path(self.build_temp) / "native").resolve()
         package = ROOT if self.inplace else Path(self.build_lib)
-        for library in LIBRARIES:
+        for library in filter(_wanted, LIBRARIES):
             try:
                 made = _build(library, folder / library.name)
             except CannotBuild as missing:
+                if library.cuda and _build_cuda() == "1":
+                    raise SystemExit(f"reft_kernels: {library.name} needs {missing}") from missing
+                without = (
+                    "GPUs then take the triton"
+                    if library.cuda
+                    else "on a CPU it then runs its slow reference"
+                )
                 print(
                     f"reft_kernels: {library.name} was not built, it needs {missing}. The package works "
-                    "without it; on a CPU it then runs its slow reference backend.",
+                    f"without it; {without} backend.",
                     file=sys.stderr,
                 )
                 continue

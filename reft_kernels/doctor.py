@@ -74,7 +74,9 @@ def _backend(name: str, device_type: str) -> dict[str, Any]:
     if reason is not None:
         cost = _COST.get((name, device_type))
         return {"available": False, "detail": reason, "cost": cost}
-    detail = native.cpu_isa() if (name, device_type) == ("native", "cpu") else None
+    detail = None
+    if name == "native":
+        detail = native.cpu_isa() if device_type == "cpu" else "built, not confirmed on hardware: on request"
     return {"available": True, "detail": detail, "cost": None}
 
 

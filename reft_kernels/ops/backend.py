@@ -61,10 +61,13 @@ def why_not(name: str, device_type: str) -> str | None:
     if name == "native":
         if device_type == "cpu":
             return native.cpu_missing
+        if device_type == "cuda":
+            return native.cuda_missing
         return f"the native backend has no kernels for {device_type} devices yet"
     return triton_ops.why_not(device_type)
 
 
+# native on CUDA runs where it is asked for; no GPU has confirmed it yet, so it is nobody's default.
 _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
 

@@ -9,13 +9,15 @@ import torch
 
 from . import schema
 
-_CPU_LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "reft_kernels_cpu.so"
+_LIBRARIES = Path(__file__).resolve().parent.parent / "lib"
+_CPU_LIBRARY = _LIBRARIES / "reft_kernels_cpu.so"
+_CUDA_LIBRARY = _LIBRARIES / "reft_kernels_cuda.so"
 
 
-def _load(path: Path) -> str | None:
+def _load(path: Path, builder: str) -> str | None:
     """Loads a compiled library; returns why that failed, or None."""
     if not path.exists():
-        return f"{path.name} was not built (no C++ compiler when the package was installed?)"
+        return f"{path.name} was not built (no {builder} when the package was installed?)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -46,4 +48,9 @@ def cpu_isa() -> str | None:
 assert schema.NAMESPACE == "reft_kernels"  # the name that the compiled library registers under
 
 #: Why the compiled CPU library is not there; None when it is loaded.
-cpu_missing: str | None = _load(_CPU_LIBRARY)
+cpu_missing: str | None = _load(_CPU_LIBRARY, "C++ compiler")
+
+#: The same of the CUDA library, which only a machine with a GPU loads.
+cuda_missing: str | None = (
+    _load(_CUDA_LIBRARY, "nvcc") if torch.cuda.is_available() else "torch finds no CUDA device"
+)

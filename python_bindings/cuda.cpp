@@ -1,0 +1,272 @@
+// Registers the CUDA kernels as the `native` overloads, through LibTorch's stable ABI only: one
+// binary serves every torch with CUDA from 2.10 on, with any Python.
+//
+// What can be seen from the host is checked before anything is written. The numbers of the plan lie
+// on the device and are not read back: they were checked when the plan was made.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+#include <string>
+#include <tuple>
+
+#include "intervene.h"
+
+namespace reft::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + "]";
+}
+
+Dtype float_dtype(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(
+          false, name, ": dtype must be Float, BFloat16 or Half in the native backend, was ",
+          torch::headeronly::toString(tensor.scalar_type()),
+          tensor.scalar_type() == ScalarType::Double ? "; the reference backend takes Double" : "");
+  }
+}
+
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Rows [count, d] of a tensor [..., d].
+struct Rows {
+  Matrix matrix;
+  int64_t count, d;
+  Dtype dtype;
+};
+
+// Whether the leading dimensions collapse to rows with one stride and the last one is contiguous.
+bool row_stride(const Tensor& h, int64_t* stride) {
+  const int64_t last = h.dim() - 1, d = h.size(last);
+  *stride = d;
+  if (h.numel() == 0) return true;
+  if (d > 1 && h.stride(last) != 1) return false;
+  int64_t rows = 1;
+  for (int64_t i = last - 1; i >= 0; --i) {
+    const int64_t size = h.size(i);
+    if (size == 1) continue;
+    if (rows == 1) {
+      *stride = h.stride(i);
+    } else if (h.stride(i) != *stride * rows) {
+      return false;
+    }
+    rows *= size;
+  }
+  return true;
+}
+
+Rows rows_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) > 0, name,
+                  ": must be [..., d] with d >= 1, shape was ", shape_of(tensor));
+  Rows rows;
+  rows.dtype = float_dtype(tensor, name);
+  rows.d = tensor.size(tensor.dim() - 1);
+  rows.count = tensor.numel() / rows.d;
+  STD_TORCH_CHECK(
+      row_stride(tensor, &rows.matrix.stride), name,
+      ": its last dimension must be contiguous and the others collapse to rows with one stride "
+      "(h.view(-1, d) must work); shape was ",
+      shape_of(tensor), ". Use intervene, or h.contiguous()");
+  rows.matrix.data = const_cast<void*>(tensor.const_data_ptr());
+  return rows;
+}
+
+void check(const Tensor& tensor, const char* name, const Tensor& h, ScalarType dtype, int64_t dim,
+           int64_t first, int64_t last) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == h.get_device_index(), name,
+                  ": must be on h's device, cuda:", h.get_device_index());
+  STD_TORCH_CHECK(tensor.dim() == dim && (first < 0 || tensor.size(0) == first) &&
+                      (last < 0 || tensor.size(dim - 1) == last),
+                  name, ": must have ", dim, " dimension", dim == 1 ? "" : "s",
+                  first < 0 ? "" : ", a first one of " + std::to_string(first),
+                  last < 0 ? "" : ", a last one of " + std::to_string(last), "; shape was ",
+                  shape_of(tensor));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": dtype must be ",
+                  torch::headeronly::toString(dtype), ", was ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+}
+
+const int32_t* ints(const Tensor& tensor) {
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+// The pool and the plan as tensors.
+struct Tensors {
+  const Tensor &down, &up, &bias, &kind, &rows, &tiles, &spans;
+};
+
+void check_apart(const Rows& h, const Tensor& other, int64_t element, const char* name) {
+  const char* first = static_cast<const char*>(h.matrix.data);
+  const char* last = first + ((h.count - 1) * h.matrix.stride + h.d) * bytes_of(h.dtype);
+  const char* begin = static_cast<const char*>(other.const_data_ptr());
+  STD_TORCH_CHECK(other.numel() == 0 || begin + other.numel() * element <= first || last <= begin,
+                  "h: shares memory with ", name, ", so it can't be edited in place");
+}
+
+// Checks everything against rows like h and fills what forward and backward share.
+template <class Call>
+void fill(Call* call, const Tensor& h, const Rows& view, const Tensors& t) {
+  const Dtype pool = float_dtype(t.down, "down");
+  STD_TORCH_CHECK(pool == view.dtype || pool == Dtype::f32,
+                  "down: dtype must be h's or Float, was ",
+                  torch::headeronly::toString(t.down.scalar_type()));
+  const int64_t count = t.bias.dim() == 1 ? t.bias.size(0) : -1;
+  check(t.bias, "bias", h, ScalarType::Float, 1, -1, -1);
+  check(t.down, "down", h, t.down.scalar_type(), 2, count, view.d);
+  check(t.up, "up", h, t.down.scalar_type(), 2, count, view.d);
+  check(t.kind, "kind", h, ScalarType::Int, 1, count, -1);
+  check(t.rows, "rows", h, ScalarType::Int, 1, -1, -1);
+  check(t.tiles, "tiles", h, ScalarType::Int, 2, -1, 3);
+  check(t.spans, "spans", h, ScalarType::Int, 2, -1, 2);
+  call->d = view.d;
+  call->dtype = view.dtype;
+  call->pool = {t.down.const_data_ptr(), t.up.const_data_ptr(),
+                static_cast<const float*>(t.bias.const_data_ptr()), ints(t.kind), pool};
+  call->plan = {ints(t.rows), reinterpret_cast<const Tile*>(ints(t.tiles)),
+                reinterpret_cast<const Span*>(ints(t.spans))};
+  call->row_count = view.count;
+  call->tile_count = t.tiles.size(0);
+  call->pool_rows = count;
+  // A grid has at most 2^31 − 1 blocks.
+  STD_TORCH_CHECK(call->tile_count <= std::numeric_limits<int32_t>::max() / 8, "tiles: at most ",
+                  std::numeric_limits<int32_t>::max() / 8, ", were ", call->tile_count);
+}
+
+cudaStream_t current_stream(const Tensor& h) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(h.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void launched(const char* error, const char* kernel) {
+  STD_TORCH_CHECK(error == nullptr, "the CUDA kernel ", kernel, " was not launched: ", error);
+}
+
+void run_forward(const Tensor& h, const ForwardCall& call) {
+  const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
+  launched(launch_forward(call, current_stream(h)), "intervene");
+}
+
+void intervene_(Tensor h, const Tensor& down, const Tensor& up, const Tensor& bias,
+                const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans) {
+  const Rows view = rows_of(h, "h");
+  ForwardCall call;
+  fill(&call, h, view, {down, up, bias, kind, rows, tiles, spans});
+  if (view.count == 0 || call.tile_count == 0 || call.pool_rows == 0) return;
+  STD_TORCH_CHECK(view.count == 1 || view.matrix.stride >= view.d,
+                  "h: its rows overlap in memory (row stride ", view.matrix.stride, ", width ",
+                  view.d, "), so it can't be edited in place");
+  const int64_t element = bytes_of(call.pool.dtype);
+  check_apart(view, down, element, "down");
+  check_apart(view, up, element, "up");
+  check_apart(view, bias, 4, "bias");
+  check_apart(view, kind, 4, "kind");
+  check_apart(view, rows, 4, "rows");
+  check_apart(view, tiles, 4, "tiles");
+  check_apart(view, spans, 4, "spans");
+  call.h = view.matrix;
+  call.h.data = h.mutable_data_ptr();
+  run_forward(h, call);
+}
+
+Tensor contiguous_like(const Tensor& tensor) {
+  return torch::stable::new_empty(tensor, tensor.sizes());
+}
+
+Tensor intervene(const Tensor& h, const Tensor& down, const Tensor& up, const Tensor& bias,
+                 const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans,
+                 const Tensor& /*offsets*/) {
+  STD_TORCH_CHECK(h.dim() >= 1, "h: must be [..., d], had no dimension");
+  Tensor out = contiguous_like(h);
+  const Rows view = rows_of(out, "h");
+  ForwardCall call;
+  fill(&call, h, view, {down, up, bias, kind, rows, tiles, spans});
+  torch::stable::copy_(out, h);
+  call.h = view.matrix;
+  run_forward(h, call);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
+    const Tensor& grad, const Tensor& hs, const Tensor& down, const Tensor& up, const Tensor& bias,
+    const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans,
+    const Tensor& offsets, bool need_h, bool need_pool) {
+  // Autograd's gradients are often expanded or transposed; those are copied.
+  int64_t stride = 0;
+  STD_TORCH_CHECK(grad.dim() >= 1, "grad: must be [..., d], had no dimension");
+  const Tensor readable = row_stride(grad, &stride) ? grad : torch::stable::contiguous(grad);
+  const Rows g = rows_of(readable, "grad");
+  BackwardCall call;
+  fill(&call, grad, g, {down, up, bias, kind, rows, tiles, spans});
+  check(offsets, "offsets", grad, ScalarType::Int, 1, spans.size(0) + 1, -1);
+  check(hs, "hs", grad, grad.scalar_type(), 2, rows.size(0), g.d);
+
+  const Tensor nothing = torch::stable::new_empty(grad, {0});
+  Tensor dh = nothing;
+  if (need_h) {
+    dh = contiguous_like(grad);
+    torch::stable::copy_(dh, grad);
+  }
+  const auto gradient_of = [&](const Tensor& tensor) {
+    return need_pool ? contiguous_like(tensor) : torch::stable::new_empty(tensor, {0});
+  };
+  Tensor ddown = gradient_of(down), dup = gradient_of(up), dbias = gradient_of(bias);
+  const auto result = [&] { return std::make_tuple(dh, ddown, dup, dbias); };
+  if (!need_h && !need_pool) return result();
+
+  Tensor kept = nothing;
+  call.p = call.v = nullptr;
+  if (need_pool) {
+    kept = torch::stable::new_empty(bias, {2, rows.size(0), kKept});
+    call.p = static_cast<float*>(kept.mutable_data_ptr());
+    call.v = call.p + rows.size(0) * kKept;
+  }
+  call.grad = g.matrix;
+  call.hs = {const_cast<void*>(hs.const_data_ptr()), g.d};
+  call.dh = {need_h ? dh.mutable_data_ptr() : nullptr, g.d};
+  call.rank_stride = kKept;
+  call.segments = spans.size(0);
+  call.offsets = ints(offsets);
+  call.pool_grad = {nullptr, nullptr};
+  call.bias_grad = nullptr;
+
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const cudaStream_t stream = current_stream(grad);
+  launched(launch_backward_rows(call, stream), "backward_rows");
+  if (need_pool) {
+    call.pool_grad = {ddown.mutable_data_ptr(), dup.mutable_data_ptr()};
+    call.bias_grad = static_cast<float*>(dbias.mutable_data_ptr());
+    launched(launch_backward_pool(call, stream), "backward_pool");
+  }
+  return result();
+}
+
+}  // namespace
+}  // namespace reft::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CUDA, library) {
+  library.impl("intervene_.native", TORCH_BOX(&reft::cuda::intervene_));
+  library.impl("intervene.native", TORCH_BOX(&reft::cuda::intervene));
+  library.impl("intervene_backward.native", TORCH_BOX(&reft::cuda::intervene_backward));
+}
