@@ -21,10 +21,10 @@ TEST_STAMP := $(VENV)/stamp-test-$(call checksum,constraints.txt pyproject.toml 
 NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,constraints.txt setup.py $(CPP_SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test lint format bench clean
+.PHONY: help setup native demo test test-slow lint format bench clean
 
 help: ## print this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 18
 
 setup: $(NATIVE_STAMP) $(TEST_STAMP) ## make .venv with everything that the other targets need
 
@@ -32,8 +32,11 @@ demo: $(NATIVE_STAMP) ## run the main job on a small model (MODEL=path or hub na
 	$(BIN)/python -m reft_bench.demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(NATIVE_STAMP) $(TEST_STAMP) ## run the tests, then those of the patch with the oldest transformers
-	$(PYTEST) -m "not gpu"
-	PYTHONPATH=$(OLDEST) $(PYTEST) -m "models and not gpu"
+	$(PYTEST) -m "not gpu and not slow"
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "models and not gpu and not slow"
+
+test-slow: $(NATIVE_STAMP) $(TEST_STAMP) ## run the tests that take minutes or gigabytes
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(TEST_STAMP) ## check style (ruff, clang-format) and the types of the public API (mypy)
 	$(BIN)/ruff check .

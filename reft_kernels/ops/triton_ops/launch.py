@@ -68,6 +68,8 @@ def _row_stride(h: Tensor, name: str) -> int:
         raise ValueError(f"{name}: must be [..., d] with d ≥ 1, shape was {list(h.shape)}")
     if h.shape[-1] > 1 and h.stride(-1) != 1:
         raise ValueError(f"{name}: the last dimension must be contiguous, strides were {h.stride()}")
+    if not h.numel():
+        return h.shape[-1]
     outer = [(size, stride) for size, stride in zip(h.shape[:-1], h.stride()[:-1]) if size != 1]
     for (_, stride), (inner_size, inner_stride) in zip(outer, outer[1:]):
         if stride != inner_size * inner_stride:
