@@ -84,6 +84,7 @@ class Adapter(nn.Module):
     @trainable.setter
     def trainable(self, value: bool) -> None:
         if value == self._trainable:
+            self.requires_grad_(value)  # others may have frozen it, as get_peft_model does
             return
         if value:
             for one in self.interventions:

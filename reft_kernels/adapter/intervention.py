@@ -86,6 +86,11 @@ class Intervention(nn.Module):
         return 2 * self.rank if split else self.rank
 
     @property
+    def wants_grad(self) -> bool:
+        """Whether a parameter requires a gradient."""
+        return any(p is not None and p.requires_grad for p in self._parameters.values())
+
+    @property
     def trains_orthonormal(self) -> tuple[str, ...]:
         """Names of the parameters that the fold takes through `orthonormal_rows`; none unless trainable."""
         return METHODS[self.method].orthonormal if self.orthonormalize else ()

@@ -55,7 +55,7 @@ class SiteTable:
     interventions: for each segment the one that edits here, or None.
     """
 
-    __slots__ = ("interventions", "live", "place", "pool", "slot", "spans", "trainable")
+    __slots__ = ("interventions", "live", "place", "pool", "slot", "spans")
 
     def __init__(
         self,
@@ -64,11 +64,15 @@ class SiteTable:
         slot: int,
         place: Place,
         interventions: list[Intervention | None],
-        trainable: bool,
     ) -> None:
         self.pool, self.spans, self.slot, self.place = pool, spans, slot, place
-        self.interventions, self.trainable = interventions, trainable
+        self.interventions = interventions
         self.live: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether something here wants a gradient (asked each time: PEFT and users freeze as they go)."""
+        return any(i is not None and i.wants_grad for i in self.interventions)
 
     def live_pool(self, shared: Mapping[Intervention, Fold], dtype: torch.dtype) -> LivePool:
         """A pool made of this site's interventions alone, in segment order, that autograd sees through.
@@ -291,14 +295,12 @@ class Registry:
         for key, pool in pools.items():
             if pool.device not in table.devices:
                 table.devices.append(pool.device)
-            trainable = any(i is not None and any(p.requires_grad for p in i.parameters()) for i in who[key])
             table.sites[key] = SiteTable(
                 pool,
                 pack_spans(spans[key], pool.device),
                 table.devices.index(pool.device),
                 self.places[key],
                 who[key],
-                trainable,
             )
         return table
 

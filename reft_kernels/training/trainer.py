@@ -51,6 +51,12 @@ class ReftTrainer(Trainer):
                 f"model: none of its adapters ({known}) trains; add one with reft.add_adapter(name, "
                 "ReftConfig(...)), or load one with is_trainable=True"
             )
+        for name, adapter in checkpoints.trainable_adapters(self.reft).items():
+            if not all(p.requires_grad for p in adapter.parameters()):
+                raise ValueError(
+                    f"model: adapter {name!r} is to train, but somebody froze parameters of it (as "
+                    "get_peft_model does); set model.reft.adapters[name].trainable = True once more"
+                )
         kept = {id(p) for p in self.reft.parameters()} | peft_parameters(self.model)
         lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in kept]
         if lost:

@@ -172,7 +172,9 @@ def test_with_a_lora_on_the_same_model(tmp_path):
         torch.manual_seed(6)
         model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
         for adapter in model.get_base_model().reft.adapters.values():
-            adapter.requires_grad_(True)  # get_peft_model froze it
+            with pytest.raises(ValueError, match="'a' is to train, but somebody froze"):
+                trainer_of(model, tmp_path).train()
+            adapter.trainable = True
         return model
 
     def state(model):
