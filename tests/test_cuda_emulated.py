@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import pathlib
 
+import hypothesis
 import pytest
 from support import cuda_emulator, oracle
 from support.calls import backward, gradient_like, in_place
@@ -45,13 +47,17 @@ def _properties() -> list:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory):
-    """The kernels as a backend of the tests' own calls."""
+    """The kernels as a backend of the tests' own calls. A third of the examples: fibers are slow."""
     kernels = cuda_emulator.build(tmp_path_factory.mktemp("emulated"))
+    fewer = max(hypothesis.settings().max_examples // 3, 5)
+    hypothesis.settings.register_profile(NAME, hypothesis.settings(), max_examples=fewer)
+    hypothesis.settings.load_profile(NAME)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ops.INTERVENE_, NAME, kernels.intervene_)
         patch.setitem(ops.INTERVENE, NAME, kernels.intervene)
         patch.setitem(ops.INTERVENE_BACKWARD, NAME, kernels.intervene_backward)
         yield kernels
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.mark.parametrize("clusters", [True, False], ids=["clusters", "blocks"])

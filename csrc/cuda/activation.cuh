@@ -75,4 +75,29 @@ __device__ inline float activation_slope(float z, int32_t kind) {
   }
 }
 
+// c, φ and whether there is a D of pool row `r` of a range. Loaded ahead of the sum that it meets.
+struct Bend {
+  float bias = 0;
+  int32_t kind = 0;
+  bool live, has_down;
+
+  __device__ Bend(const Pool& pool, Span span, int r) : live(r < span.rank) {
+    if (live) {
+      bias = pool.bias[span.first + r];
+      kind = pool.kind[span.first + r];
+    }
+    has_down = live && !(kind & kNoProduct);
+  }
+
+  // z of a product D h; 0 · Inf must not arise where there is no D.
+  __device__ float pre(float product) const { return (has_down ? product : 0.0f) + bias; }
+  // φ(z) and φ′(z), 0 beyond the range.
+  __device__ float operator()(float product) const {
+    return live ? activate(pre(product), kind) : 0.0f;
+  }
+  __device__ float slope(float product) const {
+    return live ? activation_slope(pre(product), kind) : 0.0f;
+  }
+};
+
 }  // namespace reft::cuda

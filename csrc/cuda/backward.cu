@@ -41,6 +41,7 @@ __device__ void differentiate(const BackwardCall& call, const RowSums& sums, int
   }
 
   for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
+    const Bend bend(call.pool, span, begin + thread % kChunk);
     for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
       const int64_t col = int64_t{unit} * kUnit + thread * 8, left = call.d - col;
       float totals[kRowSums];
@@ -71,21 +72,14 @@ __device__ void differentiate(const BackwardCall& call, const RowSums& sums, int
     sync_cluster(sums.blocks);
     if (thread < kPairs * kChunk) {
       const int i = thread / kChunk, r = begin + thread % kChunk;
-      float p = 0, v = 0;
-      bool has_down = false;
-      if (r < span.rank) {
-        const int32_t kind = call.pool.kind[span.first + r];
-        has_down = !(kind & kNoProduct);
-        const float product = sums.total(i * 2 * kChunk + r - begin, turn);
-        const float z = (has_down ? product : 0.0f) + call.pool.bias[span.first + r];
-        v = activate(z, kind);
-        p = activation_slope(z, kind) * sums.total((i * 2 + 1) * kChunk + r - begin, turn);
-        if (call.p != nullptr && span.rank <= kKept && i < count && sums.block == 0) {
-          call.p[(at + i) * kKept + r] = p;
-          call.v[(at + i) * kKept + r] = v;
-        }
+      const int at_z = i * 2 * kChunk + thread % kChunk;
+      const float z = sums.total(at_z, turn);
+      const float p = bend.slope(z) * sums.total(at_z + kChunk, turn);
+      values[i * width + r] = bend.has_down ? p : 0.0f;
+      if (bend.live && call.p != nullptr && span.rank <= kKept && i < count && sums.block == 0) {
+        call.p[(at + i) * kKept + r] = p;
+        call.v[(at + i) * kKept + r] = bend(z);
       }
-      values[i * width + r] = has_down ? p : 0.0f;
     }
   }
   sync_block();
@@ -161,13 +155,9 @@ __device__ void again(const BackwardCall& call, const H* x, const H* g, int64_t 
       z[j] += shuffle_xor(z[j], offset);
       w[j] += shuffle_xor(w[j], offset);
     }
-    p[j] = v[j] = 0;
-    if (j < rank) {
-      const int32_t kind = call.pool.kind[first + j];
-      const float pre = ((kind & kNoProduct) ? 0.0f : z[j]) + call.pool.bias[first + j];
-      v[j] = activate(pre, kind);
-      p[j] = activation_slope(pre, kind) * w[j];
-    }
+    const Bend bend(call.pool, Span{static_cast<int32_t>(first), rank}, j);
+    v[j] = bend(z[j]);
+    p[j] = bend.slope(z[j]) * w[j];
   }
 }
 

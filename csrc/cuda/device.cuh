@@ -34,8 +34,11 @@ __device__ inline void load16(const void* from, uint32_t* to) {
   const uint4 v = *static_cast<const uint4*>(from);
   to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
+// Said in PTX, for the compiler likes to store the words one by one.
 __device__ inline void store16(const uint32_t* from, void* to) {
-  *static_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
 }
 
 __device__ inline float shuffle_xor(float x, int lanes) {
@@ -90,18 +93,18 @@ __device__ inline void sync_cluster(int blocks) {
   __syncthreads();
 }
 
-// A float of another block's shared memory, at the address that it has in this block.
-__device__ inline float load_cluster(const float* mine, int block, int blocks) {
+// A float of a block's shared memory, at the address that it has in this block. A block by itself
+// is a cluster of one.
+__device__ inline float load_cluster(const float* mine, int block) {
 #if __CUDA_ARCH__ >= 900
-  if (blocks > 1) {
-    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
-    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
-    float value;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
-  }
-#endif
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+#else
   return *mine;
+#endif
 }
 
 __device__ inline void stop_kernel() { __trap(); }

@@ -40,6 +40,7 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums& sums, const in
   };
 
   for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
+    const Bend bend(call.pool, span, begin + thread % kChunk);
     for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
       const int64_t col = int64_t{unit} * kUnit + thread * 8;
       Eight<P> pool[kChunk];
@@ -71,14 +72,7 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums& sums, const in
     }
     sync_cluster(sums.blocks);
     if (thread < kRows * kChunk) {
-      const int r = begin + thread % kChunk;
-      float value = 0;
-      if (r < span.rank) {
-        const int32_t kind = call.pool.kind[span.first + r];
-        const float z = (kind & kNoProduct) ? 0.0f : sums.total(thread, turn);
-        value = activate(z + call.pool.bias[span.first + r], kind);
-      }
-      values[thread / kChunk * width + r] = value;
+      values[thread / kChunk * width + begin + thread % kChunk] = bend(sums.total(thread, turn));
     }
   }
   sync_block();

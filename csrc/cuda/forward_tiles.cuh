@@ -65,6 +65,7 @@ __device__ void edit_tile(const ForwardCall& call, const TileSums& sums, const i
   };
 
   for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
+    const Bend bend(call.pool, span, begin + thread % kChunk);
     for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
       const int64_t col = int64_t{unit} * kUnit + warp * 64;
       Eight<T> pool[2];  // pool row g, columns 16 t and 16 t + 8
@@ -94,15 +95,8 @@ __device__ void edit_tile(const ForwardCall& call, const TileSums& sums, const i
       sums.close_unit(unit, turn);
     }
     sync_cluster(sums.blocks);
-    if (thread < kTileSums) {
-      const int r = begin + thread % kChunk;
-      float value = 0;
-      if (r < span.rank && thread / kChunk < count) {
-        const int32_t kind = call.pool.kind[span.first + r];
-        const float z = (kind & kNoProduct) ? 0.0f : sums.total(thread, turn);
-        value = activate(z + call.pool.bias[span.first + r], kind);
-      }
-      if (thread / kChunk < count) values[thread / kChunk * width + r] = value;
+    if (thread < kTileSums && thread / kChunk < count) {
+      values[thread / kChunk * width + begin + thread % kChunk] = bend(sums.total(thread, turn));
     }
   }
   sync_block();

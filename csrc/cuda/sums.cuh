@@ -127,9 +127,9 @@ struct Sums {
 
   // The sum of value i over all units, once the cluster has met after close_unit.
   __device__ float total(int i, int turn) const {
-    float sum = load_cluster(unit(0, turn) + i, 0, blocks);
+    float sum = load_cluster(unit(0, turn) + i, 0);
     for (int u = 1; u < units; ++u) {
-      sum += load_cluster(unit(u, turn) + i, u % blocks, blocks);
+      sum += load_cluster(unit(u, turn) + i, u % blocks);
     }
     return sum;
   }

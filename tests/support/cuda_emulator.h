@@ -175,7 +175,7 @@ inline float* shared_memory() {
 }
 inline void sync_block() { meet(machine.blocks[machine.now->in_cluster]); }
 inline void sync_cluster(int) { meet(machine.cluster); }
-inline float load_cluster(const float* mine, int block, int) {
+inline float load_cluster(const float* mine, int block) {
   const int64_t offset = mine - shared_memory();
   return reinterpret_cast<float*>(machine.shared[block].get())[offset];
 }

@@ -1,0 +1,135 @@
+"""Launches: streams, devices, memory beyond 2³¹ elements, sizes of real models, arguments that don't fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.cases import same_bits
+
+import reft_kernels as rk
+from reft_kernels.ops import INTERVENE_
+
+pytestmark = pytest.mark.gpu
+
+
+def _pool(width: int, ranks: tuple[int, ...], dtype=torch.bfloat16, device: str = "cuda"):
+    generator = torch.Generator().manual_seed(len(ranks))
+    pool = rk.Pool(width, dtype, device, capacity=sum(ranks))
+    spans = []
+    for rank in ranks:
+        down, up = torch.randn(2, rank, width, generator=generator) / width**0.5
+        bias, kind = torch.randn(rank, generator=generator), torch.zeros(rank, dtype=torch.int32)
+        spans.append(pool.add(rk.Fold(down, up, bias, kind)))
+    return pool, spans
+
+
+def _random(rows: int, width: int, dtype=torch.bfloat16, device: str = "cuda") -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(device, dtype)
+
+
+def test_the_current_stream_orders_the_launch(fused: str) -> None:
+    """The edit waits for work before it on a side stream, and for nothing on others."""
+    pool, (span,) = _pool(256, (4,))
+    plan = rk.make_plan([(span, range(16))], "cuda")
+    source = _random(16, 256)
+    expected = rk.functional.intervene_(source.clone(), pool, plan)
+    h = torch.zeros_like(source)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # some 50 ms
+        h.copy_(source)
+        rk.functional.intervene_(h, pool, plan)
+        result = h.clone()
+    side.synchronize()
+    assert same_bits(result, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_tensors_on_another_device_than_the_current_one(fused: str) -> None:
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        pool, (span,) = _pool(256, (4,), device=device)
+        plan = rk.make_plan([(span, range(16))], device)
+        results.append(rk.functional.intervene_(_random(16, 256, device=device), pool, plan).cpu())
+        assert torch.cuda.current_device() == 0
+    assert same_bits(*results)
+
+
+def test_offsets_beyond_31_bits(fused: str) -> None:
+    width, rows = 4096, 2**31 // 4096 + 40
+    if torch.cuda.mem_get_info()[0] < 3 * rows * width * 2:
+        pytest.skip("needs 13 GB of GPU memory")
+    pool, (span,) = _pool(width, (4,))
+    h = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+    ends = [0, 1, rows - 2, rows - 1]
+    h[ends] = _random(4, width)
+    expected = rk.functional.intervene_(h[ends], pool, rk.make_plan([(span, range(4))], "cuda"))
+    rk.functional.intervene_(h, pool, rk.make_plan([(span, ends)], "cuda"))
+    assert same_bits(h[ends], expected)
+    assert not h[2:-2].any()
+
+
+@pytest.mark.parametrize("pool_dtype", [None, torch.float32], ids=["own", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [3584, 4096, 8192, 20480])
+def test_sizes_of_models(fused: str, width: int, dtype: torch.dtype, pool_dtype) -> None:
+    """Against the float64 reference, within the rounding of the result and of float32 sums."""
+    ranks = (8, 64, 1, 300)
+    pool, spans = _pool(width, ranks, pool_dtype or dtype)
+    entries = [(span, range(start, 200, 4)) for start, span in enumerate(spans)]
+    plan = rk.make_plan(entries, "cuda")
+    h = _random(200, width, dtype)
+    got = rk.functional.intervene_(h.clone(), pool, plan).double()
+    with rk.backend("reference"):
+        want = rk.functional.intervene_(h.double(), rk_wide(pool), plan)
+    unit = torch.finfo(dtype).eps / 2
+    # Terms of an edit are of order 1 or less; sums of 300 of them and of `width` products.
+    limit = unit * want.abs() + 2**-24 * 64 * (want.abs() + 4) + torch.finfo(dtype).tiny
+    if fused == "triton" and dtype is not torch.float32:
+        limit = limit + unit * 4 * (want - h).abs().amax(1, keepdim=True)  # v in h's dtype
+    assert ((got - want).abs() <= limit).all(), ((got - want).abs() - limit).max()
+
+
+def rk_wide(pool: rk.Pool) -> rk.Pool:
+    """The same pool in float64."""
+    wide = rk.Pool(pool.width, torch.float64, pool.device, capacity=pool.capacity)
+    wide.down, wide.up = pool.down.double(), pool.up.double()
+    wide.bias, wide.kind = pool.bias.double(), pool.kind
+    return wide
+
+
+@pytest.mark.parametrize("rows", [1, 17, 300, 4096])
+def test_a_row_has_its_bits_in_any_batch(fused: str, rows: int) -> None:
+    """Decode and prefill, one adapter and many: the same row, the same range, the same bits."""
+    pool, spans = _pool(4096, (8,) * 64)
+    h = _random(rows, 4096)
+    alone = rk.functional.intervene_(h[:1].clone(), pool, rk.make_plan([(spans[0], [0])], "cuda"))
+    for count in (1, 64):
+        entries = [(spans[i], range(i, rows, count)) for i in range(min(count, rows))]
+        after = rk.functional.intervene_(h.clone(), pool, rk.make_plan(entries, "cuda"))
+        assert same_bits(after[:1], alone)
+
+
+def test_bad_arguments_name_themselves_and_write_nothing(fused: str) -> None:
+    pool, (span,) = _pool(64, (4,))
+    plan = rk.make_plan([(span, [0, 1])], "cuda")
+    h = _random(4, 64)
+    before = h.clone()
+    good = [h, pool.down, pool.up, pool.bias, pool.kind, *plan[:3]]
+    bad = {
+        "h": (0, h.float().double()),
+        "down": (1, pool.down.half()),
+        "up": (2, pool.up[:, :32]),
+        "bias": (3, pool.bias.half()),
+        "kind": (4, pool.kind.long()),
+        "rows": (5, plan.rows.cpu()),
+        "tiles": (6, plan.tiles[:, :2]),
+        "spans": (7, plan.spans.long()),
+    }
+    for name, (place, value) in bad.items():
+        arguments = [*good]
+        arguments[place] = value
+        with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=name):
+            INTERVENE_[fused](*arguments)
+    assert same_bits(h, before)

@@ -1,0 +1,102 @@
+"""A patched model on a GPU: what it is on the CPU; generate with a static cache, whose decode is compiled."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.adapters import mixed_adapters
+from support.models import batch_of, make_model
+
+import reft_kernels as rk
+
+pytestmark = [pytest.mark.gpu, pytest.mark.models]
+
+LENGTHS, STEPS = [8, 3, 6, 5], 6
+NAMES = ["untied", "everywhere", "__base__", "generated"]
+OTHERS = ["everywhere", "generated", "tied", "__base__"]
+
+
+def _patched(device: str):
+    model = make_model().to(device)
+    reft = rk.patch(model)
+    for name, adapter in mixed_adapters(model.config.hidden_size).items():
+        reft.add_adapter(name, adapter)
+    return model
+
+
+def _batch(device: str, lengths: list[int] = LENGTHS) -> dict[str, torch.Tensor]:
+    return {key: value.to(device) for key, value in batch_of(lengths).items()}
+
+
+def _tokens(model, names: list[str], **options) -> list[list[int]]:
+    batch = _batch(str(model.device))
+    with torch.no_grad():
+        out = model.generate(**batch, adapter_names=names, max_new_tokens=STEPS, do_sample=False, **options)
+    return out[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@pytest.fixture
+def full_precision():
+    """float32 products in float32, as on the CPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> dict[str, list]:
+    """Logits and tokens of the same model on the CPU, by the reference backend."""
+    model = _patched("cpu")
+    with rk.backend("reference"), torch.no_grad():
+        return {
+            "logits": model(**_batch("cpu"), adapter_names=NAMES).logits,
+            "names": _tokens(model, NAMES),
+            "others": _tokens(model, OTHERS),
+        }
+
+
+def test_logits_and_tokens_are_the_cpus(fused: str, on_cpu: dict, full_precision: None) -> None:
+    model = _patched("cuda")
+    with torch.no_grad():
+        logits = model(**_batch("cuda"), adapter_names=NAMES).logits.cpu()
+    real = _batch("cpu")["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], on_cpu["logits"][real], atol=2e-3, rtol=2e-3)
+    assert _tokens(model, NAMES) == on_cpu["names"]
+    assert _tokens(model, OTHERS) == on_cpu["others"]
+
+
+def test_static_cache_with_a_compiled_decode_step(fused: str, on_cpu: dict, full_precision: None) -> None:
+    """Other adapters after the step was compiled (and captured), none, and the first ones again."""
+    torch._dynamo.reset()
+    model = _patched("cuda")
+    for names, wanted in ((NAMES, "names"), (OTHERS, "others"), (NAMES, "names")):
+        assert _tokens(model, names, cache_implementation="static") == on_cpu[wanted]
+    idle = _tokens(model, ["__base__"] * len(LENGTHS), cache_implementation="static")
+    bare = make_model().to("cuda")
+    batch = _batch("cuda")
+    expected = bare.generate(**batch, max_new_tokens=STEPS, do_sample=False)
+    assert idle == expected[:, batch["input_ids"].shape[1] :].tolist()
+    assert _tokens(model, OTHERS, cache_implementation="static") == on_cpu["others"]
+
+
+def test_training_step_is_the_cpus(fused: str, full_precision: None) -> None:
+    config = rk.ReftConfig(r=4, layers="all", positions="f2+l2", act_fn="silu")
+    generator = torch.Generator().manual_seed(0)
+    adapter = rk.Adapter.from_config(config, 3, 32, generator=generator)
+    gradients = []
+    for device, backend in (("cpu", "reference"), ("cuda", fused)):
+        model = make_model().to(device)
+        reft = rk.patch(model)
+        reft.add_adapter("it", copy.deepcopy(adapter))
+        reft.set_adapter("it")
+        batch = _batch(device)
+        with rk.backend(backend):
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+        trained = reft.adapters["it"]
+        gradients.append([p.grad.cpu() for p in trained.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for cpu, gpu in zip(*gradients):
+        torch.testing.assert_close(gpu, cpu, atol=1e-4, rtol=1e-3)

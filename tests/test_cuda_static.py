@@ -1,0 +1,146 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: no spills, wide loads, tensor cores, no atomics."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "csrc" / "cuda"
+SOURCES = ("forward", "backward")
+
+#: Most registers of a thread, by kernel: so many that the blocks fit on a multiprocessor (65536 registers)
+#: as often as its launch bounds ask for.
+REGISTERS = {"forward_tiles": 128, "forward_rows": 255, "backward_rows": 255, "backward_pool": 255}
+
+#: Bytes that sm_90 and later keep for the system in each block; the kernels' own memory is dynamic.
+RESERVED = 1024
+
+
+def _tool(name: str) -> str | None:
+    found = shutil.which(name)
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        beside = pathlib.Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
+        found = str(beside) if beside.exists() else None
+    return found
+
+
+NVCC, CUOBJDUMP = shutil.which("nvcc"), _tool("cuobjdump")
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="no nvcc"),
+    pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump"),
+]
+
+
+def _cubin(source: str, arch: str) -> pathlib.Path:
+    """Compiled as setup.py does it, and kept under build/ until a source changes."""
+    texts = [path.read_bytes() for path in sorted(FOLDER.iterdir()) + [ROOT / "csrc/cpu/intervene.h"]]
+    version = subprocess.run([NVCC, "--version"], capture_output=True).stdout
+    digest = hashlib.sha256(b"".join([version, *texts])).hexdigest()[:16]
+    path = ROOT / "build" / "cuda-static" / f"{source}-{arch}-{digest}.cubin"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [NVCC, "-O3", "-std=c++17", "--fmad=false", "-cubin", "-o", str(path.with_suffix(".new"))]
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(FOLDER / f"{source}.cu")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        path.with_suffix(".new").replace(path)
+    return path
+
+
+def _kernel(symbol: str) -> str:
+    """_ZN4reft4cuda12forward_rowsINS_4HalfEfLb1ELb1EEEv… → forward_rows<Half, float, 1, 1>"""
+    name = re.search(r"(?:forward|backward)_(?:tiles|rows|pool)", symbol)[0]
+    arguments = re.search(name + r"I(.*?)EEv", symbol)[1].replace("NS_4HalfE", "h").replace("NS_4Bf16E", "b")
+    arguments = re.sub(r"S\d?_", "", arguments)  # a repeated type
+    found = re.findall(r"Lb(\d)|(h|b|f)", arguments)
+    names = {"h": "Half", "b": "Bf16", "f": "float"}
+    return f"{name}<{', '.join(flag or names[letter] for flag, letter in found)}>"
+
+
+def _inspect(arch: str) -> dict[str, dict]:
+    """Resources and instructions of every kernel."""
+    kernels = {}
+    for source in SOURCES:
+        cubin = _cubin(source, arch)
+
+        def dump(what: str, cubin=cubin) -> str:
+            return subprocess.run([CUOBJDUMP, what, cubin], check=True, capture_output=True, text=True).stdout
+
+        usage = re.findall(r"Function (\S+):\s+(.*)", dump("--dump-resource-usage"))
+        resources = {
+            symbol: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            for symbol, line in usage
+        }
+        for part in dump("--dump-sass").split("Function : ")[1:]:
+            symbol = part.split()[0]
+            code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+ )?\s*([A-Z][\w.]*)", part)
+            kernels[_kernel(symbol)] = {**resources[symbol], "code": code}
+    return kernels
+
+
+def _check(name: str, kernel: dict) -> None:
+    code = kernel["code"]
+    assert len(code) > 100
+    assert kernel["STACK"] == kernel["LOCAL"] == 0, kernel["STACK"]
+    assert not [op for op in code if re.match(r"(LDL|STL)\b", op)]
+    assert not [op for op in code if re.match(r"(ATOM|ATOMG|RED|REDG)\b", op)]
+    assert kernel["REG"] <= REGISTERS[name.split("<")[0]]
+    assert kernel["SHARED"] <= RESERVED
+    wide = [op for op in code if op.startswith("LDG.E") and ".128" in op]
+    aligned = name.endswith(" 1>")
+    assert bool(wide) == aligned
+    assert bool([op for op in code if op.startswith("STG.E") and ".128" in op]) == aligned
+    assert bool([op for op in code if op.startswith("HMMA")]) == name.startswith("forward_tiles")
+
+
+#: 3 forms of the rows and the tiles, aligned and not of the backward, the pool's gradient; by dtypes.
+COUNT = 3 * 3 + 2 * 3 + 5 * 2 + 5
+
+
+def _check_all(arch: str) -> dict[str, dict]:
+    kernels = _inspect(arch)
+    assert len(kernels) == COUNT
+    for name, kernel in kernels.items():
+        try:
+            _check(name, kernel)
+        except AssertionError as error:
+            raise AssertionError(f"{name} for sm_{arch}: {error}") from error
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def hopper() -> dict[str, dict]:
+    return _check_all("90a")
+
+
+def test_kernels_for_hopper(hopper: dict[str, dict]) -> None:
+    """The cluster's barrier and its shared memory are in every kernel that shares d over blocks."""
+    for name, kernel in hopper.items():
+        clustered = any(op.startswith("UCGABAR") for op in kernel["code"])
+        assert clustered == (not name.startswith("backward_pool")), name
+
+
+@pytest.mark.parametrize("dtype", ["Bf16", "Half"])
+def test_all_loads_of_a_step_are_under_way_before_the_first_product(
+    hopper: dict[str, dict], dtype: str
+) -> None:
+    """Of h (2 rows) and U and D, 16 bytes each: 8 loads before the first tensor-core instruction."""
+    code = hopper[f"forward_tiles<{dtype}, 1, 1>"]["code"]
+    first = next(i for i, op in enumerate(code) if op.startswith("HMMA"))
+    loads = [op for op in code[:first] if op.startswith("LDG.E") and ".128" in op]
+    assert len(loads) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "100"])
+def test_kernels_for_other_architectures(arch: str) -> None:
+    _check_all(arch)
