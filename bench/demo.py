@@ -152,7 +152,10 @@ def prompts(model: nn.Module, name: str | None) -> tuple[dict[str, Tensor], Any]
             batch = tokenizer(
                 [f"A few words about {s}:" for s in subjects], return_tensors="pt", padding=True
             )
-            return {key: batch[key] for key in ("input_ids", "attention_mask")}, tokenizer
+            if (
+                int(batch["attention_mask"].sum(1).min()) > 3
+            ):  # a folder without a tokenizer gives an empty one
+                return {key: batch[key] for key in ("input_ids", "attention_mask")}, tokenizer
     generator = torch.Generator().manual_seed(1)
     size = model.config.get_text_config().vocab_size
     width = max(PROMPTS)
@@ -368,7 +371,10 @@ def run(name: str | None, console: Console) -> int:
         table.add_row(*cells)
     console.print(table)
     console.print(timing_table(found))
-    right = all(r["equal"] and r["changed"] == (r["adapter"] != "__base__") for r in rows) and hooks_agree
+    bare_rows = [r for r in rows if r["adapter"] == "__base__"]
+    edited_rows = [r for r in rows if r["adapter"] != "__base__"]
+    right = hooks_agree and all(r["equal"] for r in rows)
+    right = right and not any(r["changed"] for r in bare_rows) and any(r["changed"] for r in edited_rows)
     if not right:
         console.print("[red]A row differs from the same row run alone: please report this.[/red]")
     return 0 if right else 1
