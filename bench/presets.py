@@ -80,7 +80,7 @@ PRESETS = {
         sweeps=(
             Sweep(_base()),
             Sweep(_base(positions="all")),
-            Sweep(_base(batch=64, adapters=64, positions="all")),
+            Sweep(_base(batch=64, prompt=16, adapters=64, positions="all"), phases=("decode",)),
         ),
         text="the recorded numbers of the README: hidden size 1024, 8 layers, 2 CPU cores",
     ),
