@@ -108,9 +108,9 @@ def steps(label: str, count: int) -> Iterator[tuple[int, Callable[[float], None]
 def descend(
     parameters: list[Tensor], label: str, count: int, rate: float, loss_of: Callable[[], Tensor]
 ) -> None:
-    """`count` steps of AdamW, the rate falling to a tenth."""
+    """`count` steps of AdamW, the rate rising over the first tenth and falling to nothing."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, count)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, count, pct_start=0.1)
     for step, show in steps(label, count):
         optimizer.zero_grad()
         loss = loss_of()
@@ -142,7 +142,7 @@ def pretrain(text: Text, args: argparse.Namespace) -> LlamaForCausalLM:
         ids = ids_of(text.windows(args.batch, PROMPT + ANSWER))
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
-    descend(list(model.parameters()), f"the model ({millions:.1f}M)", args.steps, 3e-3, loss)
+    descend(list(model.parameters()), f"the model ({millions:.1f}M)", args.steps, 2e-3, loss)
     return model
 
 
@@ -262,7 +262,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="keep the model and the adapters here")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.width, args.layers, args.batch = (64, 2, 12) if args.quick else (256, 4, 24)
+    args.width, args.layers, args.batch = (64, 2, 12) if args.quick else (256, 4, 15)
     args.steps = args.steps or (120 if args.quick else 300)
     args.adapter_steps = args.adapter_steps or (80 if args.quick else 200)
     return args

@@ -25,7 +25,7 @@ def edit(h: Tensor, key: SiteKey, site: SiteTable, plan: BatchPlan, training: bo
 
 def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: bool) -> Tensor:
     backend = plan.backend or ops.current_backend(h.device)
-    if torch.is_grad_enabled() and (site.trainable or h.requires_grad):
+    if torch.is_grad_enabled() and (h.requires_grad or plan.trains(site)):
         return _edit_differentiable(h, site, rows, plan, backend, training)
     pool = _laid(site, plan)
     ops.INTERVENE_[backend](h, pool.down, pool.up, pool.bias, pool.kind, rows.rows, rows.tiles, site.spans)
@@ -42,7 +42,7 @@ def _laid(site: SiteTable, plan: BatchPlan) -> Pool:
 def _edit_differentiable(
     h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, backend: str, training: bool
 ) -> Tensor:
-    if site.trainable:
+    if plan.trains(site):
         # Under reentrant checkpointing each block has a backward of its own, so folds can't be shared there.
         shared = {} if plan.recomputing else plan.folds
         down, up, bias, kind, spans = site.live_pool(shared, torch.promote_types(h.dtype, torch.float32))

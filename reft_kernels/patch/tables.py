@@ -69,11 +69,6 @@ class SiteTable:
         self.interventions = interventions
         self.live: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def trainable(self) -> bool:
-        """Whether something here wants a gradient (asked each time: PEFT and users freeze as they go)."""
-        return any(i is not None and i.wants_grad for i in self.interventions)
-
     def live_pool(self, shared: Mapping[Intervention, Fold], dtype: torch.dtype) -> LivePool:
         """A pool made of this site's interventions alone, in segment order, that autograd sees through.
 
@@ -154,19 +149,22 @@ class BatchPlan:
         self.by_head: dict[tuple[int, int, int], Rows] = {}
         #: Whether a block is being run again under reentrant checkpointing.
         self.recomputing = False
-        #: With autograd: the folds of trainable adapters, made once a forward for all layers.
+        #: With autograd: the folds of adapters that want a gradient, made once a forward for all layers.
+        #: (Asked each time, as PEFT and users freeze as they go.)
         self.folds: dict[Intervention, Fold] = {}
+        if torch.is_grad_enabled():
+            for adapter in table.adapters:
+                if any(one.wants_grad for one in adapter.interventions):
+                    self.folds.update(zip(adapter.interventions, adapter.folds()))
         #: Whether the pools may hold trainable adapters as they were: a step with autograd reads no pool, so
         #: they are renewed only once something does.
         self.stale = table.trainable
-        if not self.stale:
-            return
-        if torch.is_grad_enabled():
-            for adapter in table.adapters:
-                if adapter.trainable:
-                    self.folds.update(zip(adapter.interventions, adapter.folds()))
-        else:
+        if self.stale and not torch.is_grad_enabled():
             self.renew()
+
+    def trains(self, site: SiteTable) -> bool:
+        """Whether something at the site wants a gradient."""
+        return any(one in self.folds for one in site.interventions)
 
     def renew(self) -> None:
         """Makes the pools what the parameters are now."""
