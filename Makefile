@@ -21,10 +21,10 @@ TEST_STAMP := $(VENV)/stamp-test-$(call checksum,constraints.txt pyproject.toml 
 NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,constraints.txt setup.py $(CPP_SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-slow lint format bench clean
+.PHONY: help setup native demo test test-slow lint format bench clean gpu gpu-test gpu-sanitize gpu-bench
 
 help: ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 20
 
 setup: $(NATIVE_STAMP) $(TEST_STAMP) ## make .venv with everything that the other targets need
 
@@ -52,6 +52,21 @@ format: $(TEST_STAMP) ## let ruff and clang-format rewrite what lint would refus
 bench: $(NATIVE_STAMP) $(TEST_STAMP) ## measure what the edit costs on this machine (tables and plots in results/)
 	$(BIN)/reft-bench overhead --preset quick --out results/overhead --overwrite
 	$(BIN)/reft-bench report results/overhead
+
+# On a CUDA machine whose own Python has torch, Triton and pytest: in place, without .venv or network.
+GPU_KIT := $(PYTHON) bench/gpu_kit.py
+
+gpu: ## prove the kernels on this machine's GPU in under 9 minutes: build, tests, sanitizer, benchmarks
+	$(GPU_KIT)
+
+gpu-test: ## the first part of that: the tests that need a GPU
+	$(GPU_KIT) --parts build,test
+
+gpu-sanitize: ## the second: memcheck, racecheck and initcheck on a small set of calls
+	$(GPU_KIT) --parts build,sanitize
+
+gpu-bench: ## the third: what the kernels and the edit of a model cost on this GPU
+	$(GPU_KIT) --parts build,bench
 
 native: $(BASE_STAMP) ## compile the native library in place
 	$(BIN)/python setup.py build_ext --inplace

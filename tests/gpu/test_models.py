@@ -92,9 +92,11 @@ def test_training_step_is_the_cpus(fused: str, full_precision: None) -> None:
         reft = rk.patch(model)
         reft.add_adapter("it", copy.deepcopy(adapter))
         reft.set_adapter("it")
-        batch = _batch(device)
+        batch = _batch(device, [8, 5, 6])
+        labels = batch["input_ids"].clone()
+        labels[:, :-2] = -100  # the prompt
         with rk.backend(backend):
-            model(**batch, labels=batch["input_ids"]).loss.backward()
+            model(**batch, labels=labels, use_cache=False).loss.backward()
         trained = reft.adapters["it"]
         gradients.append([p.grad.cpu() for p in trained.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0

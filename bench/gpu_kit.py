@@ -1,0 +1,230 @@
+"""Proves the kernels on a CUDA machine, with nothing to install and no network: python3 bench/gpu_kit.py
+
+Builds in place, runs the tests that need a GPU, compute-sanitizer's tools, and the benchmarks, within nine
+minutes. A part that fails or takes too long doesn't stop the others. One folder holds all results: $OUT
+where that is set, otherwise bench/results/gpu-<name of the GPU>.
+
+    environment.json    machine, versions, commit; exit status and seconds of each part
+    log.txt             the last lines of what each part said, with the compiler's report
+    junit-*.xml         tests of the native kernels, and of the other backends
+    sanitizer.txt       memcheck, racecheck and initcheck on bench/sanitize_cases.py
+    kernels.json, overhead.json    as `reft-bench` writes them
+
+Exit status 0 if every part passed. `--parts test,sanitize` runs some of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PARTS = ("build", "test", "sanitize", "bench")
+PYTHON = sys.executable
+
+#: Seconds from the start after which nothing more is begun or waited for.
+LIMIT = 525
+
+#: What a log may take of the folder.
+LOG_BYTES = 2_000_000
+
+
+@dataclasses.dataclass
+class Step:
+    """A command, how long it may take, and what became of it (status None: it ran out of time)."""
+
+    name: str
+    command: list[str]
+    limit: float
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    status: int | None = None
+    seconds: float = 0.0
+    output: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.status == 0
+
+    def run(self, deadline: float) -> None:
+        limit = min(self.limit, deadline - time.monotonic())
+        if limit < 5:
+            self.output = "not begun: the time was up"
+            return
+        print(f"{self.name} …", flush=True)
+        begun = time.monotonic()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **self.environment}
+        with tempfile.TemporaryFile("w+", errors="replace") as log:
+            process = subprocess.Popen(
+                self.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                self.status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # a session of its own: workers go with it
+                process.wait()
+            log.seek(0)
+            self.output = log.read()
+        self.seconds = time.monotonic() - begun
+        verdict = "passed" if self.passed else "out of time" if self.status is None else "FAILED"
+        print(f"{self.name}: {verdict} in {self.seconds:.0f} s", flush=True)
+
+
+def _together(steps: list[Step], deadline: float) -> None:
+    threads = [threading.Thread(target=step.run, args=(deadline,)) for step in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def build_steps() -> list[Step]:
+    environment = {"REFT_KERNELS_BUILD_CUDA": "1"}
+    return [Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 150, environment)]
+
+
+def test_steps(folder: pathlib.Path) -> list[Step]:
+    """The native kernels by themselves: Triton compiles for minutes, and must not cost their result."""
+    spread = ["--numprocesses", "6"] if importlib.util.find_spec("xdist") else []
+    steps = []
+    for name, chosen in (("native", "native"), ("others", "not native")):
+        command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen]
+        command += [*spread, "--junitxml", str(folder / f"junit-{name}.xml"), "tests/ops", "tests/gpu"]
+        command += ["tests/test_functional.py"]
+        steps.append(Step(f"tests {name}", command, 210))
+    return steps
+
+
+def sanitize_steps() -> list[Step]:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    # Each tensor an allocation of its own, so that a step beyond its end is seen.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    script = [PYTHON, str(ROOT / "bench" / "sanitize_cases.py")]
+    return [
+        Step(
+            f"sanitizer {check}", [tool, "--tool", check, "--error-exitcode", "9", *script], 150, environment
+        )
+        for check in ("memcheck", "racecheck", "initcheck")
+    ]
+
+
+#: Arguments of `reft-bench kernels`: the rows of DESIGN's targets, then the widths and dtypes around them.
+KERNELS = (
+    "--rows 1 --adapters 1",
+    "--rows 64 --adapters 64",
+    "--rows 256 --adapters 256",
+    "--rows 4096 --adapters 1,64 --direction forward,backward",
+    "--rows 64 --adapters 64 --dtype float32",
+    "--rows 64 --adapters 64 --rank 64",
+)
+
+#: Arguments of `reft-bench overhead`: decode of a 1B shape, every layer and position.
+OVERHEAD = "--model 1b --phases decode --batch 64 --adapters 1,64 --positions all --prompt 32 --new-tokens 16"
+
+
+def bench_steps(scratch: pathlib.Path) -> list[Step]:
+    bench = [PYTHON, "-m", "bench"]
+    steps = []
+    for number, text in enumerate(KERNELS):
+        words = text.split() if "--dtype" in text else [*text.split(), "--dtype", "bfloat16"]
+        out = ["--out", str(scratch / f"kernels-{number}"), "--device", "cuda", "--rounds", "15"]
+        steps.append(Step(f"kernels {text}", [*bench, "kernels", *words, "--no-call-cost", *out], 45))
+    out = ["--out", str(scratch / "overhead"), "--device", "cuda", "--rounds", "5", "--layers", "all"]
+    steps.append(Step("overhead", [*bench, "overhead", *OVERHEAD.split(), "--rank", "8", *out], 90))
+    return steps
+
+
+def collect(scratch: pathlib.Path, folder: pathlib.Path) -> None:
+    """One file of all kernel runs, which differ in their cases only, and the overhead's."""
+    sys.path.insert(0, str(ROOT))
+    from bench import record
+
+    runs = [record.load(path) for path in sorted(scratch.glob("kernels-*")) if (path / record.FILE).exists()]
+    if runs:
+        first, *others = runs
+        for other in others:
+            first.cases += other.cases
+            first.ceilings |= other.ceilings
+            for note in other.notes:
+                first.note(note)
+        (folder / "kernels.json").write_text(json.dumps(first.to_json(), indent=1) + "\n")
+    if (scratch / "overhead" / record.FILE).exists():
+        shutil.copy(scratch / "overhead" / record.FILE, folder / "overhead.json")
+
+
+def machine() -> dict:
+    """In a process of its own: this one must not hold the GPU's memory."""
+    code = "import json; from bench.machine import describe; print(json.dumps(describe('cuda')))"
+    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        sys.exit(f"no CUDA device that torch can use:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gpu_name() -> str:
+    code = "import torch; print(torch.cuda.get_device_name())"
+    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return re.sub(r"[^a-z0-9]+", "-", done.stdout.strip().lower()).strip("-") or "unknown"
+
+
+def write(folder: pathlib.Path, facts: dict, steps: list[Step]) -> None:
+    facts["steps"] = [
+        {"name": step.name, "status": step.status, "seconds": round(step.seconds, 1)} for step in steps
+    ]
+    (folder / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+    for file, sanitizer in (("log.txt", False), ("sanitizer.txt", True)):
+        chosen = [step for step in steps if step.name.startswith("sanitizer") == sanitizer]
+        share = LOG_BYTES // max(len(chosen), 1)
+        texts = [f"===== {s.name}: status {s.status}\n{s.output[-share:]}\n" for s in chosen]
+        if texts:
+            (folder / file).write_text("\n".join(texts))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parts = parser.parse_args().parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; allowed are {', '.join(PARTS)}")
+    deadline = time.monotonic() + LIMIT
+    facts = machine()
+    folder = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / f"gpu-{gpu_name()}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    steps: list[Step] = []
+    with tempfile.TemporaryDirectory() as name:
+        scratch = pathlib.Path(name)
+        builds = build_steps() if "build" in parts else []
+        # What needs no quiet machine runs side by side.
+        checks = test_steps(folder) if "test" in parts else []
+        checks += sanitize_steps() if "sanitize" in parts else []
+        measures = bench_steps(scratch) if "bench" in parts else []
+        steps += [*builds, *checks, *measures]
+        try:
+            for step in builds:
+                step.run(deadline)
+            _together(checks, deadline)
+            for step in measures:
+                step.run(deadline)
+            collect(scratch, folder)
+        finally:
+            write(folder, facts, steps)
+    for step in steps:
+        print(f"{'passed' if step.passed else 'FAILED':<8}{step.seconds:6.0f} s  {step.name}")
+    print(f"results: {folder}")
+    return 0 if all(step.passed for step in steps) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
