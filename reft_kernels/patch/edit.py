@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .. import ops
 from ..plan import Rows
-from ..pool import Pool
 from .tables import BatchPlan, SiteKey, SiteTable
 
 
@@ -27,28 +26,20 @@ def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: boo
     backend = plan.backend or ops.current_backend(h.device)
     if torch.is_grad_enabled() and (h.requires_grad or plan.trains(site)):
         return _edit_differentiable(h, site, rows, plan, backend, training)
-    pool = _laid(site, plan)
+    if plan.stale:
+        plan.renew()  # what was trained since the last look
+    pool = site.pool
     ops.INTERVENE_[backend](h, pool.down, pool.up, pool.bias, pool.kind, rows.rows, rows.tiles, site.spans)
     return h
-
-
-def _laid(site: SiteTable, plan: BatchPlan) -> Pool:
-    """The site's pool, with what was trained since the last look."""
-    if plan.stale:
-        plan.renew()
-    return site.pool
 
 
 def _edit_differentiable(
     h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, backend: str, training: bool
 ) -> Tensor:
-    if plan.trains(site):
-        # Under reentrant checkpointing each block has a backward of its own, so folds can't be shared there.
-        shared = {} if plan.recomputing else plan.folds
-        down, up, bias, kind, spans = site.live_pool(shared, torch.promote_types(h.dtype, torch.float32))
-    else:
-        pool, spans = _laid(site, plan), site.spans
-        down, up, bias, kind = pool.down, pool.up, pool.bias, pool.kind
+    # Never the pool itself, not for frozen adapters either: it may be renewed or grown before backward runs.
+    # Under reentrant checkpointing each block has a backward of its own, so folds can't be shared there.
+    shared = {} if plan.recomputing else plan.folds
+    down, up, bias, kind, spans = site.live_pool(shared, torch.promote_types(h.dtype, torch.float32))
     arguments = (h, down, up, bias, kind, rows.rows, rows.tiles, spans, rows.offsets)
     # A view can't be edited in place under reentrant checkpointing, nor a leaf that wants a gradient at all;
     # a compiler makes its own choice of buffers.

@@ -77,7 +77,7 @@ class InputHook(SiteHook):
             name = "hidden_states"
         h = args[0] if name is None else kwargs[name]
         # What enters the first block may be the caller's own inputs_embeds.
-        clone = self.key.site == "block_input" and self.key.layer == 0 and not torch.is_grad_enabled()
+        clone = self.key.site == "block_input" and self.key.layer == 0
         edited = self._apply(h, clone, module.training)
         if edited is h:
             return None
@@ -101,15 +101,35 @@ class StackHook:
         self.parameters = _parameters_of(stack.forward)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.state.depth or torch.compiler.is_compiling():
+        if self.state.depth or (self.state.prepared and torch.compiler.is_compiling()):
             return None
+        return self._plan(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _plan(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         changed = any(name in kwargs for name in (*NAMES, LENGTHS))
         if changed:
             kwargs = dict(kwargs)
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
         call = {**dict(zip(self.parameters, args)), **kwargs} if args else kwargs
         self.state.plan = self.reft._plan_forward(call, names, lengths)
+        if self.state.plan is not None:
+            _Once(self.state).attach(module)
         return (args, kwargs) if changed else None
+
+
+class _Once:
+    """Forgets the plan when the stack's forward ends, however it ends, and goes."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def attach(self, module: nn.Module) -> None:
+        self.handle = module.register_forward_hook(self, always_call=True)
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.handle.remove()
+        self.state.plan = None
 
 
 def _parameters_of(function: Any) -> tuple[str, ...]:
@@ -206,7 +226,8 @@ class Generate(_Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
         inputs = args[0] if args else kwargs.get("inputs")
-        scope = self.reft._open_scope(inputs, kwargs, names, lengths)
+        call = {**kwargs, "generation_config": args[1]} if len(args) > 1 else kwargs
+        scope = self.reft._open_scope(inputs, call, names, lengths)
         with self.state.generating(scope):
             return self.original(*args, **kwargs)
 

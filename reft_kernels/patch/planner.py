@@ -77,6 +77,8 @@ class Planner:
             if self.adapters.get(name) is not adapter:
                 raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
         table = self.registry.table(selection.segments, self.adapters)
+        for device in table.devices:
+            ops.current_backend(device)  # says now if the chosen backend can't run there
         return BatchPlan(table, by_segment, batch * length, ops.chosen_backend(), heads)
 
     def forward(self, call: dict[str, Any], given: Any, prompt_lengths: Any) -> BatchPlan | None:
@@ -117,6 +119,8 @@ class Planner:
         if needs_prompt and isinstance(positions, Tensor) and start == 0:
             _refuse_packed(positions, mask)
         labels = call.get("labels") if needs_prompt else None
+        if scope is not None and given is None and call.get("past_key_values") is None:
+            prompt_lengths = scope.lengths_aside(batch, length, prompt_lengths, mask)
         prompts = read_prompts(batch, start, length, mask, prompt_lengths, labels)
         return self._plan(*self._select(names, prompts), start, length, batch)
 
@@ -135,12 +139,12 @@ class Planner:
         cache = call.get("past_key_values")
         if cache is not None and not isinstance(cache, tuple):
             seen = read_cache_length(cache, None)
-        if outer is not None and given is None and batch % len(outer.names) == 0:
+        if outer is not None and given is None and outer.goes_on_in(ids):
             # A generate inside generate (assisted decoding by the model's own layers) goes on with the same.
-            return GenerateScope(outer.names, outer.selection, outer.owners, seen)
+            return GenerateScope(outer.names, outer.selection, outer.owners, seen, ids)
         names = self.names(given, batch)
         if not any(names):
-            return GenerateScope(names, None, {}, seen)
+            return GenerateScope(names, None, {}, seen, ids)
         width = tokens.shape[1] if isinstance(tokens, Tensor) else 1
         mask = call.get("attention_mask")
         if mask is None and isinstance(ids, Tensor) and embeds is None:
@@ -150,7 +154,7 @@ class Planner:
         elif isinstance(mask, Tensor) and mask.dim() != 2:
             raise ValueError(f"attention_mask: must be 2-D in generate, had shape {list(mask.shape)}")
         prompts: Prompts = read_prompts(batch, 0, width, mask, prompt_lengths)
-        return GenerateScope(names, *self._select(names, prompts), seen)
+        return GenerateScope(names, *self._select(names, prompts), seen, ids)
 
     def generate(self, scope: GenerateScope, start: int, length: int, batch: int) -> BatchPlan | None:
         """The plan of one of generate's own forwards, over columns [start, start + length)."""
@@ -171,9 +175,15 @@ class Planner:
 
 def _inferred_mask(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor | None:
     """The mask that generate makes up when none is given: pad tokens, unless pad is also an end token."""
-    config = call.get("generation_config") or getattr(model, "generation_config", None)
-    pad = call.get("pad_token_id", getattr(config, "pad_token_id", None))
-    end = call.get("eos_token_id", getattr(config, "eos_token_id", None))
+    given, default = call.get("generation_config"), getattr(model, "generation_config", None)
+
+    def setting(name: str) -> Any:
+        if name in call:
+            return call[name]
+        value = getattr(given, name, None)
+        return getattr(default, name, None) if value is None else value
+
+    pad, end = setting("pad_token_id"), setting("eos_token_id")
     ends = [] if end is None else ([end] if isinstance(end, int) else list(np.atleast_1d(np.asarray(end))))
     if pad is None or pad in ends:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..config import ReftConfig
 from ..positions import LastPosition, Positions
-from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module
+from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module, text_config
 from .freezing import Freeze
 from .heads import HeadForward
 from .hooks import Forward, Generate, PrepareInputs, Recompute, StackHook, attach
@@ -73,6 +73,7 @@ class Reft(nn.Module):
         """The adapter of calls that name none; None for the bare model."""
         return self._planner.active
 
+    @torch.inference_mode(False)  # what is loaded in inference mode must be fit to train with
     def load_adapter(
         self,
         path: str | os.PathLike[str],
@@ -105,6 +106,7 @@ class Reft(nn.Module):
         self._install(name, adapter)
         return adapter
 
+    @torch.inference_mode(False)
     def add_adapter(self, name: str, adapter: ReftConfig | Adapter) -> Adapter:
         """Adds a fresh trainable adapter made from a config (the base is frozen), or one made elsewhere.
 
@@ -140,7 +142,12 @@ class Reft(nn.Module):
                     f"adapter: has width {intervention.width}; {intervention.site} of this model has {wanted}"
                 )
             site_module(self._blocks.layers[intervention.layer], intervention.site)
+            heads = text_config(self._model).num_attention_heads
+            if intervention.head is not None and intervention.head >= heads:
+                raise ValueError(f"adapter: edits head {intervention.head}; the model has {heads} heads")
         adapter.heads.check(self._model)
+        if any(adapter is other for other in self._adapters.values()):
+            raise ValueError("adapter: is loaded under another name already; copy it (copy.deepcopy) first")
 
     def _install(self, name: str, adapter: Adapter) -> None:
         self._check_fit(adapter)
@@ -151,6 +158,11 @@ class Reft(nn.Module):
                     block = self._blocks.layers[intervention.layer]
                     self._registry.places[key] = Place(*place_of(block, self._model))
             place = self._registry.places[next(iter(keys_of(adapter)))]
+            wanted = self._registry.pool_dtype
+            if wanted not in (None, torch.float32, place.dtype):
+                raise ValueError(
+                    f"pool_dtype: must be the model's ({place.dtype}) or torch.float32, was {wanted}"
+                )
             adapter.to(place.device)
             adapter.heads.meet(self._model, adapter.trainable)
             self._registry.lay(name, adapter)
@@ -220,7 +232,7 @@ class Reft(nn.Module):
         try:
             yield
         finally:
-            self._planner.active = before
+            self._planner.active = before if before in self._adapters else None
 
     def _known(self, name: str) -> Adapter:
         if name not in self._adapters:
@@ -345,7 +357,7 @@ def _keys(adapter: Adapter) -> list[SiteKey]:
 
 def _module_key(name: str, taken: nn.ModuleDict) -> str:
     key = name.replace(".", "_")
-    while key in taken or hasattr(nn.ModuleDict, key):
+    while key in taken or hasattr(taken, key):
         key += "_"
     return key
 
@@ -370,7 +382,8 @@ def patch(model: nn.Module, capacity: int | None = None, pool_dtype: torch.dtype
     row of the batch, "__base__" for the bare model; under PEFT `reft_adapter_names`) and `prompt_lengths`.
 
     Args:
-        model: a transformers model with decoder (or encoder) layers.
+        model: a transformers model with decoder (or encoder) layers. Of PEFT's wrapper the model inside is
+            patched; `reft` is found on both.
         capacity: pool rows; fixed, so that addresses stay, and a full pool is an error. None: grows.
         pool_dtype: dtype of folded adapters; None for the model's. torch.float32 is nearer to a pyreft that
             keeps R in float32.
@@ -396,7 +409,17 @@ def patch(model: nn.Module, capacity: int | None = None, pool_dtype: torch.dtype
         raise ValueError(f"pool_dtype: must be a floating dtype, was {pool_dtype}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity: must be at least 1 pool row or None, was {capacity}")
-    reft = Reft(model, find_blocks(model), capacity, pool_dtype)
+    if hasattr(model, "get_base_model"):
+        # PEFT's wrapper: its generate runs the model inside, so that is the one to patch.
+        return patch(model.get_base_model(), capacity, pool_dtype)  # type: ignore[operator]
+    blocks = find_blocks(model)
+    if any(isinstance(module, Reft) for module in model.modules()) or any(
+        isinstance(hook, StackHook) for hook in blocks.stack._forward_pre_hooks.values()
+    ):
+        raise NotPatchable(
+            "model: shares its layers with a model that is patched already; unpatch that first"
+        )
+    reft = Reft(model, blocks, capacity, pool_dtype)
     model.add_module("reft", reft)
     reft._wrap()
     return reft
@@ -411,5 +434,5 @@ def unpatch(model: nn.Module) -> nn.Module:
     if not isinstance(reft, Reft):
         raise ValueError("model: is not patched")
     reft._unwrap()
-    del model.reft
+    del reft._model.reft
     return model

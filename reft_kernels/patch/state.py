@@ -35,6 +35,7 @@ class GenerateScope:
     names: one a prompt, None for the bare model. selection: what they edit; None when that is nothing.
     owners: the adapters behind the names, as they were when generate began.
     seen: columns that went through the model so far (for caches that don't say so on the host).
+    tokens: the prompts' ids [batch, width], where there are any.
     """
 
     def __init__(
@@ -43,11 +44,37 @@ class GenerateScope:
         selection: Selection | None,
         owners: dict[str, Adapter],
         seen: int,
+        tokens: Tensor | None = None,
     ) -> None:
         self.names, self.selection, self.owners, self.seen = names, selection, owners, seen
+        self.tokens = tokens
+        self._aside: tuple[int, int, list[int]] | None = None
         self.pending: Pending | None = None
         self.decode: tuple[tuple, BatchPlan | None] | None = None
         self._held: Any = None
+
+    def goes_on_in(self, ids: Any) -> bool:
+        """Whether a generate inside this one has the same prompts, or their continuations."""
+        mine = self.tokens
+        if (
+            mine is None
+            or not isinstance(ids, torch.Tensor)
+            or ids.dim() != 2
+            or ids.shape[0] != mine.shape[0]
+        ):
+            return False
+        return ids.shape[1] >= mine.shape[1] and torch.equal(ids[:, : mine.shape[1]].to(mine.device), mine)
+
+    def lengths_aside(self, batch: int, length: int, given: Any, mask: Tensor | None) -> Any:
+        """Prompt lengths of a second stream of forwards without a cache (as guidance runs): those of its
+        first forward, whose tokens were all prompt."""
+        if given is not None:
+            return given
+        if self._aside is not None and self._aside[0] == batch and length > self._aside[1]:
+            return self._aside[2]
+        counts = [length] * batch if mask is None else mask[:, :length].sum(1).tolist()
+        self._aside = (batch, length, counts)
+        return None
 
     def hold(self, lock: Any) -> None:
         """Keeps the model to this generate until it ends."""
