@@ -58,7 +58,8 @@ def models(results: Results, command: str) -> str:
     """Whole forwards or training steps: every system's ratio, and what was attributed to ours."""
     rows = []
     for case in results.cases:
-        label = case.id
+        p = case.params
+        label = f"{p.get('phase', 'step')}, {p['positions']}, batch {p['batch']}"
         for name, system in case.systems.items():
             if system.ratio is None:
                 continue
@@ -69,7 +70,8 @@ def models(results: Results, command: str) -> str:
     base = results.cases[0].baseline
     text = (
         f"Models, over {base} ({results.settings['model']}, {_where(results)}), and the time spent in the "
-        f"edits themselves as a share of the bare forward. `reft-bench {command}`, "
+        "edits themselves as a share of the bare forward, with 8 distinct adapters of rank 8 on all layers "
+        f"(pyreft and unmerged LoRA serve one for the whole batch). `reft-bench {command}`, "
         f"[all of it](bench/results/{command}/report.md):"
     )
     return f"{text}\n\n{_table(('case', 'system', 'ratio [95%]', 'attributed'), rows)}"
