@@ -68,11 +68,12 @@ def models(results: Results, command: str) -> str:
             rows.append((label, name, interval_text(system.ratio), spent))
             label = ""
     base = results.cases[0].baseline
+    state = "" if results.finished else " (interrupted: the cases that were complete)"
     text = (
         f"Models, over {base} ({results.settings['model']}, {_where(results)}), and the time spent in the "
         "edits themselves as a share of the bare forward, with 8 distinct adapters of rank 8 on all layers "
         f"(pyreft and unmerged LoRA serve one for the whole batch). `reft-bench {command}`, "
-        f"[all of it](bench/results/{command}/report.md):"
+        f"[all of it](bench/results/{command}/report.md){state}:"
     )
     return f"{text}\n\n{_table(('case', 'system', 'ratio [95%]', 'attributed'), rows)}"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .schema import ACT_MASK, NAMESPACE, NO_PRODUCT, Act, _library
+from .schema import ACT_MASK, NO_PRODUCT, Act, _library
 
 _SLOPE = 0.01
 _QUICK = 1.702
@@ -157,4 +157,3 @@ for _name, _impl in (
     ("intervene_backward", intervene_backward),
 ):
     _library.impl(f"{_name}.reference", _impl, "CompositeExplicitAutograd")
-assert NAMESPACE == "reft_kernels"
