@@ -52,17 +52,33 @@ def _tiles(counts: np.ndarray, tile: int) -> np.ndarray:
 
 def pack_rows(by_segment: Sequence[np.ndarray], device: torch.device | str, tile: int = TILE) -> Rows:
     """Lays the rows of each segment (1-D integer arrays) into one int32 buffer on `device`, in one copy."""
+    return _pack(by_segment, len(by_segment), device, tile)
+
+
+def cover(by_segment: Sequence[np.ndarray], total: int, device: torch.device | str, tile: int = TILE) -> Rows:
+    """`pack_rows`, and all others of h's `total` rows in tiles of segment −1, which edit nothing.
+
+    For `intervene_norm_`, which norms every row. The offsets speak of the segments alone.
+    """
+    rest = np.ones(total, dtype=bool)
+    for rows in by_segment:
+        rest[rows] = False
+    return _pack([*by_segment, np.flatnonzero(rest)], len(by_segment), device, tile)
+
+
+def _pack(by_segment: Sequence[np.ndarray], segments: int, device: torch.device | str, tile: int) -> Rows:
+    """The rows beyond the first `segments` lists have no segment (−1)."""
     counts = np.fromiter((len(rows) for rows in by_segment), dtype=np.int64, count=len(by_segment))
     n = int(counts.sum())
     tiles = _tiles(counts, tile)
-    segments = len(by_segment)
+    tiles[tiles[:, 0] >= segments, 0] = -1
     buffer = np.empty(n + 3 * len(tiles) + segments + 1, dtype=np.int32)
     if n:
         np.concatenate(by_segment, out=buffer[:n], casting="unsafe")
     middle = n + 3 * len(tiles)
     buffer[n:middle] = tiles.ravel()
     buffer[middle] = 0
-    np.cumsum(counts, out=buffer[middle + 1 :])
+    np.cumsum(counts[:segments], out=buffer[middle + 1 :])
     data = torch.from_numpy(buffer)
     device = torch.device(device)
     if device.type == "cuda":

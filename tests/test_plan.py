@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reft_kernels import Span, make_plan
 from reft_kernels.ops import TILE
-from reft_kernels.plan import one_segment, pack_rows, pack_spans
+from reft_kernels.plan import cover, one_segment, pack_rows, pack_spans
 
 
 @st.composite
@@ -108,3 +108,18 @@ def test_rows_that_no_int32_holds_are_refused_without_total_rows() -> None:
     make_plan([(SPAN, [2**31 - 1])])
     with pytest.raises(ValueError, match=f"found {2**31}"):
         make_plan([(SPAN, [2**31])])
+
+
+@given(segments(), st.integers(0, 40))
+def test_cover_names_every_row_once(by_segment: list[np.ndarray], extra: int) -> None:
+    total = sum(map(len, by_segment)) + 20 + extra
+    rows, tiles, offsets = cover(by_segment, total, "cpu")
+    assert sorted(rows.tolist()) == list(range(total))
+    assert offsets.tolist() == [0, *np.cumsum([len(segment) for segment in by_segment])]
+    owned = {}
+    for segment, start, count in tiles.tolist():
+        assert 0 < count <= TILE
+        owned.setdefault(segment, []).extend(rows[start : start + count].tolist())
+    for number, segment in enumerate(by_segment):
+        assert owned.pop(number, []) == list(segment)
+    assert set(owned) <= {-1}

@@ -3,7 +3,18 @@
 from . import autograd, reference  # noqa: F401  (they register their implementations)
 from .autograd import InterveneInPlace
 from .backend import BackendUnavailable, backend, chosen_backend, current_backend, why_not
-from .schema import ACT_MASK, BACKENDS, INTERVENE, INTERVENE_, INTERVENE_BACKWARD, NO_PRODUCT, TILE, Act
+from .schema import (
+    ACT_MASK,
+    BACKENDS,
+    INTERVENE,
+    INTERVENE_,
+    INTERVENE_BACKWARD,
+    INTERVENE_NORM_,
+    NO_PRODUCT,
+    TILE,
+    Act,
+    Norm,
+)
 
 __all__ = [
     "ACT_MASK",
@@ -11,11 +22,13 @@ __all__ = [
     "INTERVENE",
     "INTERVENE_",
     "INTERVENE_BACKWARD",
+    "INTERVENE_NORM_",
     "NO_PRODUCT",
     "TILE",
     "Act",
     "BackendUnavailable",
     "InterveneInPlace",
+    "Norm",
     "backend",
     "chosen_backend",
     "current_backend",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .schema import ACT_MASK, NO_PRODUCT, Act, _library
+from .schema import ACT_MASK, NO_PRODUCT, Act, Norm, _library
 
 _SLOPE = 0.01
 _QUICK = 1.702
@@ -79,7 +79,7 @@ def _segments(rows: Tensor, tiles: Tensor, spans: Tensor) -> Iterator[tuple[Tens
     table = spans.tolist()
     grouped: dict[int, list[Tensor]] = {}
     for segment, start, count in tiles.tolist():
-        if count > 0 and table[segment][1] > 0:
+        if count > 0 and segment >= 0 and table[segment][1] > 0:
             places = torch.arange(start, start + count, device=rows.device)
             grouped.setdefault(segment, []).append(places)
     for segment, places_of_tiles in grouped.items():
@@ -109,6 +109,24 @@ def intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
     edits = [(index, _edited(flat, index, pool, span)) for _, index, span in _segments(rows, tiles, spans)]
     for index, value in edits:
         flat[index] = value
+
+
+def normed(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float, norm: int) -> Tensor:
+    """The norm of rows x [..., d], in x's dtype. See `schema.Norm`."""
+    y = x.to(wide(x))
+    if norm & Norm.CENTRED:
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    if norm & Norm.ROUND:
+        y = y.to(x.dtype).to(y.dtype)
+    scale = weight.to(y.dtype)
+    y = y * (scale + 1 if norm & Norm.PLUS_ONE else scale)
+    return (y if shift is None else y + shift.to(y.dtype)).to(x.dtype)
+
+
+def intervene_norm_(h, down, up, bias, kind, rows, tiles, spans, weight, shift, eps, norm) -> Tensor:
+    intervene_(h, down, up, bias, kind, rows, tiles, spans)
+    return normed(h, weight, shift, eps, norm).contiguous()
 
 
 def intervene(h, down, up, bias, kind, rows, tiles, spans, offsets) -> Tensor:
@@ -153,6 +171,7 @@ def intervene_backward(
 
 for _name, _impl in (
     ("intervene_", intervene_),
+    ("intervene_norm_", intervene_norm_),
     ("intervene", intervene),
     ("intervene_backward", intervene_backward),
 ):

@@ -1,9 +1,10 @@
 """The op schemas: what every backend implements, and the contract between plan, pool and kernel.
 
-One op family, three members, each with an overload for every backend::
+One op family, four members, each with an overload for every backend::
 
     intervene_          h[rows] += Uᵀ φ(D h[rows] + c)        in place, inference
-    intervene           the same, out of place, differentiable
+    intervene_norm_     the same, and returns the norm that follows of every row, in one pass over h
+    intervene           out of place, differentiable
     intervene_backward  gradients of `intervene`
 
 The formula is the one form that all low-rank methods fold to (LoReFT: D = W − R, U = R, c = b;
@@ -34,6 +35,19 @@ Rules for every backend: each row of h appears at most once among the segments w
 sums are float32 or wider; a row's result depends, to the bit, on that row and its pool range only
 (not on the tile it shares, nor on the order of rows); rows that no tile names are not written;
 pool rows outside the named spans are never read.
+
+`intervene_norm_` takes a plan that names every row of h exactly once (`reft_kernels.plan.cover` makes
+one): a tile of segment −1 edits nothing. Beside it:
+
+=========  =================  =============================================================
+weight     [d], h's dtype     the norm's weight
+shift      [d] or None        the norm's bias; h's dtype, contiguous
+eps        float              added to the mean square (or variance)
+norm       int                which norm, a sum of `Norm`
+=========  =================  =============================================================
+
+It returns a new contiguous tensor like h: the norm of each row as it was written (so of the edited row
+rounded to h's dtype). The edited rows have the bits that `intervene_` gives them.
 """
 
 from __future__ import annotations
@@ -69,11 +83,26 @@ class Act(enum.IntEnum):
     LEAKY_RELU = 8  # slope 0.01
 
 
+class Norm(enum.IntFlag):
+    """How `intervene_norm_` makes y from a row x, in float32 or wider, with y rounded to h's dtype once.
+
+    RMS (Zhang and Sennrich 2019, arXiv 1910.07467): y = x / sqrt(mean(x²) + eps) · weight.
+    """
+
+    RMS = 0
+    CENTRED = 1  # LayerNorm (Ba et al. 2016, arXiv 1607.06450): x − mean(x) takes x's place; shift is added
+    PLUS_ONE = 2  # the weight is 1 + weight, as Gemma has it
+    ROUND = 4  # x / sqrt(…) is rounded to h's dtype before it meets the weight, as Llama has it
+
+
 _POOL = "Tensor down, Tensor up, Tensor bias, Tensor kind"
 _PLAN = "Tensor rows, Tensor tiles, Tensor spans"
 
 _SCHEMAS = {
     "intervene_": f"(Tensor(a!) h, {_POOL}, {_PLAN}) -> ()",
+    "intervene_norm_": (
+        f"(Tensor(a!) h, {_POOL}, {_PLAN}, Tensor weight, Tensor? shift, float eps, int norm) -> Tensor"
+    ),
     "intervene": f"(Tensor h, {_POOL}, {_PLAN}, Tensor offsets) -> Tensor",
     # grad like h; hs [n, d]: the rows of h before the edit, in the order of `rows` (rows < 0: anything).
     # Returns (dh like grad, ddown [P, d], dup [P, d], dbias [P]); what is not needed comes back with
@@ -96,12 +125,17 @@ def overload(name: str, backend: str) -> torch._ops.OpOverload:
 
 
 INTERVENE_ = {backend: overload("intervene_", backend) for backend in BACKENDS}
+INTERVENE_NORM_ = {backend: overload("intervene_norm_", backend) for backend in BACKENDS}
 INTERVENE = {backend: overload("intervene", backend) for backend in BACKENDS}
 INTERVENE_BACKWARD = {backend: overload("intervene_backward", backend) for backend in BACKENDS}
 
 
 def _fake_intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
     return None
+
+
+def _fake_intervene_norm_(h, down, up, bias, kind, rows, tiles, spans, weight, shift, eps, norm):
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
 def _fake_intervene(h, down, up, bias, kind, rows, tiles, spans, offsets):
@@ -118,5 +152,8 @@ def _fake_backward(grad, hs, down, up, bias, kind, rows, tiles, spans, offsets, 
 
 for _backend in BACKENDS:
     torch.library.register_fake(f"{NAMESPACE}::intervene_.{_backend}", _fake_intervene_, lib=_library)
+    torch.library.register_fake(
+        f"{NAMESPACE}::intervene_norm_.{_backend}", _fake_intervene_norm_, lib=_library
+    )
     torch.library.register_fake(f"{NAMESPACE}::intervene.{_backend}", _fake_intervene, lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::intervene_backward.{_backend}", _fake_backward, lib=_library)
