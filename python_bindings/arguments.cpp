@@ -5,8 +5,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <string>
+#include <vector>
 
 namespace reft {
 namespace {
@@ -38,6 +40,17 @@ const int32_t* int_data(const Tensor& tensor, const char* name, int64_t dim, int
   check_tensor(tensor, name, dim, last);
   check_dtype(tensor, name, ScalarType::Int);
   return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+void check_apart(const Rows& h, const Region& region) {
+  if (h.count == 0 || region.bytes == 0) return;
+  const char* first = static_cast<const char*>(h.matrix.data);
+  const char* last = first + ((h.count - 1) * h.matrix.stride + h.d) * size_of(h.dtype);
+  const char* begin = static_cast<const char*>(region.data);
+  STD_TORCH_CHECK(begin + region.bytes <= first || last <= begin, "h: shares memory with ",
+                  region.name, ", so it can't be edited in place");
 }
 
 }  // namespace
@@ -140,7 +153,7 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
   out.tile_count = tiles.size(0);
   out.segments = spans.size(0);
 
-  const int64_t pool_bytes = out.pool_rows * h.d * (out.pool.dtype == Dtype::f32 ? 4 : 2);
+  const int64_t pool_bytes = out.pool_rows * h.d * size_of(out.pool.dtype);
   const Region regions[] = {
       {"down", out.pool.down, pool_bytes},        {"up", out.pool.up, pool_bytes},
       {"bias", out.pool.bias, 4 * out.pool_rows}, {"kind", out.pool.kind, 4 * out.pool_rows},
@@ -167,12 +180,12 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
     STD_TORCH_CHECK(tile.count >= 0 && tile.count <= kTile, "tiles: tile ", t, " has a count of ",
                     tile.count, ", allowed is 0 to ", kTile);
     if (tile.count == 0) continue;
-    STD_TORCH_CHECK(tile.segment >= 0 && tile.segment < out.segments, "tiles: tile ", t,
+    STD_TORCH_CHECK(tile.segment >= -1 && tile.segment < out.segments, "tiles: tile ", t,
                     " names segment ", tile.segment, " of ", out.segments);
     STD_TORCH_CHECK(tile.start >= 0 && int64_t{tile.start} + tile.count <= out.positions,
                     "tiles: tile ", t, " takes rows [", tile.start, ", ",
                     int64_t{tile.start} + tile.count, ") of a plan of ", out.positions);
-    const int64_t rank = out.plan.spans[tile.segment].rank;
+    const int64_t rank = span_of(out.plan, tile).rank;
     out.max_rank = std::max(out.max_rank, rank);
     out.work += rank * (tile.count + 4) * h.d;
   }
@@ -180,15 +193,43 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
 }
 
 void check_apart(const Rows& h, const Checked& checked) {
-  if (h.count == 0) return;
-  const char* first = static_cast<const char*>(h.matrix.data);
-  const char* last =
-      first + ((h.count - 1) * h.matrix.stride + h.d) * (h.dtype == Dtype::f32 ? 4 : 2);
-  for (const Region& region : checked.regions) {
-    const char* begin = static_cast<const char*>(region.data);
-    STD_TORCH_CHECK(region.bytes == 0 || begin + region.bytes <= first || last <= begin,
-                    "h: shares memory with ", region.name, ", so it can't be edited in place");
+  for (const Region& region : checked.regions) check_apart(h, region);
+}
+
+RowNorm check_norm(const Tensor& weight, const std::optional<Tensor>& shift, double eps,
+                   int64_t norm, const Rows& h) {
+  const auto data = [&](const Tensor& tensor, const char* name) {
+    check_tensor(tensor, name, 1, h.d);
+    STD_TORCH_CHECK(float_dtype(tensor, name) == h.dtype, name, ": dtype must be h's, was ",
+                    torch::headeronly::toString(tensor.scalar_type()));
+    const Region region{name, tensor.const_data_ptr(), h.d * size_of(h.dtype)};
+    check_apart(h, region);
+    return region.data;
+  };
+  constexpr int64_t kAll = kCentred | kPlusOne | kRound;
+  STD_TORCH_CHECK((norm & ~kAll) == 0,
+                  "norm: must be a sum of RMS (0), CENTRED (1), PLUS_ONE (2) and ROUND (4), was ",
+                  norm);
+  STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0, "eps: must be finite and 0 or more, was ", eps);
+  const void* const scale = data(weight, "weight");
+  return {h.matrix, {}, h.d, h.dtype, scale, shift ? data(*shift, "shift") : nullptr, eps, norm};
+}
+
+void check_cover(const Plan& plan, int64_t tile_count, int64_t rows) {
+  std::vector<bool> named(rows);
+  for (int64_t t = 0; t < tile_count; ++t) {
+    const Tile tile = plan.tiles[t];
+    for (int64_t i = tile.start; i < int64_t{tile.start} + tile.count; ++i) {
+      const int64_t row = plan.rows[i];
+      if (row < 0) continue;
+      STD_TORCH_CHECK(!named[row], "rows: row ", row, " of h is named twice, must be once");
+      named[row] = true;
+    }
   }
+  const int64_t missed = std::find(named.begin(), named.end(), false) - named.begin();
+  STD_TORCH_CHECK(missed == rows, "rows: row ", missed,
+                  " of h is in no tile; a plan from cover, or ",
+                  "make_plan with cover=True, names every row");
 }
 
 }  // namespace reft

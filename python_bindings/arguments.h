@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "intervene.h"
 
 namespace reft {
@@ -59,5 +61,13 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
 
 // Refuses h that shares memory with the pool or the plan.
 void check_apart(const Rows& h, const Checked& checked);
+
+// The norm of the rows of h; `out` is left to the caller. Refuses weights that do not fit h or
+// share memory with it.
+RowNorm check_norm(const Tensor& weight, const std::optional<Tensor>& shift, double eps,
+                   int64_t norm, const Rows& h);
+
+// Refuses a plan whose tiles do not name each of the rows of h once.
+void check_cover(const Plan& plan, int64_t tile_count, int64_t rows);
 
 }  // namespace reft

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -18,6 +19,9 @@ namespace {
 
 // Work (in products, see Checked::work) that is worth waking another thread for: some 20 µs.
 constexpr int64_t kThreadWork = int64_t{1} << 20;
+
+// What one element of a row's norm costs, in products.
+constexpr int64_t kNormWork = 4;
 
 const Isa& isa() {
   const IsaChoice& choice = select_isa();
@@ -35,6 +39,10 @@ void for_each(int64_t items, int64_t work, int64_t scratch, const Body& body) {
   });
 }
 
+Tensor contiguous_like(const Tensor& tensor) {
+  return torch::stable::new_empty(tensor, tensor.sizes());
+}
+
 void run_forward(const Rows& h, const Checked& checked) {
   if (checked.max_rank == 0 || h.count == 0) return;
   const Isa& kernels = isa();
@@ -42,9 +50,7 @@ void run_forward(const Rows& h, const Checked& checked) {
   for_each(checked.tile_count, checked.work, forward_scratch(checked.max_rank),
            [&](int64_t i, float* scratch) {
              const Tile& tile = args.plan.tiles[i];
-             if (tile.count > 0 && args.plan.spans[tile.segment].rank > 0) {
-               kernels.forward_tile(args, tile, scratch);
-             }
+             if (span_of(args.plan, tile).rank > 0) kernels.forward_tile(args, tile, scratch);
            });
 }
 
@@ -56,8 +62,30 @@ void intervene_(Tensor h, const Tensor& down, const Tensor& up, const Tensor& bi
   run_forward(view, checked);
 }
 
-Tensor contiguous_like(const Tensor& tensor) {
-  return torch::stable::new_empty(tensor, tensor.sizes());
+Tensor intervene_norm_(Tensor h, const Tensor& down, const Tensor& up, const Tensor& bias,
+                       const Tensor& kind, const Tensor& rows, const Tensor& tiles,
+                       const Tensor& spans, const Tensor& weight,
+                       const std::optional<Tensor>& shift, double eps, int64_t norm) {
+  const Rows view = writable_rows(h);
+  const Checked checked = check_pool_and_plan(down, up, bias, kind, rows, tiles, spans, view);
+  check_apart(view, checked);
+  RowNorm norms = check_norm(weight, shift, eps, norm, view);
+  check_cover(checked.plan, checked.tile_count, view.count);
+  Tensor out = contiguous_like(h);
+  if (view.count == 0) return out;
+  norms.out = {out.mutable_data_ptr(), view.d};
+  const Isa& kernels = isa();
+  const Forward args{view.matrix, view.d, view.dtype, checked.pool, checked.plan};
+  // A tile's rows are still in the cache when their norm reads them.
+  for_each(checked.tile_count, checked.work + view.count * view.d * kNormWork,
+           forward_scratch(checked.max_rank), [&](int64_t i, float* scratch) {
+             const Tile& tile = args.plan.tiles[i];
+             if (span_of(args.plan, tile).rank > 0) kernels.forward_tile(args, tile, scratch);
+             for (int64_t m = tile.start; m < int64_t{tile.start} + tile.count; ++m) {
+               if (args.plan.rows[m] >= 0) kernels.norm_row(norms, args.plan.rows[m]);
+             }
+           });
+  return out;
 }
 
 Tensor intervene(const Tensor& h, const Tensor& down, const Tensor& up, const Tensor& bias,
@@ -114,9 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
   for_each(checked.tile_count, checked.work, backward_scratch(checked.max_rank),
            [&](int64_t i, float* scratch) {
              const Tile& tile = args.plan.tiles[i];
-             if (tile.count > 0 && args.plan.spans[tile.segment].rank > 0) {
-               kernels.backward_tile(args, tile, scratch);
-             }
+             if (span_of(args.plan, tile).rank > 0) kernels.backward_tile(args, tile, scratch);
            });
   if (!need_pool) return result();
 
@@ -149,6 +175,7 @@ extern "C" __attribute__((visibility("default"))) const char* reft_kernels_cpu_i
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, library) {
   library.impl("intervene_.native", TORCH_BOX(&reft::intervene_));
+  library.impl("intervene_norm_.native", TORCH_BOX(&reft::intervene_norm_));
   library.impl("intervene.native", TORCH_BOX(&reft::intervene));
   library.impl("intervene_backward.native", TORCH_BOX(&reft::intervene_backward));
 }

@@ -1,4 +1,5 @@
-// The CPU kernels, on raw pointers: h[row] += Uᵀ φ(D h[row] + c), and its gradients.
+// The CPU kernels, on raw pointers: h[row] += Uᵀ φ(D h[row] + c), its gradients, and the norm of
+// rows.
 //
 // Every instruction set has a translation unit of its own, compiled with its own flags, that fills
 // one `Isa` table; `select_isa` chooses at run time. The arguments are checked by the caller.
@@ -32,6 +33,7 @@ enum Act : int32_t {
   kQuickGelu,
   kLeakyRelu
 };
+enum Norm : int64_t { kCentred = 1, kPlusOne = 2, kRound = 4 };
 
 // down, up: [P, d] of `dtype`; bias, kind: [P].
 struct Pool {
@@ -54,6 +56,11 @@ struct Plan {
   const Span* spans;
 };
 
+// The pool range of a tile; rank 0 where it has nothing to do: no rows, or no segment (−1).
+inline Span span_of(const Plan& plan, const Tile& tile) {
+  return tile.count > 0 && tile.segment >= 0 ? plan.spans[tile.segment] : Span{0, 0};
+}
+
 // Rows of d elements, `stride` elements apart.
 struct Matrix {
   void* data;
@@ -66,6 +73,18 @@ struct Forward {
   Dtype dtype;  // of h
   Pool pool;
   Plan plan;
+};
+
+// out[row] = the norm of h[row]; see Norm in reft_kernels/ops/schema.py.
+struct RowNorm {
+  Matrix h;
+  Matrix out;
+  int64_t d;
+  Dtype dtype;         // of h, out, weight and shift
+  const void* weight;  // [d]
+  const void* shift;   // [d] or null
+  double eps;
+  int64_t norm;  // a sum of Norm
 };
 
 // p = φ′(z) ⊙ (U g) and v = φ(z) of the plan's rows: p, v [n, rank_stride].
@@ -106,9 +125,10 @@ constexpr int64_t kSlice = 256;
 
 struct Isa {
   const char* name;
-  // Both take floats of scratch: forward_scratch(rank) and backward_scratch(rank) of them.
+  // The tiles take floats of scratch: forward_scratch(rank) and backward_scratch(rank) of them.
   void (*forward_tile)(const Forward&, const Tile&, float* scratch);
   void (*backward_tile)(const Backward&, const Tile&, float* scratch);
+  void (*norm_row)(const RowNorm&, int64_t row);
   // dD = Σ p hᵀ and dU = Σ v gᵀ of a range, columns [begin, end), at most kSlice of them. Scratch:
   // weight_scratch(rank).
   void (*weight_grad)(const Backward&, const PoolGrad&, const Range&, int64_t begin, int64_t end,

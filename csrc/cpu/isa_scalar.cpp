@@ -1,5 +1,6 @@
 #include "vec_scalar.h"
 // After the vector type that it is written for:
 #include "kernel.h"
+#include "norm.h"
 
-const reft::Isa reft::kScalar = {"scalar", forward_tile, backward_tile, weight_grad};
+const reft::Isa reft::kScalar = {"scalar", forward_tile, backward_tile, norm_row, weight_grad};

@@ -33,6 +33,7 @@ inline Pair unit_of(Bf16, Bf16) { return {_mm512_setzero_si512()}; }
 inline Vec zero() { return {_mm512_setzero_ps()}; }
 inline Vec broadcast(float a) { return {_mm512_set1_ps(a)}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 
 inline __m512 widen(__m256i bf16) {
@@ -60,6 +61,15 @@ inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
 inline void store(Bf16* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow(a.x)); }
 inline void store(Half* p, Vec a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// The nearest numbers that the type of the first argument has.
+inline Vec round_to(float, Vec a) { return a; }
+inline Vec round_to(Bf16, Vec a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(rounded(a.x), _mm512_set1_epi32(int(0xFFFF0000))))};
+}
+inline Vec round_to(Half, Vec a) {
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT))};
 }
 
 // The first n < kLanes elements; the other lanes are zero, and not written.

@@ -30,6 +30,9 @@ inline Vec zero() { return broadcast(0.0f); }
 inline Vec add(const Vec& a, const Vec& b) {
   return each([&](int64_t i) { return a.x[i] + b.x[i]; });
 }
+inline Vec mul(const Vec& a, const Vec& b) {
+  return each([&](int64_t i) { return a.x[i] * b.x[i]; });
+}
 inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
   return each([&](int64_t i) { return a.x[i] * b.x[i] + c.x[i]; });
 }
@@ -87,6 +90,15 @@ inline Vec load(const T* p) {
 template <class T>
 inline void store(T* p, const Vec& a) {
   for (int64_t i = 0; i < Vec::kLanes; ++i) narrow(p + i, a.x[i]);
+}
+
+// The nearest numbers that the type T of the first argument has.
+template <class T>
+inline Vec round_to(T number, const Vec& a) {
+  return each([&](int64_t i) {
+    narrow(&number, a.x[i]);
+    return widen(number);
+  });
 }
 
 // The first n < kLanes elements; the other lanes are zero, and not written.

@@ -15,11 +15,11 @@ std::vector<Run> runs_of(const Plan& plan, int64_t tile_count) {
   std::vector<Run> runs;
   for (int64_t i = 0; i < tile_count; ++i) {
     const Tile tile = plan.tiles[i];
-    if (tile.count == 0 || plan.spans[tile.segment].rank == 0) continue;
+    const Span span = span_of(plan, tile);
+    if (span.rank == 0) continue;
     if (!runs.empty() && runs.back().segment == tile.segment && runs.back().stop == tile.start) {
       runs.back().stop += tile.count;
     } else {
-      const Span span = plan.spans[tile.segment];
       runs.push_back({span, tile.segment, tile.start, tile.start + tile.count});
     }
   }
