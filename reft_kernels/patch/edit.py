@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..plan import Rows
+from .norms import NextNorm
 from .tables import BatchPlan, SiteKey, SiteTable
 
 
@@ -20,6 +21,23 @@ def edit(h: Tensor, key: SiteKey, site: SiteTable, plan: BatchPlan, training: bo
         out = _edit(flat, site, rows, plan, training)
         return h if out is flat else out.reshape(h.shape)
     return _edit(h, site, plan.rows[site.slot], plan, training)
+
+
+def edit_and_norm(h: Tensor, site: SiteTable | None, plan: BatchPlan, norm: NextNorm) -> Tensor:
+    """Applies the plan to h [..., d] in place (site: None where nothing is edited), and returns h's norm."""
+    backend = plan.backend or ops.current_backend(h.device)
+    if site is None:
+        down, up, bias, kind, spans = norm.without_edit(h)
+    else:
+        if plan.stale:
+            plan.renew()
+        pool, spans = site.pool, site.spans
+        down, up, bias, kind = pool.down, pool.up, pool.bias, pool.kind
+    rows = plan.covering(h.device, edited=site is not None)
+    return ops.INTERVENE_NORM_[backend](
+        h, down, up, bias, kind, rows.rows, rows.tiles, spans,
+        norm.weight, norm.shift, norm.eps, norm.kind,
+    )  # fmt: skip
 
 
 def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: bool) -> Tensor:

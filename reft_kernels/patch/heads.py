@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..adapter.heads import by_rows
 from .prompts import Selection
+from .standin import StandIn
 from .state import State
 
 
@@ -39,18 +40,12 @@ def share_heads(selection: Selection, owners: Mapping[str, Adapter], repeat: int
     return shares
 
 
-class HeadForward:
-    """Stands for the `forward` of the model's module: each row goes through its adapter's copy.
+class HeadForward(StandIn):
+    """Stands for the `forward` of the model's module at `path`: each row goes through its adapter's copy."""
 
-    original: the module's forward; own: what the instance had in its place, or None.
-    """
-
-    def __init__(self, state: State, path: str, original: Any, own: Any) -> None:
-        self.state, self.path, self.original, self.own = state, path, original, own
-
-    @property
-    def __wrapped__(self) -> Any:  # inspect.signature looks here
-        return self.original
+    def __init__(self, module: nn.Module, path: str, state: State) -> None:
+        super().__init__(module)
+        self.path, self.state = path, state
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,3 +66,24 @@ class HeadForward:
             [share.rows.to(x.device) for share in shares],
             x,
         )
+
+
+class Heads:
+    """Puts stand-ins on the modules of which adapters have copies, and takes them off."""
+
+    def __init__(self, model: nn.Module, state: State) -> None:
+        self.model, self.state = model, state
+        self._stand_ins: dict[str, HeadForward] = {}
+
+    def add(self, paths: Iterable[str]) -> bool:
+        """Attaches what is not there yet; returns whether there was any such."""
+        new = [path for path in paths if path not in self._stand_ins]
+        for path in new:
+            self._stand_ins[path] = HeadForward(self.model.get_submodule(path), path, self.state)
+            self._stand_ins[path].attach()
+        return bool(new)
+
+    def keep(self, paths: set[str]) -> None:
+        """Detaches all others."""
+        for path in [path for path in self._stand_ins if path not in paths]:
+            self._stand_ins.pop(path).detach()

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..adapter import Adapter
+from .blocks import Blocks
 from .heads import share_heads
 from .prompts import Prompts, Selection, read_prompts, select
 from .state import GenerateScope, State, read_cache_length
-from .tables import BatchPlan, Registry
+from .tables import BatchPlan, Place, Registry, SiteKey, SiteTable
 
 #: The name of the bare model in a list of adapter names, as in PEFT.
 BASE = "__base__"
@@ -22,9 +24,13 @@ BASE = "__base__"
 class Planner:
     """Makes the plans of one patched model."""
 
-    def __init__(self, registry: Registry, adapters: dict[str, Adapter], state: State) -> None:
-        self.registry, self.adapters, self.state = registry, adapters, state
+    def __init__(
+        self, blocks: Blocks, registry: Registry, adapters: dict[str, Adapter], state: State
+    ) -> None:
+        self.blocks, self.registry, self.adapters, self.state = blocks, registry, adapters, state
         self.active: str | None = None
+        #: Devices of the norms that are fused with edits. Where there are any, no forward is idle.
+        self.norm_devices: list[torch.device] = []
 
     # Names -----------------------------------------------------------------------------------------------
 
@@ -71,7 +77,7 @@ class Planner:
         heads = share_heads(selection, owners, repeat)
         if by_segment is None:
             if not heads:
-                return None
+                return self.idle(batch * length)
             by_segment = [np.zeros(0, dtype=np.int64)] * len(selection.segments)
         for name, adapter in owners.items():
             if self.adapters.get(name) is not adapter:
@@ -79,11 +85,35 @@ class Planner:
         table = self.registry.table(selection.segments, self.adapters)
         for device in table.devices:
             ops.current_backend(device)  # says now if the chosen backend can't run there
-        return BatchPlan(table, by_segment, batch * length, ops.chosen_backend(), heads)
+        return self._prepared(BatchPlan(table, by_segment, batch * length, ops.chosen_backend(), heads))
+
+    def idle(self, tokens: int) -> BatchPlan | None:
+        """The plan of a forward that edits nothing: none, or one that only norms."""
+        if not self.norm_devices:
+            return None
+        table = self.registry.table((), self.adapters)
+        return self._prepared(BatchPlan(table, [], tokens, ops.chosen_backend(), {}))
+
+    def _prepared(self, plan: BatchPlan) -> BatchPlan:
+        """Makes what compiled code can't make when it runs."""
+        for device in self.norm_devices:
+            plan.covering(device, edited=False)
+            if plan.sites:
+                plan.covering(device, edited=True)
+        return plan
+
+    def moved(self, key: SiteKey, place: Place, plan: BatchPlan) -> SiteTable:
+        """Hidden states of another device or dtype than expected: lays the site's adapters there."""
+        self.registry.replace(key, place, self.adapters)
+        plan.table = self.registry.table(plan.table.segments, self.adapters)
+        plan.sites = plan.table.sites
+        plan.add_devices()
+        return plan.sites[key]
 
     def forward(self, call: dict[str, Any], given: Any, prompt_lengths: Any) -> BatchPlan | None:
         """The plan of a forward outside generate (or of a second model call inside it, as in guidance)."""
-        if given is None and self.active is None and self.state.scope is None:
+        bare = given is None and self.active is None and self.state.scope is None
+        if bare and not self.norm_devices:
             return None
         tokens = call.get("input_ids")
         if tokens is None:
@@ -91,8 +121,12 @@ class Planner:
         if tokens is None:
             tokens = call.get("hidden_states")
         if not isinstance(tokens, Tensor):
+            if bare:
+                return None
             raise ValueError("the call has neither input_ids nor inputs_embeds, so rows can't be told")
         batch, length = tokens.shape[:2]
+        if bare:
+            return self.idle(batch * length)
         scope = self.state.scope
         if given is None and scope is not None:
             copies, rest = divmod(batch, len(scope.names))
@@ -104,7 +138,7 @@ class Planner:
         else:
             names = self.names(given, batch)
         if not any(names):
-            return None
+            return self.idle(batch * length)
         start = read_cache_length(call.get("past_key_values"), call.get("cache_position"))
         needs_prompt = self._needs_prompt(names)
         mask = call.get("attention_mask")
@@ -160,7 +194,7 @@ class Planner:
         """The plan of one of generate's own forwards, over columns [start, start + length)."""
         selection = scope.selection
         if selection is None:
-            return None
+            return self.idle(batch * length)
         if length == 1 and start >= selection.width:
             # Decode steps are all alike: made once, and again only if adapters or the backend change.
             if scope.decode is None or scope.decode[0] != self._key(batch):

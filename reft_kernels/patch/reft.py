@@ -17,14 +17,18 @@ from ..adapter import Adapter
 from ..config import ReftConfig
 from ..positions import LastPosition, Positions
 from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module, text_config
+from .calls import Forward, Generate, PrepareInputs, StackForward
 from .freezing import Freeze
-from .heads import HeadForward
-from .hooks import Forward, Generate, PrepareInputs, Recompute, StackHook, attach
+from .heads import Heads
+from .norms import next_norms
 from .planner import BASE, Planner
-from .state import GenerateScope, State
-from .tables import BatchPlan, Place, Registry, SiteKey, keys_of
+from .recompute import forget_plans
+from .sites import Sites
+from .standin import StandIn
+from .state import State
+from .tables import Place, Registry, SiteKey, keys_of
 
-_WRAPPED = {"forward": Forward, "prepare_inputs_for_generation": PrepareInputs, "generate": Generate}
+_CALLS = {"forward": Forward, "prepare_inputs_for_generation": PrepareInputs, "generate": Generate}
 
 
 class Reft(nn.Module):
@@ -36,7 +40,9 @@ class Reft(nn.Module):
 
     _model: nn.Module
     _blocks: Blocks
-    _heads: dict[str, nn.Module]
+    _sites: Sites
+    _heads: Heads
+    _planner: Planner
 
     def __init__(
         self,
@@ -46,19 +52,20 @@ class Reft(nn.Module):
         pool_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # In __dict__, past nn.Module's registration: the model must not become its own descendant.
-        self.__dict__["_model"] = model
-        self.__dict__["_blocks"] = blocks
         self._modules_of = nn.ModuleDict()
         self._adapters: dict[str, Adapter] = {}
         self._state = State()
         self._registry = Registry(capacity, pool_dtype)
-        self._planner = Planner(self._registry, self._adapters, self._state)
-        self._handles: dict[SiteKey, Any] = {}
         self._freeze = Freeze()
-        self._wrappers: dict[str, tuple[Any, Any]] = {}
-        self.__dict__["_heads"] = {}  # path → module of the model's that adapters have copies of
-        self._stack_handle: Any = None
+        self._calls: list[StandIn] = []
+        # In __dict__, past nn.Module's registration: the model must not become its own descendant.
+        self.__dict__.update(
+            _model=model,
+            _blocks=blocks,
+            _planner=Planner(blocks, self._registry, self._adapters, self._state),
+            _heads=Heads(model, self._state),
+        )
+        self.__dict__["_sites"] = Sites(blocks, self._planner)
         self.register_load_state_dict_post_hook(_forget_missing)
 
     # Adapters --------------------------------------------------------------------------------------------
@@ -168,38 +175,12 @@ class Reft(nn.Module):
             self._registry.lay(name, adapter)
             self._adapters[name] = adapter
             self._modules_of[_module_key(name, self._modules_of)] = adapter
-            self._attach_sites(adapter)
-            self._attach_heads(adapter)
+            if self._sites.add(keys_of(adapter)) | self._heads.add(adapter.heads.modules_by_path):
+                self._forget_compiled()
             if len(self._adapters) == 1:
                 self._planner.active = name
             if adapter.trainable:
                 self._freeze.freeze(self._model, self)
-
-    def _attach_sites(self, adapter: Adapter) -> None:
-        new = [key for key in keys_of(adapter) if key not in self._handles]
-        for key in new:
-            module = site_module(self._blocks.layers[key.layer], key.site)
-            self._handles[key] = attach(self, self._state, key, module)
-        if new:
-            self._forget_compiled()
-
-    def _attach_heads(self, adapter: Adapter) -> None:
-        for path in adapter.heads.modules_by_path:
-            if path not in self._heads:
-                module = self._model.get_submodule(path)
-                own = module.__dict__.get("forward")
-                module.__dict__["forward"] = HeadForward(self._state, path, module.forward, own)
-                self._heads[path] = module
-                self._forget_compiled()
-
-    def _detach_heads(self, keep: set[str]) -> None:
-        for path in [path for path in self._heads if path not in keep]:
-            module = self._heads.pop(path)
-            wrapper = module.__dict__.get("forward")
-            if isinstance(wrapper, HeadForward):
-                del module.__dict__["forward"]
-                if wrapper.own is not None:
-                    module.__dict__["forward"] = wrapper.own
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter and frees its room. Raises ValueError for an unknown name."""
@@ -212,12 +193,9 @@ class Reft(nn.Module):
                     del self._modules_of[key]
             if self._planner.active == name:
                 self._planner.active = None
-            kept = {key for other in self._adapters.values() for key in keys_of(other)}
-            for site in [site for site in self._handles if site not in kept]:
-                self._handles.pop(site).remove()
-            self._detach_heads(
-                {path for other in self._adapters.values() for path in other.heads.modules_by_path}
-            )
+            others = self._adapters.values()
+            self._sites.keep({key for other in others for key in keys_of(other)})
+            self._heads.keep({path for other in others for path in other.heads.modules_by_path})
 
     def set_adapter(self, name: str | None) -> None:
         """Makes `name` the adapter of calls that name none; None for the bare model."""
@@ -255,70 +233,32 @@ class Reft(nn.Module):
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
-    # Plans: called by the hooks --------------------------------------------------------------------------
-
-    def _plan_forward(self, call: dict[str, Any], names: Any, lengths: Any) -> BatchPlan | None:
-        if torch.is_grad_enabled():
-            self._keep_plans_for_recomputation()
-        return self._planner.forward(call, names, lengths)
-
-    def _plan_generate(self, scope: GenerateScope, start: int, length: int, batch: int) -> BatchPlan | None:
-        return self._planner.generate(scope, start, length, batch)
-
-    def _open_scope(
-        self, inputs: Tensor | None, call: dict[str, Any], names: Any, lengths: Any
-    ) -> GenerateScope:
-        return self._planner.open_scope(self._model, inputs, call, names, lengths)
-
-    def _moved(self, key: SiteKey, place: Place, plan: BatchPlan):
-        """Hidden states of another device or dtype than expected: lays the site's adapters there."""
-        self._registry.replace(key, place, self._adapters)
-        plan.table = self._registry.table(plan.table.segments, self._adapters)
-        plan.sites = plan.table.sites
-        plan.add_devices()
-        return plan.sites[key]
-
-    def _keep_plans_for_recomputation(self) -> None:
-        """Wraps what gradient checkpointing calls, again after every time that it was enabled."""
-        for block in self._blocks.layers:
-            function = block.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, Recompute):
-                block.__dict__["_gradient_checkpointing_func"] = Recompute(self._state, function)
-
     # Attachment ------------------------------------------------------------------------------------------
 
-    def _wrap(self) -> None:
-        model = self._model
-        for name, wrapper in _WRAPPED.items():
+    def _attach(self, fuse_norm: bool) -> None:
+        model, stack = self._model, self._blocks.stack
+        for name, call in _CALLS.items():
             if hasattr(model, name):
-                own = model.__dict__.get(name)
-                wrapped = wrapper(self, self._state, getattr(model, name))
-                self._wrappers[name] = (wrapped, own)
-                model.__dict__[name] = wrapped
-        if self._blocks.stack is not model:
-            self._stack_handle = self._blocks.stack.register_forward_pre_hook(
-                StackHook(self, self._state, self._blocks.stack), with_kwargs=True, prepend=True
-            )
+                self._calls.append(call(model, name, self._planner))
+        if stack is not model:
+            self._calls.append(StackForward(stack, "forward", self._planner))
+        for stand_in in self._calls:
+            stand_in.attach()
+        if fuse_norm:
+            norms = next_norms(self._blocks, self._state)
+            self._sites.fuse(norms)
+            self._planner.norm_devices = list(dict.fromkeys(norm.weight.device for norm in norms.values()))
         self._forget_compiled()
 
-    def _unwrap(self) -> None:
-        model = self._model
+    def _detach(self) -> None:
         for name in list(self._adapters):
             self.delete_adapter(name)
-        for name, (wrapped, own) in self._wrappers.items():
-            if model.__dict__.get(name) is wrapped:
-                if own is None:
-                    del model.__dict__[name]
-                else:
-                    model.__dict__[name] = own
-            # Otherwise somebody wrapped it once more: without adapters ours only passes calls on.
-        if self._stack_handle is not None:
-            self._stack_handle.remove()
-        for block in self._blocks.layers:
-            function = block.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, Recompute):
-                block._gradient_checkpointing_func = function.original
-        self._freeze.thaw(model)
+        self._sites.part_norms()
+        self._planner.norm_devices = []
+        for stand_in in self._calls:
+            stand_in.detach()
+        forget_plans(self._blocks)
+        self._freeze.thaw(self._model)
         self._forget_compiled()
 
     def _forget_compiled(self) -> None:
@@ -375,8 +315,13 @@ def _warn_of_bad_values(name: str, adapter: Adapter) -> None:
             warnings.warn(f"adapter {name!r}: {key} holds NaN or Inf", stacklevel=4)
 
 
-def patch(model: nn.Module, capacity: int | None = None, pool_dtype: torch.dtype | None = None) -> Reft:
-    """Lets a Hugging Face model run ReFT adapters, by hooks on this instance alone.
+def patch(
+    model: nn.Module,
+    capacity: int | None = None,
+    pool_dtype: torch.dtype | None = None,
+    fuse_norm: bool = False,
+) -> Reft:
+    """Lets a Hugging Face model run ReFT adapters, by changes to this instance alone.
 
     The model keeps its class, weights and API. Its `forward` and `generate` take `adapter_names` (one name a
     row of the batch, "__base__" for the bare model; under PEFT `reft_adapter_names`) and `prompt_lengths`.
@@ -387,6 +332,10 @@ def patch(model: nn.Module, capacity: int | None = None, pool_dtype: torch.dtype
         capacity: pool rows; fixed, so that addresses stay, and a full pool is an error. None: grows.
         pool_dtype: dtype of folded adapters; None for the model's. torch.float32 is nearer to a pyreft that
             keeps R in float32.
+        fuse_norm: computes each norm that reads a block's output together with the edit of that output, in
+            one pass, for edited rows and others alike. For inference; off by itself where it does not agree
+            with the model's own norm within rounding, in training, and where a hook of somebody else's or
+            an edit of the next block's input comes in between.
 
     Returns:
         The model's `Reft`, also `model.reft`.
@@ -411,17 +360,17 @@ def patch(model: nn.Module, capacity: int | None = None, pool_dtype: torch.dtype
         raise ValueError(f"capacity: must be at least 1 pool row or None, was {capacity}")
     if hasattr(model, "get_base_model"):
         # PEFT's wrapper: its generate runs the model inside, so that is the one to patch.
-        return patch(model.get_base_model(), capacity, pool_dtype)  # type: ignore[operator]
+        return patch(model.get_base_model(), capacity, pool_dtype, fuse_norm)  # type: ignore[operator]
     blocks = find_blocks(model)
-    if any(isinstance(module, Reft) for module in model.modules()) or any(
-        isinstance(hook, StackHook) for hook in blocks.stack._forward_pre_hooks.values()
+    if any(isinstance(module, Reft) for module in model.modules()) or isinstance(
+        blocks.stack.__dict__.get("forward"), StackForward
     ):
         raise NotPatchable(
             "model: shares its layers with a model that is patched already; unpatch that first"
         )
     reft = Reft(model, blocks, capacity, pool_dtype)
     model.add_module("reft", reft)
-    reft._wrap()
+    reft._attach(fuse_norm)
     return reft
 
 
@@ -433,6 +382,6 @@ def unpatch(model: nn.Module) -> nn.Module:
     reft = getattr(model, "reft", None)
     if not isinstance(reft, Reft):
         raise ValueError("model: is not patched")
-    reft._unwrap()
+    reft._detach()
     del reft._model.reft
     return model

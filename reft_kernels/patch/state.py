@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapter import Adapter
+    from .norms import NextNorm
 
 
 class Pending(NamedTuple):
@@ -96,10 +97,14 @@ _scopes = _Scopes()
 
 
 class State:
-    """See the module. plan: of the forward under way, None when it edits nothing."""
+    """See the module. plan: of the forward under way, None when there is nothing to do in it.
+
+    waiting: (h, its norm, whose it is), from a block's output to the norm that reads it.
+    """
 
     def __init__(self) -> None:
         self.plan: BatchPlan | None = None
+        self.waiting: tuple[Tensor, Tensor, NextNorm] | None = None
         self.prepared = False  # generate has made the plan of the forward to come
         self.depth = 0  # forwards of the model under way
         self.lock = threading.RLock()

@@ -6,6 +6,7 @@ spans of every site. `BatchPlan` adds the rows of one forward.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan import Rows, pack_rows, pack_spans
+from ..plan import Rows, cover, pack_rows, pack_spans
 from ..pool import Fold, Pool, PoolFull, Span
 from .prompts import Segment
 
@@ -124,6 +125,7 @@ class BatchPlan:
         "backend",
         "by_head",
         "by_segment",
+        "covers",
         "folds",
         "heads",
         "recomputing",
@@ -147,6 +149,7 @@ class BatchPlan:
         self.by_segment = by_segment
         self.rows: list[Rows] = [pack_rows(by_segment, device) for device in table.devices]
         self.by_head: dict[tuple[int, int, int], Rows] = {}
+        self.covers: dict[torch.device, Rows] = {}
         #: Whether a block is being run again under reentrant checkpointing.
         self.recomputing = False
         #: With autograd: the folds of adapters that want a gradient, made once a forward for all layers.
@@ -176,6 +179,14 @@ class BatchPlan:
         self.rows = [pack_rows(self.by_segment, device) for device in self.table.devices]
         self.by_head.clear()
 
+    def covering(self, device: torch.device, edited: bool) -> Rows:
+        """Rows that name all of h: those of the plan and the others, or (edited: False) all as unedited."""
+        if not edited:
+            return _unedited(self.tokens, device)
+        if device not in self.covers:
+            self.covers[device] = cover(self.by_segment, self.tokens, device)
+        return self.covers[device]
+
     def head_rows(self, slot: int, head: int, heads: int) -> Rows:
         """The rows of one head in h.view(-1, head width)."""
         key = (slot, head, heads)
@@ -183,6 +194,12 @@ class BatchPlan:
             rows, tiles, offsets = self.rows[slot]
             self.by_head[key] = Rows(rows * heads + head, tiles, offsets)
         return self.by_head[key]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it is kept, whoever asks first
+def _unedited(tokens: int, device: torch.device) -> Rows:
+    return cover([], tokens, device)
 
 
 class _Laid(NamedTuple):

@@ -93,7 +93,6 @@ def test_a_stack_called_by_itself_leaves_no_plan(model):
             model(**batch, adapter_names=["everywhere"] * 2)
     broken.remove()
     assert model.reft._state.plan is None and model.reft._state.depth == 0
-    assert len(model.model._forward_hooks) == 0
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -1,0 +1,136 @@
+"""What stands for the methods of a model by which it is called: forward, generate and its helpers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .planner import Planner
+from .recompute import keep_plans
+from .standin import StandIn
+from .state import GenerateScope, Pending, cache_length
+from .tables import BatchPlan
+
+#: Keyword arguments of ours that the wrappers take out of a call.
+NAMES = ("reft_adapter_names", "adapter_names")
+LENGTHS = "prompt_lengths"
+
+
+def take_names(kwargs: dict[str, Any]) -> Any:
+    """Takes the adapter names out of a call's keyword arguments; None where the call named none.
+
+    `reft_adapter_names` wins; `adapter_names` is then left to PEFT.
+    """
+    if "reft_adapter_names" in kwargs:
+        return kwargs.pop("reft_adapter_names")
+    return kwargs.pop("adapter_names", None)
+
+
+class _Call(StandIn):
+    """Stands for a method of the model."""
+
+    def __init__(self, module: nn.Module, name: str, planner: Planner) -> None:
+        super().__init__(module, name)
+        self.planner, self.state = planner, planner.state
+        self.names = self.parameters()
+
+    @torch.compiler.disable
+    def _plan(self, args: tuple, kwargs: dict[str, Any]) -> BatchPlan | None:
+        """The plan of this forward; takes our own arguments out of kwargs."""
+        names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
+        call = {**dict(zip(self.names, args)), **kwargs} if args else kwargs
+        scope = self.state.scope
+        if scope is not None and names is None:
+            pending, scope.pending = scope.pending, None
+            if pending is not None and pending.cache is call.get("past_key_values"):
+                return pending.plan
+        if torch.is_grad_enabled():
+            keep_plans(self.planner.blocks, self.state)
+        return self.planner.forward(call, names, lengths)
+
+    # Under torch.compile this frame runs as plain Python, and the model's own forward below it is compiled.
+    @torch.compiler.disable(recursive=False)
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        state = self.state
+        with state.lock:
+            before = state.plan
+            state.depth += 1
+            state.prepared = False
+            try:
+                state.plan = self._plan(args, kwargs)
+                result = self.original(*args, **kwargs)
+                if state.waiting is not None:
+                    state.waiting[2].given_up = True
+                return result
+            finally:
+                state.depth -= 1
+                state.plan = before if state.depth else None
+                state.waiting = None
+
+
+class Forward(_Call):
+    """The model's forward: takes our keyword arguments, makes the plan, holds the lock."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.prepared and torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)  # generate's compiled decode step: the plan is made
+        return self._run(args, kwargs)
+
+
+class StackForward(_Call):
+    """The forward of the stack of blocks: makes the plan where the model's forward was passed by."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        if state.depth or (state.prepared and torch.compiler.is_compiling()):
+            return self.original(*args, **kwargs)
+        return self._run(args, kwargs)
+
+
+class PrepareInputs(_Call):
+    """`prepare_inputs_for_generation`: notes which columns the next forward of generate covers.
+
+    The plan is made here rather than in forward, because a compiled decode step makes none.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.original(*args, **kwargs)
+        scope = self.state.scope
+        if scope is None:
+            return inputs
+        cache = inputs.get("past_key_values")
+        plan = self._plan_of(scope, inputs, cache)
+        if getattr(cache, "is_compileable", False):
+            # The next step may be compiled code, which takes no lock and makes no plan of its own: both are
+            # had here, and the lock is kept until this generate ends.
+            scope.hold(self.state.lock)
+            self.state.plan, self.state.prepared = plan, True
+        scope.pending = Pending(cache, plan)
+        return inputs
+
+    def _plan_of(self, scope: GenerateScope, inputs: dict[str, Any], cache: Any) -> BatchPlan | None:
+        if scope.selection is None and not self.planner.norm_devices:
+            return None
+        tokens = inputs.get("inputs_embeds")
+        if tokens is None:
+            tokens = inputs["input_ids"]
+        batch, length = tokens.shape[:2]
+        start = cache_length(cache, inputs.get("cache_position"))
+        if start is None:
+            start = scope.seen
+        scope.seen = start + length
+        return self.planner.generate(scope, start, length, batch)
+
+
+class Generate(_Call):
+    """`generate` with `adapter_names` (or `reft_adapter_names`) and `prompt_lengths`, one a prompt."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
+        inputs = args[0] if args else kwargs.get("inputs")
+        call = {**kwargs, "generation_config": args[1]} if len(args) > 1 else kwargs
+        scope = self.planner.open_scope(self.module, inputs, call, names, lengths)
+        with self.state.generating(scope):
+            return self.original(*args, **kwargs)
