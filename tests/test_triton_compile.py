@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 SCRIPT = pathlib.Path(__file__).parent / "support" / "triton_compile.py"
 ROOT = pathlib.Path(__file__).parents[1]
 
-KERNELS = ("forward", "rows", "pool")
+KERNELS = ("forward", "norm", "layer_norm", "rows", "pool")
 ARCHS = (80, 90, 100)
 DTYPES = (
     ("bfloat16", "bfloat16"),
@@ -98,6 +98,8 @@ def _check(variant: Variant, made: dict) -> None:
     assert made["local"] == 0 and made["stack"] <= allowed and made["local_accesses"] <= allowed // 4, made
     assert made["shared"] <= SHARED, made
     assert made["atomics"] == 0, made
+    # What the norm reads must have been written: its one store is the only one beyond the barrier.
+    assert made["stores_beyond_a_barrier"] == ([1] if "norm" in variant.kernel else []), made
     assert made["tensor_core_products"] > 0 or variant.h == "float32", made
     if variant.aligned and (
         variant.h != "float32" or variant.d <= 4096

@@ -10,8 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft_kernels.ops import INTERVENE, INTERVENE_, INTERVENE_BACKWARD, NO_PRODUCT, Act, why_not
-from reft_kernels.ops.reference import activate, activation_slope
+from reft_kernels.ops import (
+    INTERVENE,
+    INTERVENE_,
+    INTERVENE_BACKWARD,
+    INTERVENE_NORM_,
+    NO_PRODUCT,
+    Act,
+    Norm,
+    why_not,
+)
+from reft_kernels.ops.reference import activate, activation_slope, normed
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,6 +96,20 @@ class Call:
         return INTERVENE_BACKWARD[backend](
             self.grad, hs, *self.pool, *self.plan, self.offsets, need_h, need_pool
         )
+
+    def forward_and_norm(self, norm: int = Norm.RMS, shift: bool = False, h: Tensor | None = None):
+        """(h edited, its norm, the arguments of the norm); rows that no segment takes are idle."""
+        h = self.h.clone() if h is None else h
+        idle = [row for row in range(len(self.h)) if row not in set(self.rows.tolist())]
+        ints = {"dtype": torch.int32, "device": DEVICE}
+        tiles = [(-1, start, min(16, len(idle) - start)) for start in range(0, len(idle), 16)]
+        extra = torch.tensor(tiles, **ints).view(-1, 3)
+        extra[:, 1] += len(self.rows)
+        rows = torch.cat([self.rows, torch.tensor(idle, **ints)])
+        weight, bias = self.grad[:2].clone()
+        arguments = (weight, bias if shift else None, 1e-5, int(norm))
+        plan = (rows, torch.cat([self.tiles, extra]), self.spans)
+        return h, INTERVENE_NORM_["triton"](h, *self.pool, *plan, *arguments), arguments
 
 
 def assert_near(got: Tensor, want: Tensor, what: str) -> None:
@@ -244,3 +267,47 @@ def test_an_empty_plan_changes_nothing() -> None:
     assert torch.equal(dh, call.grad) and not (ddown.any() or dup.any() or dbias.any())
     out = INTERVENE["triton"](call.h[:0], *call.pool, *call.plan, call.offsets)
     assert out.shape == (0, 40)
+
+
+@pytest.mark.parametrize("norm", [Norm.RMS, Norm.PLUS_ONE | Norm.ROUND, Norm.CENTRED], ids=str)
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[4]], ids=str)
+def test_the_norm_is_that_of_the_edited_rows(dtypes, norm: Norm) -> None:
+    call = Call([(2, 3, 3), (7, 20, 17), (27, 66, 1), (0, 0, 2)], 33, dtypes, padding=2)
+    h, got, arguments = call.forward_and_norm(norm, shift=bool(norm & Norm.CENTRED))
+    assert torch.equal(h, call.forward())
+    assert_near(got, normed(h, *arguments), "out")
+
+
+def test_the_norm_of_a_row_does_not_know_of_edits_tiles_or_addresses() -> None:
+    call = Call([(2, 3, 3), (7, 20, 17), (27, 66, 1)], 40, DTYPES[1])
+    edited, together, arguments = call.forward_and_norm(Norm.ROUND)
+    alone = torch.empty_like(together)
+    for row in range(len(edited)):
+        idle = Call([(0, 0, 0)], 40, DTYPES[1], rows_of_h=1)
+        idle.grad = call.grad
+        alone[row] = idle.forward_and_norm(Norm.ROUND, h=edited[row : row + 1].clone())[1]
+    assert torch.equal(alone, together)
+    storage = torch.zeros(40, 51, dtype=torch.bfloat16, device=DEVICE)
+    view = storage[:, 3:43].copy_(call.h)
+    assert torch.equal(call.forward_and_norm(Norm.ROUND, h=view)[1], together)
+    assert torch.equal(view, edited) and not storage[:, :3].any() and not storage[:, 43:].any()
+
+
+def test_what_the_norm_would_misread_is_refused() -> None:
+    call = Call([(0, 4, 40)], 40, DTYPES[1])
+    weight = call.grad[0].clone()
+    refused = [
+        (
+            "weight: must be a contiguous \\[40\\] of torch.bfloat16",
+            call.rows,
+            (weight.float(), None, 1e-5, 0),
+        ),
+        ("shift: must be a contiguous \\[40\\]", call.rows, (weight, weight[:-1], 1e-5, 0)),
+        ("norm: must be a sum of", call.rows, (weight, None, 1e-5, 8)),
+        ("rows, tiles: must name each of the 40 rows", call.rows[:39], (weight, None, 1e-5, 0)),
+    ]
+    for message, rows, arguments in refused:
+        h = call.h.clone()
+        with pytest.raises(ValueError, match=message):
+            INTERVENE_NORM_["triton"](h, *call.pool, rows, call.tiles, call.spans, *arguments)
+        assert torch.equal(h, call.h)

@@ -19,7 +19,7 @@ import tempfile
 class Variant:
     """One kernel as `launch` compiles it for tensors of these dtypes."""
 
-    kernel: str  # "forward", "rows" or "pool"
+    kernel: str  # "forward", "norm", "layer_norm", "rows" or "pool"
     h: str  # torch's names of dtypes
     pool: str
     arch: int  # compute capability, 90 for 9.0
@@ -40,39 +40,52 @@ def compile_variant(variant: Variant) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from reft_kernels.ops.triton_ops import kernels_backward, kernels_forward, launch
+    from reft_kernels.ops.triton_ops import kernels_backward, kernels_forward, kernels_norm, launch
     from reft_kernels.ops.triton_ops.blocks import BATCH_SIZES, BATCH_TABLES
 
     kernel, options_of = {
         "forward": (kernels_forward.intervene_kernel, launch.forward_options),
+        "norm": (kernels_norm.intervene_norm_kernel, launch.norm_options),
+        "layer_norm": (kernels_norm.intervene_norm_kernel, launch.norm_options),
         "rows": (kernels_backward.rows_kernel, launch.rows_options),
         "pool": (kernels_backward.pool_kernel, launch.pool_options),
     }[variant.kernel]
     short = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-    types = dict.fromkeys(("h", "grad", "dh", "hs"), short[variant.h])
+    types = dict.fromkeys(("h", "grad", "dh", "hs", "out", "weight", "shift"), short[variant.h])
     types |= dict.fromkeys(("down", "up", "ddown", "dup"), short[variant.pool])
     types |= dict.fromkeys(("bias", "dbias", "p_kept", "v_kept"), "*fp32")
     types |= dict.fromkeys(("kind", *BATCH_TABLES), "*i32")
     types |= dict.fromkeys((*BATCH_SIZES, "row_stride", "grad_stride"), "i32")
 
+    types["eps"] = "fp32"
     options = options_of(getattr(torch, variant.h), getattr(torch, variant.pool), variant.d)
     for_ptx = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
     compiler = {name: options.pop(name) for name in for_ptx if name in options}
     if variant.kernel == "rows":
         options |= {"NEED_H": variant.need[0], "NEED_POOL": variant.need[1]}
+    elif variant.kernel == "norm":  # Llama's
+        options |= {"shift": None, "CENTRED": False, "PLUS_ONE": False, "ROUND": True}
+    elif variant.kernel == "layer_norm":
+        options |= {"CENTRED": True, "PLUS_ONE": False, "ROUND": False}
     signature = {name: "constexpr" if name in options else types[name] for name in kernel.arg_names}
     free = {*options, *BATCH_SIZES, *BATCH_TABLES}
     divisible = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if variant.aligned and name not in free
+        if variant.aligned and name not in {*free, "eps"}
     }
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=divisible),
         target=GPUTarget("cuda", variant.arch, 32),
         options=compiler,
     )
-    return {"shared": compiled.metadata.shared, **_inspect(compiled.asm["cubin"])}
+    # Barriers that the kernel asks for; those that shared memory needs come later.
+    beyond = re.split(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"])[1:]
+    return {
+        "shared": compiled.metadata.shared,
+        "stores_beyond_a_barrier": [part.count("tt.store ") for part in beyond],
+        **_inspect(compiled.asm["cubin"]),
+    }
 
 
 def _inspect(cubin: bytes) -> dict:

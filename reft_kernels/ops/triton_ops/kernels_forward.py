@@ -88,6 +88,36 @@ def _edit_by_rows(
             tl.store(h + row * row_stride + col, rounded(total, x.dtype), mask=inside)
 
 
+@triton.jit
+def tile_entry(tiles, tile):
+    """(segment, start, count) of a tile."""
+    entry = tiles + 3 * tile
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def edit_tile(
+    h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
+    D: tl.constexpr, WHOLE: tl.constexpr, DOWN_BLOCK: tl.constexpr, UP_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Edits the rows of one tile. Both kernels come here, so an edited row has the same bits from either."""
+    first = tl.load(spans + 2 * segment).to(tl.int64)
+    rank = tl.load(spans + 2 * segment + 1)
+    if rank > 64:
+        _edit_by_rows(h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride, D, WHOLE)
+    elif rank > 16:
+        _edit_by_products(
+            h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
+            D, 64, DOWN_BLOCK // 2, UP_BLOCK // 2, STAGES, FULL,
+        )  # fmt: skip
+    elif rank > 0:
+        _edit_by_products(
+            h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
+            D, 16, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
 def intervene_kernel(
     h,  # [n_rows, D], rows row_stride apart; edited
@@ -105,25 +135,9 @@ def intervene_kernel(
     STAGES: tl.constexpr,  # loads in flight, in blocks
     FULL: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    segment = tl.load(tiles + 3 * tile)
-    start = tl.load(tiles + 3 * tile + 1)
-    count = tl.load(tiles + 3 * tile + 2)
-    if count <= 0:
-        return
-    first = tl.load(spans + 2 * segment).to(tl.int64)
-    rank = tl.load(spans + 2 * segment + 1)
-    if rank <= 0:
-        return
-    if rank <= 16:
-        _edit_by_products(
-            h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-            D, 16, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
+    segment, start, count = tile_entry(tiles, tl.program_id(0))
+    if (count > 0) & (segment >= 0):
+        edit_tile(
+            h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
+            D, WHOLE, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
         )  # fmt: skip
-    elif rank <= 64:
-        _edit_by_products(
-            h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-            D, 64, DOWN_BLOCK // 2, UP_BLOCK // 2, STAGES, FULL,
-        )  # fmt: skip
-    else:
-        _edit_by_rows(h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride, D, WHOLE)

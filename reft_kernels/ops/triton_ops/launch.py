@@ -10,9 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
+from ..schema import TILE, Norm
 from .blocks import INTERPRETING, LOW_RANK
 from .kernels_backward import pool_kernel, rows_kernel
 from .kernels_forward import intervene_kernel
+from .kernels_norm import intervene_norm_kernel
 
 _interpreter = threading.Lock()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +50,13 @@ def _tile_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, blocks:
 def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `intervene_kernel`."""
     return _tile_options(h_dtype, pool_dtype, d, ((32, 64), (64, 64), (256, 128)), 3)
+
+
+def norm_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
+    """Meta-parameters of `intervene_norm_kernel`: `intervene_kernel`'s, so that edits have the same bits."""
+    options = forward_options(h_dtype, pool_dtype, d)
+    # Rows on their way lie in shared memory, one fewer than stages.
+    return options | {"NORM_STAGES": 3 if options["WHOLE"] * h_dtype.itemsize <= 32 * 1024 else 1}
 
 
 def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
@@ -133,6 +142,53 @@ def intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
             h, down, up, bias, kind, rows, tiles, spans, h.numel() // d, stride,
             **forward_options(h.dtype, down.dtype, d),
         )  # fmt: skip
+
+
+def _check_norm(
+    h: Tensor, rows: Tensor, tiles: Tensor, weight: Tensor, shift: Tensor | None, norm: int
+) -> None:
+    for label, tensor in (("weight", weight), ("shift", shift)):
+        if tensor is None:
+            continue
+        if tensor.shape != h.shape[-1:] or tensor.dtype is not h.dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{label}: must be a contiguous [{h.shape[-1]}] of {h.dtype}, as h is; was "
+                f"{list(tensor.shape)} of {tensor.dtype}, strides {tensor.stride()}"
+            )
+        if tensor.device != h.device:
+            raise ValueError(f"{label}: is on {tensor.device}, but h is on {h.device}")
+    if norm & ~int(Norm.CENTRED | Norm.PLUS_ONE | Norm.ROUND):
+        raise ValueError(f"norm: must be a sum of {', '.join(map(repr, Norm))}; was {norm}")
+    n_rows, named = h.numel() // h.shape[-1], min(rows.shape[0], TILE * tiles.shape[0])
+    if named < n_rows:
+        raise ValueError(
+            f"rows, tiles: must name each of the {n_rows} rows of h, since all are normed (see "
+            f"reft_kernels.plan.cover); there is room for {named} in {rows.shape[0]} rows and "
+            f"{tiles.shape[0]} tiles"
+        )
+
+
+def intervene_norm_(h, down, up, bias, kind, rows, tiles, spans, weight, shift, eps, norm) -> Tensor:
+    _check(h, "h", (down, up, bias, kind), (rows, tiles, spans))
+    stride = _row_stride(h, "h")
+    _check_norm(h, rows, tiles, weight, shift, norm)
+    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+    d = h.shape[-1]
+    if h.numel() == 0:
+        return out
+    if h.data_ptr() % 16 or (stride % 16 == 0) != (d % 16 == 0):
+        # Triton compiles for what addresses are divisible by, and so may sum a row in another order.
+        copy = h.clone(memory_format=torch.contiguous_format)
+        out = intervene_norm_(copy, down, up, bias, kind, rows, tiles, spans, weight, shift, eps, norm)
+        h.copy_(copy)
+        return out
+    with _on(h.device):
+        intervene_norm_kernel[(tiles.shape[0],)](
+            h, out, weight, shift, down, up, bias, kind, rows, tiles, spans, h.numel() // d, stride, eps,
+            bool(norm & Norm.CENTRED), bool(norm & Norm.PLUS_ONE), bool(norm & Norm.ROUND),
+            **norm_options(h.dtype, down.dtype, d),
+        )  # fmt: skip
+    return out
 
 
 def intervene(h, down, up, bias, kind, rows, tiles, spans, offsets) -> Tensor:
