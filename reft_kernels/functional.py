@@ -1,10 +1,13 @@
 """The ops as functions: one adapter (`loreft`), or many through a pool and a plan (`intervene`).
 
+`intervene_norm_` edits and returns the norm that follows, in one pass over h.
+
 Low level: no Hugging Face, no adapters. Serving stacks call these.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +17,7 @@ from . import ops
 from .plan import Plan, check_rows, one_segment
 from .pool import Pool
 
-__all__ = ["intervene", "intervene_", "loreft"]
+__all__ = ["intervene", "intervene_", "intervene_norm_", "loreft"]
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -70,6 +73,92 @@ def intervene(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
     _check(h, pool, plan)
     op = ops.INTERVENE[ops.current_backend(h.device)]
     return op(h, pool.down, pool.up, pool.bias, pool.kind, plan.rows, plan.tiles, plan.spans, plan.offsets)
+
+
+_NORM_BITS = int(ops.Norm.CENTRED | ops.Norm.PLUS_ONE | ops.Norm.ROUND)
+
+
+def _check_norm(h: Tensor, weight: Tensor, shift: Tensor | None, eps: float, norm: int) -> None:
+    for name, tensor in (("weight", weight), ("shift", shift)):
+        if tensor is None:
+            continue
+        if tensor.shape != h.shape[-1:]:
+            raise ValueError(f"{name}: must be [{h.shape[-1]}] to fit h, was {list(tensor.shape)}")
+        if tensor.dtype is not h.dtype:
+            raise ValueError(f"{name}: its dtype must be h's ({h.dtype}), was {tensor.dtype}")
+        if tensor.device != h.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but h is on {h.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous, had a stride of {tensor.stride(0)}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: must be finite and 0 or more, was {eps}")
+    if norm & ~_NORM_BITS:
+        raise ValueError(f"norm: must be a sum of ops.Norm's RMS, CENTRED, PLUS_ONE and ROUND, was {norm}")
+
+
+def intervene_norm_(
+    h: Tensor,
+    pool: Pool,
+    plan: Plan,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    norm: int = ops.Norm.RMS,
+) -> Tensor:
+    """`intervene_`, and the norm of every row of the edited h, as a new tensor. For inference.
+
+    The edited rows have the bits that `intervene_` gives them, and the norm reads them as they were
+    written, in h's dtype; so it is the edit followed by the model's norm, in one pass over h. A row's
+    norm depends, to the bit, on that row alone.
+
+    Args:
+        h, pool: as `intervene_` takes them. h is edited in place.
+        plan: one that names every row of h, from `reft_kernels.make_plan` with total_rows and cover=True.
+        weight: [d], contiguous, in h's dtype and on its device.
+        shift: like weight; added at the end.
+        eps: added to the mean square (or variance) before its root is taken.
+        norm: a sum of `ops.Norm`. Llama's RMSNorm is RMS + ROUND (in float32 the two are one), Gemma's
+            RMS + PLUS_ONE, torch.nn.LayerNorm CENTRED.
+
+    Returns:
+        The norm, a contiguous tensor of h's shape and dtype.
+
+    Raises:
+        ValueError: what `intervene_` raises; a weight, shift, eps or norm that does not fit; a plan with
+            fewer rows than h; or autograd would need h, weight or shift.
+        RuntimeError: a row of h in no tile, or in two (on a CPU, by the native backend). On an accelerator
+            the plan is not read back, and what is returned for a row that it lacks is undefined.
+    """
+    _check(h, pool, plan)
+    _check_norm(h, weight, shift, eps, norm)
+    rows = h.numel() // h.shape[-1] if h.shape[-1] else 0
+    if plan.rows.shape[0] < rows:
+        raise ValueError(
+            f"plan: must name every row of h, has {plan.rows.shape[0]} of {rows}; "
+            "make_plan takes total_rows and cover=True"
+        )
+    if torch.is_grad_enabled():
+        for name, tensor in (("h", h), ("weight", weight), ("shift", shift)):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name}: requires a gradient, and intervene_norm_ has none; use intervene and the "
+                    "norm by itself, or no_grad"
+                )
+    op = ops.INTERVENE_NORM_[ops.current_backend(h.device)]
+    return op(
+        h,
+        pool.down,
+        pool.up,
+        pool.bias,
+        pool.kind,
+        plan.rows,
+        plan.tiles,
+        plan.spans,
+        weight,
+        shift,
+        float(eps),
+        int(norm),
+    )
 
 
 def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor | Sequence[int] | None = None) -> Tensor:

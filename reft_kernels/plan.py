@@ -60,10 +60,15 @@ def cover(by_segment: Sequence[np.ndarray], total: int, device: torch.device | s
 
     For `intervene_norm_`, which norms every row. The offsets speak of the segments alone.
     """
+    return _pack([*by_segment, _others(by_segment, total)], len(by_segment), device, tile)
+
+
+def _others(by_segment: Sequence[np.ndarray], total: int) -> np.ndarray:
+    """The rows below `total` that no segment names."""
     rest = np.ones(total, dtype=bool)
     for rows in by_segment:
         rest[rows] = False
-    return _pack([*by_segment, np.flatnonzero(rest)], len(by_segment), device, tile)
+    return np.flatnonzero(rest)
 
 
 def _pack(by_segment: Sequence[np.ndarray], segments: int, device: torch.device | str, tile: int) -> Rows:
@@ -140,6 +145,7 @@ def make_plan(
     entries: Sequence[tuple[Span, Tensor | Sequence[int] | np.ndarray]],
     device: torch.device | str = "cpu",
     total_rows: int | None = None,
+    cover: bool = False,
 ) -> Plan:
     """A plan for one layer from (pool range, flat rows of h) pairs.
 
@@ -147,12 +153,18 @@ def make_plan(
         entries: for each segment its range of the pool and the rows of h.view(-1, d) that take it.
         device: where h and the pool are.
         total_rows: the number of rows of h; if given, rows beyond it are refused here.
+        cover: names the rows that no entry takes, too, in tiles that edit nothing: what
+            `functional.intervene_norm_` needs. Takes total_rows.
 
     Raises:
-        ValueError: a negative row, a row ≥ total_rows, or a row named twice (its edits would race).
+        ValueError: a negative row, a row ≥ total_rows, a row named twice (its edits would race), or
+            cover without total_rows.
     """
+    if cover and total_rows is None:
+        raise ValueError("cover: needs total_rows, the number of rows of h")
     by_segment = [_as_rows(rows, f"entries[{number}]") for number, (_, rows) in enumerate(entries)]
     everything = np.concatenate(by_segment) if by_segment else np.zeros(0, dtype=np.int64)
     _check_distinct(everything, 2**31 if total_rows is None else total_rows, "entries")
-    packed = pack_rows(by_segment, device)
+    rest = [_others(by_segment, total_rows)] if cover and total_rows is not None else []
+    packed = _pack([*by_segment, *rest], len(by_segment), device, TILE)
     return Plan(packed.rows, packed.tiles, pack_spans([span for span, _ in entries], device), packed.offsets)

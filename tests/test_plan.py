@@ -12,6 +12,8 @@ from reft_kernels import Span, make_plan
 from reft_kernels.ops import TILE
 from reft_kernels.plan import cover, one_segment, pack_rows, pack_spans
 
+SPAN = Span(0, 2)
+
 
 @st.composite
 def segments(draw: st.DrawFn) -> list[np.ndarray]:
@@ -57,6 +59,22 @@ def test_make_plan(by_segment: list[np.ndarray], data: st.DataObject) -> None:
     assert plan.spans.tolist() == [list(span) for span in spans]
 
 
+@given(segments(), st.integers(0, 40))
+def test_make_plan_that_covers(by_segment: list[np.ndarray], extra: int) -> None:
+    total = sum(map(len, by_segment)) + 20 + extra
+    plan = make_plan([(SPAN, rows) for rows in by_segment], total_rows=total, cover=True)
+    for mine, expected in zip((plan.rows, plan.tiles, plan.offsets), cover(by_segment, total, "cpu")):
+        assert mine.dtype == expected.dtype and torch.equal(mine, expected)
+    assert plan.spans.tolist() == [list(SPAN)] * len(by_segment)
+
+
+def test_a_plan_that_covers_needs_the_number_of_rows() -> None:
+    with pytest.raises(ValueError, match="cover: needs total_rows"):
+        make_plan([(SPAN, [1])], cover=True)
+    with pytest.raises(ValueError, match=r"\[0, 3\); found 3"):
+        make_plan([(SPAN, [3])], total_rows=3, cover=True)
+
+
 @given(st.integers(0, 5 * TILE), st.integers(0, 9), st.booleans())
 def test_one_segment(count: int, rank: int, every: bool) -> None:
     rows = None if every else list(range(count))[::-2]
@@ -79,9 +97,6 @@ def test_a_plan_on_a_gpu_is_the_plan_on_the_host() -> None:
     entries = [(Span(0, 2), [4, 1]), (Span(2, 1), list(range(5, 40)))]
     for there, here in zip(make_plan(entries, "cuda"), make_plan(entries)):
         assert there.is_cuda and torch.equal(there.cpu(), here)
-
-
-SPAN = Span(0, 2)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from support.calls import backward, gathered, gradient_like
+from support.calls import backward, gathered, gradient_like, norm_of
 from support.cases import Case, Spec, build, same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reft_kernels as rk
-from reft_kernels.ops import INTERVENE, INTERVENE_, INTERVENE_BACKWARD
+from reft_kernels.ops import INTERVENE, INTERVENE_, INTERVENE_BACKWARD, INTERVENE_NORM_, Norm
 from reft_kernels.plan import Plan, make_plan
 from reft_kernels.pool import Fold, Pool
 
@@ -54,6 +54,10 @@ def _finite(spec: Spec, device: str) -> Case:
 def test_opcheck(backend: str, device: str, spec: Spec) -> None:
     case = _finite(spec, device)
     torch.library.opcheck(INTERVENE_[backend], (case.copy().h, *case.pool, *case.plan))
+    covered = case.copy().covered()
+    torch.library.opcheck(
+        INTERVENE_NORM_[backend], (covered.h, *covered.pool, *covered.plan, *norm_of(covered))
+    )
     leaves = [t.clone().requires_grad_() for t in (case.h, case.down, case.up, case.bias)]
     torch.library.opcheck(INTERVENE[backend], (*leaves, case.kind, *case.plan, case.offsets))
     hs = gathered(case).nan_to_num(0.5)
@@ -69,11 +73,19 @@ def test_fakes_tell_the_truth(backend: str, device: str, spec: Spec) -> None:
     """Shapes, dtypes and strides of a fake result are those of the real one."""
     case = _finite(spec, device)
     grad, hs = gradient_like(case), gathered(case)
-    real = (INTERVENE[backend](case.h, *case.pool, *case.plan, case.offsets), *backward(case, grad, backend))
+    covered = case.copy().covered()
+    norm = norm_of(case)._replace(shift=None)
+    real = (
+        INTERVENE_NORM_[backend](covered.h, *covered.pool, *covered.plan, *norm),
+        INTERVENE[backend](case.h, *case.pool, *case.plan, case.offsets),
+        *backward(case, grad, backend),
+    )
     with torch._subclasses.FakeTensorMode() as mode:
         h, grad, hs, offsets = (mode.from_tensor(t) for t in (case.h, grad, hs, case.offsets))
         rest = [mode.from_tensor(t) for t in (*case.pool, *case.plan)]
+        plan, weight = [mode.from_tensor(t) for t in covered.plan], mode.from_tensor(norm.weight)
         fake = (
+            INTERVENE_NORM_[backend](h, *rest[:4], *plan, weight, *norm[1:]),
             INTERVENE[backend](h, *rest, offsets),
             *INTERVENE_BACKWARD[backend](grad, hs, *rest, offsets, True, True),
         )
@@ -90,14 +102,15 @@ def _pool(device: str, seed: int = 0) -> Pool:
     return pool
 
 
-def _plans(device: str) -> list[Plan]:
+def _plans(device: str, cover: bool = False) -> list[Plan]:
     """Other rows and other ranges, the same shapes."""
-    first, second = (0, 3), (3, 5)
-    return [
-        make_plan([(rk.Span(*first), [0, 5]), (rk.Span(*second), [3, 7, 8])], device),
-        make_plan([(rk.Span(*second), [2, 1]), (rk.Span(*first), [9, 0, 4])], device),
-        make_plan([(rk.Span(*first), [11, 10]), (rk.Span(*first), [1, 2, 3])], device),
+    first, second = rk.Span(0, 3), rk.Span(3, 5)
+    entries = [
+        [(first, [0, 5]), (second, [3, 7, 8])],
+        [(second, [2, 1]), (first, [9, 0, 4])],
+        [(first, [11, 10]), (first, [1, 2, 3])],
     ]
+    return [make_plan(it, device, total_rows=12, cover=cover) for it in entries]
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -105,6 +118,7 @@ def test_compiled_calls_give_the_eager_result(backend: str, device: str, compile
     """In one graph, without a break, and without compiling again for a plan of the same shapes."""
     pool = _pool(device)
     start = torch.randn(12, 24, generator=torch.Generator().manual_seed(3)).to(device)
+    weight = torch.linspace(-1, 2, 24, device=device)
 
     def edit(h, plan):
         return rk.functional.intervene_(h * 2, pool, plan) + 1
@@ -112,12 +126,16 @@ def test_compiled_calls_give_the_eager_result(backend: str, device: str, compile
     def edit_out_of_place(h, plan):
         return rk.functional.intervene(h * 2, pool, plan) + 1
 
+    def edit_and_norm(h, plan):
+        h = h * 2
+        return h + rk.functional.intervene_norm_(h, pool, plan, weight, norm=Norm.ROUND)
+
     with rk.backend(backend):
-        for function in (edit, edit_out_of_place):
+        for function in (edit, edit_out_of_place, edit_and_norm):
             torch._dynamo.reset()
             counter = CompileCounterWithBackend(compiler)
             compiled = torch.compile(function, backend=counter, fullgraph=True)
-            for plan in _plans(device):
+            for plan in _plans(device, cover=function is edit_and_norm):
                 assert same_bits(compiled(start, plan), function(start, plan))
             assert counter.frame_count == 1
 

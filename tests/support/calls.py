@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from reft_kernels.ops import INTERVENE, INTERVENE_, INTERVENE_BACKWARD
+from reft_kernels.ops import INTERVENE, INTERVENE_, INTERVENE_BACKWARD, INTERVENE_NORM_, Norm
 
 from .cases import Case
 
@@ -15,6 +18,30 @@ def in_place(case: Case, backend: str) -> Case:
     after = case.copy()
     INTERVENE_[backend](after.h, *after.pool, *after.plan)
     return after
+
+
+class NormOf(NamedTuple):
+    """The arguments that `intervene_norm_` takes beside the case."""
+
+    weight: Tensor
+    shift: Tensor | None
+    eps: float
+    norm: int
+
+
+def norm_of(case: Case) -> NormOf:
+    """Any norm, the same for the same case."""
+    rng, generator = random.Random(case.spec.seed), torch.Generator().manual_seed(case.spec.seed + 2)
+    weight, shift = torch.randn(2, case.spec.d, generator=generator).to(case.h)
+    norm = rng.randrange(1 + sum(Norm))
+    return NormOf(weight, shift if rng.random() < 0.5 else None, rng.choice((1e-6, 1e-5, 1e-2)), norm)
+
+
+def normed_in_place(case: Case, backend: str, norm: NormOf | None = None) -> tuple[Case, Tensor]:
+    """The case after `intervene_norm_`, on a copy, and the norm that it returned."""
+    after = case.copy()
+    out = INTERVENE_NORM_[backend](after.h, *after.pool, *after.plan, *(norm or norm_of(case)))
+    return after, out
 
 
 def out_of_place(case: Case, backend: str) -> Tensor:

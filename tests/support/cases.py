@@ -109,6 +109,18 @@ class Case:
         plan = make_plan(segments, tiler or neat_tiles, self.h.device)
         return dataclasses.replace(self, segments=segments, **plan)
 
+    def covered(self, tiler: Callable[[int], list[int]] | None = None) -> Case:
+        """The same call under a plan that names every row of h: the others in tiles of segment −1."""
+        named = {row for segment in self.segments for row in segment.rows}
+        rest = [row for row in range(self.spec.count) if row not in named]
+        random.Random(self.spec.seed).shuffle(rest)
+        sizes = (tiler or neat_tiles)(len(rest))
+        starts = [len(self.rows) + sum(sizes[:i]) for i in range(len(sizes))]
+        tiles = [(-1, start, size) for start, size in zip(starts, sizes)]
+        rows = torch.cat([self.rows, self.rows.new_tensor(rest)])
+        tiles = torch.cat([self.tiles, self.tiles.new_tensor(tiles).view(-1, 3)])
+        return dataclasses.replace(self, rows=rows, tiles=tiles)
+
     def __repr__(self) -> str:
         return f"build({self.spec})"
 

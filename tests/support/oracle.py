@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reft_kernels.ops import ACT_MASK, NO_PRODUCT
+from reft_kernels.ops import ACT_MASK, NO_PRODUCT, Norm
 
 #: Unit roundoff: half the distance from 1 to the next number.
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -136,6 +136,32 @@ def forward(case) -> dict[int, tuple[np.ndarray, np.ndarray]]:
                 if row >= 0:
                     result[row] = intervention.forward(flat[row], case.h.dtype)
     return result
+
+
+def norm(x: np.ndarray, weight, shift, eps: float, norm: int, dtype: torch.dtype):
+    """The norm of one row (its weight and shift in float64), and how far a right answer may be from it.
+
+    ROUND counts as an error and is not made: a number at the edge may be rounded either way.
+    """
+    sums = UNIT[torch.float64 if dtype is torch.float64 else torch.float32]
+    terms = len(x) + 4
+    mean = float(np.mean(x)) if norm & Norm.CENTRED else 0.0
+    c = x - mean
+    c_error = sums * (terms * np.mean(np.abs(x)) + np.abs(c)) if norm & Norm.CENTRED else np.zeros_like(x)
+    square = float(np.mean(c**2))
+    off = float(np.mean(2 * np.abs(c) * c_error + c_error**2)) + sums * terms * square
+    low, inverse, high = ((max(s, 0.0) + eps) ** -0.5 for s in (square + off, square, square - off))
+    inverse_error = max(high - inverse, inverse - low) + 4 * sums * inverse
+    y = c * inverse
+    error = np.abs(c) * inverse_error + c_error * (inverse + inverse_error) + sums * np.abs(y)
+    if norm & Norm.ROUND:
+        error += UNIT[dtype] * (np.abs(y) + error) + FLOOR[dtype]
+    scale = weight + 1 if norm & Norm.PLUS_ONE else weight
+    y, error = y * scale, error * np.abs(scale) + 2 * sums * np.abs(y * scale)
+    if shift is not None:
+        y = y + shift
+        error += sums * np.abs(y)
+    return y, error + UNIT[dtype] * (np.abs(y) + error) + FLOOR[dtype]
 
 
 def backward(case, grad: Tensor) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
