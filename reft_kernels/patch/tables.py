@@ -149,7 +149,7 @@ class BatchPlan:
         self.by_segment = by_segment
         self.rows: list[Rows] = [pack_rows(by_segment, device) for device in table.devices]
         self.by_head: dict[tuple[int, int, int], Rows] = {}
-        self.covers: dict[torch.device, Rows] = {}
+        self.covers: dict[tuple[torch.device, bool], Rows] = {}
         #: Whether a block is being run again under reentrant checkpointing.
         self.recomputing = False
         #: With autograd: the folds of adapters that want a gradient, made once a forward for all layers.
@@ -181,11 +181,11 @@ class BatchPlan:
 
     def covering(self, device: torch.device, edited: bool) -> Rows:
         """Rows that name all of h: those of the plan and the others, or (edited: False) all as unedited."""
-        if not edited:
-            return _unedited(self.tokens, device)
-        if device not in self.covers:
-            self.covers[device] = cover(self.by_segment, self.tokens, device)
-        return self.covers[device]
+        key = (device, edited)
+        if key not in self.covers:
+            rows = cover(self.by_segment, self.tokens, device) if edited else _unedited(self.tokens, device)
+            self.covers[key] = rows
+        return self.covers[key]
 
     def head_rows(self, slot: int, head: int, heads: int) -> Rows:
         """The rows of one head in h.view(-1, head width)."""

@@ -19,8 +19,11 @@ LENGTHS = [8, 3, 6]
 STEPS = 5
 
 
-def add_adapters(model):
-    reft = rk.patch(model)
+fusing = pytest.mark.parametrize("fuse_norm", [False, True], ids=["norms apart", "norms fused"])
+
+
+def add_adapters(model, fuse_norm=False):
+    reft = rk.patch(model, fuse_norm=fuse_norm)
     for name, adapter in mixed_adapters(model.config.hidden_size).items():
         reft.add_adapter(name, adapter)
     return reft
@@ -49,12 +52,13 @@ def expected(bare, adapters, batch, names):
     return found
 
 
-def test_compiled_decode_step_through_patching_and_changing_adapters():
+@fusing
+def test_compiled_decode_step_through_patching_and_changing_adapters(fuse_norm):
     model, bare = make_model(), make_model()
     batch = batch_of(LENGTHS)
     nothing = ["__base__"] * 3
     assert compiled_tokens(model, batch) == expected(bare, {}, batch, nothing)  # compiled before the patch
-    reft = add_adapters(model)
+    reft = add_adapters(model, fuse_norm)
     reft.set_adapter(None)
     adapters = dict(reft.adapters)
     for names in (
@@ -74,11 +78,12 @@ def test_compiled_decode_step_through_patching_and_changing_adapters():
     assert compiled_tokens(model, batch) == expected(bare, {}, batch, nothing)
 
 
-def test_decode_steps_do_not_recompile_for_other_rows_of_the_same_adapters():
+@fusing
+def test_decode_steps_do_not_recompile_for_other_rows_of_the_same_adapters(fuse_norm):
     from torch._dynamo.utils import counters
 
     model = make_model()
-    add_adapters(model)
+    add_adapters(model, fuse_norm)
     batch = batch_of(LENGTHS)
     compiled_tokens(model, batch, adapter_names=["everywhere", "generated", "everywhere"])
     compiled_tokens(model, batch, adapter_names=["everywhere", "everywhere", "generated"])
@@ -90,8 +95,9 @@ def test_decode_steps_do_not_recompile_for_other_rows_of_the_same_adapters():
     assert counters["stats"]["unique_graphs"] == before
 
 
+@fusing
 @pytest.mark.parametrize("when", ["before the patch", "after the patch"])
-def test_a_model_that_its_user_compiles(when):
+def test_a_model_that_its_user_compiles(when, fuse_norm):
     model, bare = make_model(), make_model()
     batch = batch_of(LENGTHS)
     names = ["everywhere", "untied", "__base__"]
@@ -99,7 +105,7 @@ def test_a_model_that_its_user_compiles(when):
     if compiled is not None:
         with torch.no_grad():
             compiled(**batch)
-    add_adapters(model)
+    add_adapters(model, fuse_norm)
     if compiled is None:
         compiled = torch.compile(model, backend="aot_eager")
     for given in (names, ["__base__"] * 3, names[::-1]):
