@@ -14,7 +14,7 @@ from torch import Tensor
 
 import reft_kernels as rk
 from reft_kernels import functional
-from reft_kernels.ops import InterveneInPlace, current_backend
+from reft_kernels.ops import InterveneInPlace, Norm, current_backend
 
 
 def draw(
@@ -91,12 +91,14 @@ def test_loreft_gradients_in_lower_precision(backend: str, device: str, dtypes: 
         assert error <= 4 * unit + 1e-6, f"{name}: {error:.2e}"
 
 
-def _pool_and_plan(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[rk.Pool, rk.Plan]:
+def _pool_and_plan(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, cover: bool = False
+) -> tuple[rk.Pool, rk.Plan]:
     pool, spans = rk.Pool(8, dtype, device, capacity=8), []
     for rank in (2, 3):
         down, up, bias = draw(rank, (rank, 8), (rank, 8), (rank,), device=device)
         spans.append(pool.add(rk.Fold(down, up, bias, torch.zeros(rank, dtype=torch.int32))))
-    return pool, rk.make_plan([(spans[0], [1, 5]), (spans[1], [0])], device, total_rows=6)
+    return pool, rk.make_plan([(spans[0], [1, 5]), (spans[1], [0])], device, total_rows=6, cover=cover)
 
 
 def _by_hand(h: Tensor, pool: rk.Pool) -> Tensor:
@@ -117,6 +119,24 @@ def test_intervene_and_intervene_in_place(backend: str, device: str) -> None:
         assert functional.intervene_(h, pool, plan) is h
     assert same_bits(out, h)
     torch.testing.assert_close(out.double(), _by_hand(before, pool), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [Norm.RMS, Norm.CENTRED | Norm.ROUND], ids=str)
+def test_intervene_norm_is_the_edit_and_the_norm(backend: str, device: str, norm: Norm) -> None:
+    pool, plan = _pool_and_plan(device, cover=True)
+    (h,), (weight, shift) = draw(0, (6, 8), device=device), draw(1, (8,), (8,), device=device)
+    edited = h.clone()
+    with rk.backend(backend):
+        functional.intervene_(edited, pool, _pool_and_plan(device)[1])
+        plain = functional.intervene_norm_(
+            edited, pool, rk.make_plan([], device, 6, cover=True), weight, norm=norm
+        )
+        out = functional.intervene_norm_(h, pool, plan, weight, shift, 1e-3, norm)
+    assert same_bits(h, edited) and out.is_contiguous()
+    x = edited.double() - (edited.double().mean(-1, keepdim=True) if norm & Norm.CENTRED else 0)
+    for it, eps, last in ((plain, 1e-6, 0), (out, 1e-3, shift.double())):
+        expected = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double() + last
+        torch.testing.assert_close(it.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_intervene_is_differentiable_in_h_only(backend: str, device: str) -> None:
@@ -207,6 +227,57 @@ def test_bad_calls_of_intervene(function, name: str) -> None:
         assert torch.equal(h, before)
 
 
+@pytest.mark.parametrize("name", _bad_calls())
+def test_bad_calls_of_intervene_norm(name: str) -> None:
+    h, pool, plan, message = _bad_calls()[name]
+    with pytest.raises(ValueError, match=message):
+        functional.intervene_norm_(h, pool, plan, torch.ones(8))
+
+
+BAD_NORMS = {
+    "weight's shape": ({"weight": torch.ones(7)}, r"weight: must be \[8\] to fit h, was \[7\]"),
+    "weight's dimensions": ({"weight": torch.ones(1, 8)}, r"weight: must be \[8\].*was \[1, 8\]"),
+    "weight's dtype": (
+        {"weight": torch.ones(8).half()},
+        "weight: its dtype must be h's .torch.float32., was",
+    ),
+    "weight's device": ({"weight": torch.ones(8, device="meta")}, "weight: is on meta, but h is on cpu"),
+    "weight's strides": ({"weight": torch.ones(16)[::2]}, "weight: must be contiguous, had a stride of 2"),
+    "shift's shape": ({"shift": torch.ones(9)}, r"shift: must be \[8\]"),
+    "shift's dtype": ({"shift": torch.ones(8).double()}, "shift: its dtype"),
+    "negative eps": ({"eps": -1e-6}, "eps: must be finite and 0 or more, was -1e-06"),
+    "eps that is no number": ({"eps": float("nan")}, "eps: must be finite"),
+    "unknown norm": ({"norm": 8}, "norm: must be a sum of.*RMS, CENTRED, PLUS_ONE and ROUND, was 8"),
+    "negative norm": ({"norm": -1}, "norm: must be a sum"),
+    "gradient of the weight": ({"weight": torch.ones(8).requires_grad_()}, "weight: requires a gradient"),
+    "gradient of the shift": ({"shift": torch.ones(8).requires_grad_()}, "shift: requires a gradient"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NORMS)
+def test_bad_norms(name: str) -> None:
+    changes, message = BAD_NORMS[name]
+    pool, plan = _pool_and_plan(cover=True)
+    (h,) = draw(0, (6, 8))
+    before = h.clone()
+    with pytest.raises(ValueError, match=message):
+        functional.intervene_norm_(h, pool, plan, **{"weight": torch.ones(8), **changes})
+    assert same_bits(h, before)
+
+
+def test_a_norm_needs_a_plan_that_names_every_row(backend: str, device: str) -> None:
+    pool, plan = _pool_and_plan(device)
+    (h,), weight = draw(0, (6, 8), device=device), torch.ones(8, device=device)
+    before = h.clone()
+    with rk.backend(backend):
+        with pytest.raises(ValueError, match="plan: must name every row of h, has 3 of 6; make_plan takes"):
+            functional.intervene_norm_(h, pool, plan, weight)
+        with pytest.raises(ValueError, match="h: requires a gradient"):
+            cover = _pool_and_plan(device, cover=True)[1]
+            functional.intervene_norm_(h.clone().requires_grad_(), pool, cover, weight)
+    assert same_bits(h, before)
+
+
 def test_a_row_that_h_lacks_reaches_no_other_memory(backend: str, device: str) -> None:
     """make_plan can't know the h of every call. Refused, or skipped where rows are not read back."""
     if device != "cpu" and backend == "reference":
@@ -281,7 +352,12 @@ def test_unavailable_backend_before_anything_is_written() -> None:
     (h,) = draw(0, (6, 8))
     missing = [name for name in ("native", "triton") if rk.ops.why_not(name, "cpu") is not None]
     before = h.clone()
-    for name, function in itertools.product(missing, (functional.intervene_, functional.intervene)):
+    functions = (
+        functional.intervene_,
+        functional.intervene,
+        lambda h, pool, _: functional.intervene_norm_(h, pool, _pool_and_plan(cover=True)[1], torch.ones(8)),
+    )
+    for name, function in itertools.product(missing, functions):
         with rk.backend(name), pytest.raises(rk.BackendUnavailable, match=f"'{name}'"):
             function(h, pool, plan)
     assert same_bits(h, before)

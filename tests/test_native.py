@@ -15,7 +15,15 @@ import torch
 
 import reft_kernels as rk
 from reft_kernels.ops import native
-from reft_kernels.ops.schema import INTERVENE, INTERVENE_, INTERVENE_BACKWARD, NO_PRODUCT, TILE
+from reft_kernels.ops.schema import (
+    INTERVENE,
+    INTERVENE_,
+    INTERVENE_BACKWARD,
+    INTERVENE_NORM_,
+    NO_PRODUCT,
+    TILE,
+    Norm,
+)
 
 pytestmark = pytest.mark.skipif(native.cpu_missing is not None, reason=str(native.cpu_missing))
 
@@ -83,6 +91,29 @@ def compare(dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> None:
         close(mine, theirs, f"{name}: {what}")
 
 
+def compare_norms(dtype: torch.dtype, d: int) -> None:
+    """Every norm against the reference backend, with the edit of some rows and alone in their h."""
+    total, pool = TILE + 3, make_pool(3, d, dtype)
+    plan = rk.make_plan([(rk.Span(0, 3), [2, 5])], total_rows=total, cover=True)
+    alone = rk.make_plan([], total_rows=1, cover=True)
+    h, (weight, shift) = torch.randn(total, d).to(dtype) * 3 + 1, torch.randn(2, d).to(dtype)
+    edited = h.clone()
+    INTERVENE_["native"](edited, *arguments(pool, plan))
+    for norm in range(1 + sum(Norm)):
+        for last in (None, shift):
+            rest, what = (weight, last, 1e-5, norm), f"norm {norm}, {dtype}, d={d}"
+            mine, theirs = h.clone(), edited.double()
+            out = INTERVENE_NORM_["native"](mine, *arguments(pool, plan), *rest)
+            assert torch.equal(mine, edited), what
+            wide = (weight.double(), None if last is None else last.double(), 1e-5, norm & ~Norm.ROUND)
+            idle = rk.make_plan([], total_rows=total, cover=True)
+            expected = INTERVENE_NORM_["reference"](theirs, *arguments(pool, idle), *wide)
+            close(out, expected.to(dtype), what)
+            for row in (2, 7):
+                one = INTERVENE_NORM_["native"](edited[[row]], *arguments(pool, alone), *rest)
+                assert torch.equal(one[0], out[row]), what
+
+
 def rows_stand_alone(dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> None:
     """A row's bits are the same alone, in tiles of every size, and in any order; so is its gradient's."""
     rank, total = 7, 2 * TILE + 3
@@ -139,6 +170,9 @@ def check_level() -> None:
             compare(dtype, pool_dtype, d)
         for d in (5, 128, 331):
             rows_stand_alone(dtype, pool_dtype, d)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for d in (1, 3, 8, 17, 64, 100, 333):
+            compare_norms(dtype, d)
     conversions(torch.bfloat16, keeps_subnormals=level != "avx512_bf16")
     conversions(torch.float16, keeps_subnormals=True)
     print(level)
@@ -297,6 +331,7 @@ BAD = {
     "tile count": ({"tiles": ints([0, 0, TILE + 1])}, "tiles: tile 0 has a count of 17"),
     "tile count negative": ({"tiles": ints([0, 0, -1])}, "tiles: tile 0 has a count of -1"),
     "tile segment": ({"tiles": ints([2, 0, 1])}, "tiles: tile 0 names segment 2 of 2"),
+    "tile segment negative": ({"tiles": ints([-2, 0, 1])}, "tiles: tile 0 names segment -2 of 2"),
     "tile start": ({"tiles": ints([0, 2, 2])}, r"tiles: tile 0 takes rows \[2, 4\) of a plan of 3"),
     "tile start negative": ({"tiles": ints([0, -1, 2])}, "tiles: tile 0 takes rows"),
     "span end": (
