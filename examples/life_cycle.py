@@ -46,6 +46,19 @@ PROMPT, ANSWER = 48, 48
 console = Console()
 
 
+def docstrings(file: Path) -> Iterator[str]:
+    """The documentation strings in a Python file; none where it can't be parsed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+
+
 def documentation(limit: int) -> bytes:
     """Up to `limit` bytes of the standard library's documentation strings."""
     found: list[bytes] = []
@@ -54,18 +67,11 @@ def documentation(limit: int) -> bytes:
     for file in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
         if size >= limit or file.parent.name in ("test", "site-packages", "idlelib"):
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                tree = ast.parse(file.read_bytes())
-            except (SyntaxError, ValueError):
-                continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = (ast.get_docstring(node) or "").encode("ascii", "ignore")
-                if len(text) > PROMPT:
-                    found.append(text)
-                    size += len(text)
+        for text in docstrings(file):
+            kept = text.encode("ascii", "ignore")
+            if len(kept) > PROMPT:
+                found.append(kept)
+                size += len(kept)
     return b"\n\n".join(found)[:limit]
 
 

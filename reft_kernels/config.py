@@ -63,7 +63,7 @@ class ReftConfig:
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(f"method: must be one of {', '.join(METHODS)}; was {self.method!r}")
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r: must be an integer of at least 1, was {self.r!r}")

@@ -16,6 +16,7 @@ from reft_kernels.positions import Positions
     ("fields", "words"),
     [
         ({"method": "lora"}, ("method", "loreft", "lora")),
+        ({"method": ["loreft"]}, ("method", "['loreft']")),
         ({"r": 0}, ("r:", "0")),
         ({"r": True}, ("r:", "True")),
         ({"r": 2.0}, ("r:", "2.0")),

@@ -227,6 +227,10 @@ def test_collator(side):
         model_of()(**batch)
     assert collate([{"input_ids": [5], "labels": 2}])["labels"].tolist() == [2]
     assert "prompt_lengths" not in collate([{"input_ids": [5]}])
+    types = collate(
+        [{"input_ids": [5, 6], "token_type_ids": [0, 1]}, {"input_ids": [5], "token_type_ids": [1]}]
+    )
+    assert types["token_type_ids"].tolist() == [[0, 1], [1, 0] if side == "right" else [0, 1]]
 
 
 def test_collator_refuses():
@@ -235,14 +239,27 @@ def test_collator_refuses():
         ([{"input_ids": [5, 6], "labels": [5, 6]}], "row 0 .*no prompt"),
         ([{"input_ids": [5, 6]}, {"input_ids": [5]}], "pad_token_id"),
         ([{"input_ids": [5], "labels": [-100]}, {"input_ids": [5]}], "rows 0 and 1 .*labels"),
-        ([{"input_ids": [5, 6], "labels": [6]}], "labels: row 0 has 1 labels for 2"),
+        ([{"input_ids": [5, 6], "labels": [6]}], "labels: row 0 has 1 entries for 2"),
         ([{"labels": [6]}], "input_ids"),
         ([], "empty"),
+        ([[5, 6]], "features: row 0 must be a mapping"),
+        ([{"input_ids": [5]}, {"input_ids": "ab"}], "input_ids: row 1 must be a list of integers, was 'ab'"),
+        ([{"input_ids": [[5, 6]]}], "input_ids: row 0 must"),
+        ([{"input_ids": []}], "input_ids: row 0 must"),
+        ([{"input_ids": [5.5]}], "input_ids: row 0 must"),
+        ([{"input_ids": [5, 6], "attention_mask": [1]}], "attention_mask: row 0 has 1 entries for 2"),
+        ([{"input_ids": [5], "labels": 1}, {"input_ids": [5], "labels": [1]}], "labels: rows 0 and 1 differ"),
+        ([{"input_ids": [5, 6], "prompt_lengths": 3}], "prompt_lengths: row 0 has 2 tokens.*was 3"),
+        ([{"input_ids": [5, 6], "prompt_lengths": -1}], "prompt_lengths: row 0 .*was -1"),
+        ([{"input_ids": [5, 6], "prompt_lengths": 1.5}], "prompt_lengths: must be an integer a row"),
+        ([{"input_ids": [5, 6], "comment": "x"}], "comment: must be numbers"),
     ]:
         with pytest.raises(ValueError, match=words):
             collate(rows)
     with pytest.raises(ValueError, match="padding_side"):
         rk.ReftCollator(padding_side="up")
+    with pytest.raises(ValueError, match="pad_token_id"):
+        rk.ReftCollator(pad_token_id="<pad>")
 
 
 def test_what_would_train_nothing_is_refused(tmp_path):
@@ -252,6 +269,9 @@ def test_what_would_train_nothing_is_refused(tmp_path):
     trainer = trainer_of(model, tmp_path)
     model.reft.set_adapter(None)
     with pytest.raises(RuntimeError, match="active adapter is None"):
+        trainer.train()
+    model.reft.set_adapter("a")
+    with model.reft.disable_adapter(), pytest.raises(RuntimeError, match="active adapter is None"):
         trainer.train()
     model.reft.delete_adapter("a")
     with pytest.raises(ValueError, match="none of its adapters .none. trains"):
