@@ -61,6 +61,10 @@ class Ledger:
         else:
             self._seconds += end - start
 
+    def credit(self, start: Any, end: Any) -> None:
+        """Takes off what the model would have spent itself."""
+        self.add(end, start)
+
     def reset(self) -> None:
         self.calls = dict.fromkeys(HOOK_DICTS, 0)
         self._seconds = 0.0
@@ -88,11 +92,13 @@ def _timed_hook(hook: Callable[..., Any], ledger: Ledger, kind: str) -> Callable
 def _timed_wrapper(wrapper: Any, ledger: Ledger) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(wrapper with a stopwatch, its original that stops the watch while it runs)."""
     started: list[Any] = []
+    called: list[bool] = []
     original = wrapper.original
 
     @functools.wraps(original)
     def inner(*args: Any, **kwargs: Any) -> Any:
         ledger.add(started.pop(), ledger.mark())
+        called[-1] = True
         try:
             return original(*args, **kwargs)
         finally:
@@ -100,9 +106,14 @@ def _timed_wrapper(wrapper: Any, ledger: Ledger) -> tuple[Callable[..., Any], Ca
 
     @functools.wraps(wrapper)
     def outer(*args: Any, **kwargs: Any) -> Any:
+        called.append(False)
         started.append(ledger.mark())
         result = wrapper(*args, **kwargs)
         ledger.add(started.pop(), ledger.mark())
+        if not called.pop():
+            start = ledger.mark()
+            original(*args, **kwargs)
+            ledger.credit(start, ledger.mark())
         return result
 
     return outer, inner

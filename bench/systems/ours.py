@@ -1,4 +1,4 @@
-"""This package: rk.patch with one of its backends, a different adapter for each row."""
+"""This package: rk.patch with a backend, the norms apart or fused; a different adapter for each row."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def names_of(setup: Setup, single: bool = False) -> list[str]:
 class OursRunner(Runner):
     attributed = ("reft_kernels",)
 
-    def __init__(self, setup: Setup, backend: str, single: bool = False) -> None:
+    def __init__(self, setup: Setup, backend: str, single: bool = False, fuse_norm: bool = False) -> None:
         super().__init__(setup, models.twin(setup.merged))
         self.backend = backend
-        reft = rk.patch(self.model)
+        reft = rk.patch(self.model, fuse_norm=fuse_norm)
         for number, adapter in enumerate(setup.adapters):
             reft.add_adapter(f"a{number}", adapter)
         self._arguments = {"adapter_names": names_of(setup, single)}
@@ -33,11 +33,12 @@ class OursRunner(Runner):
 
 
 class Ours(System):
-    def __init__(self, backend: str) -> None:
-        self.backend, self.name = backend, f"reft_kernels {backend}"
+    def __init__(self, backend: str, fuse_norm: bool = False) -> None:
+        self.backend, self.fuse_norm = backend, fuse_norm
+        self.name = f"reft_kernels {backend}" + (" fused" if fuse_norm else "")
 
     def why_not(self, setup):
         return ops.why_not(self.backend, setup.device.type)
 
     def build(self, setup):
-        return OursRunner(setup, self.backend)
+        return OursRunner(setup, self.backend, fuse_norm=self.fuse_norm)

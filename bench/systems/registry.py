@@ -13,6 +13,10 @@ from .pyreft import Pyreft
 
 def all_systems() -> dict[str, System]:
     """Name → system, the baseline first."""
-    found: list[System] = [MergedLora(), *(Ours(name) for name in ops.BACKENDS)]
+    found: list[System] = [MergedLora()]
+    for backend in ops.BACKENDS:
+        found.append(Ours(backend))
+        if backend != "reference":
+            found.append(Ours(backend, fuse_norm=True))
     found += [EagerHooks(), Pyreft(), UnmergedLora(), MixedLora()]
     return {system.name: system for system in found}
