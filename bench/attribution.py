@@ -1,9 +1,14 @@
 """Attributed time: what a forward spent inside a package's hooks and wrappers, and in calling them at all.
 
 A difference of totals drowns a small overhead in the noise of the model. The parts can be timed by
-themselves: every hook of the package is wrapped in a stopwatch, and so is every method that it put on the
-model instance, less the time of the original method inside. A hook that does nothing still costs a call of
-torch's; that is measured on a module of its own and added for every hook that ran.
+themselves: every hook of the package is wrapped in a stopwatch, and so is every method that it put on an
+instance in the model, less the time of the original method inside. The same stopwatches run on the bare
+model, around nothing at the places of hooks and of methods that call the original, and around the model's
+own method where the package's does without it (the fused norm). What they show there is taken off: the cost
+of looking at the clock, which is several µs a time when a model's weights have just pushed the code out of
+the caches, and what the package saved; so the difference may be negative. A hook that does nothing still
+costs a call of torch's; that is measured on a module of its own, where everything is in the caches, and added
+for every hook that ran.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -61,10 +66,6 @@ class Ledger:
         else:
             self._seconds += end - start
 
-    def credit(self, start: Any, end: Any) -> None:
-        """Takes off what the model would have spent itself."""
-        self.add(end, start)
-
     def reset(self) -> None:
         self.calls = dict.fromkeys(HOOK_DICTS, 0)
         self._seconds = 0.0
@@ -75,7 +76,11 @@ class Ledger:
         if self.cuda:
             torch.cuda.synchronize()
         spans = sum(start.elapsed_time(end) * 1e-3 for start, end in self._events)
-        return self._seconds + spans + sum(call_costs[kind] * count for kind, count in self.calls.items())
+        return (
+            self._seconds
+            + spans
+            + sum(call_costs.get(kind, 0.0) * count for kind, count in self.calls.items())
+        )
 
 
 def _timed_hook(hook: Callable[..., Any], ledger: Ledger, kind: str) -> Callable[..., Any]:
@@ -89,68 +94,119 @@ def _timed_hook(hook: Callable[..., Any], ledger: Ledger, kind: str) -> Callable
     return timed
 
 
-def _timed_wrapper(wrapper: Any, ledger: Ledger) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(wrapper with a stopwatch, its original that stops the watch while it runs)."""
-    started: list[Any] = []
-    called: list[bool] = []
-    original = wrapper.original
+def _watched(method: Callable[..., Any], started: list[Any], ledger: Ledger) -> Callable[..., Any]:
+    """The method with a stopwatch. started: the watch; empty while it is stopped."""
+
+    @functools.wraps(method)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        started.append(ledger.mark())
+        result = method(*args, **kwargs)
+        ledger.add(started.pop(), ledger.mark())
+        return result
+
+    return watched
+
+
+def _stopping(original: Callable[..., Any], started: list[Any], ledger: Ledger) -> Callable[..., Any]:
+    """A method that stops the watch while it runs."""
 
     @functools.wraps(original)
-    def inner(*args: Any, **kwargs: Any) -> Any:
+    def stopping(*args: Any, **kwargs: Any) -> Any:
         ledger.add(started.pop(), ledger.mark())
-        called[-1] = True
         try:
             return original(*args, **kwargs)
         finally:
             started.append(ledger.mark())
 
-    @functools.wraps(wrapper)
-    def outer(*args: Any, **kwargs: Any) -> Any:
-        called.append(False)
-        started.append(ledger.mark())
-        result = wrapper(*args, **kwargs)
-        ledger.add(started.pop(), ledger.mark())
-        if not called.pop():
-            start = ledger.mark()
-            original(*args, **kwargs)
-            ledger.credit(start, ledger.mark())
-        return result
+    return stopping
 
-    return outer, inner
+
+class Found(NamedTuple):
+    """A hook or wrapper of the packages. where: the module's path; key: of the hook, or the method's name."""
+
+    where: str
+    kind: str
+    key: Any
+    thing: Any
+
+
+WRAPPER = "wrapper"
+
+
+def find(model: nn.Module, packages: tuple[str, ...]) -> list[Found]:
+    """The hooks and wrappers on a model that were defined in one of these packages."""
+    found: list[Found] = []
+    for where, module in model.named_modules():
+        for kind in HOOK_DICTS:
+            for key, hook in getattr(module, kind).items():
+                if _is_of(hook, packages):
+                    found.append(Found(where, kind, key, hook))
+        for name, value in vars(module).items():
+            if callable(value) and hasattr(value, "original") and _is_of(value, packages):
+                found.append(Found(where, WRAPPER, name, value))
+    return found
 
 
 @contextlib.contextmanager
 def attributing(model: nn.Module, packages: tuple[str, ...]) -> Iterator[Ledger]:
-    """Inside the block, what the packages do in the model's forwards is added up in the ledger.
-
-    Args:
-        packages: hooks and wrappers that were defined in one of these packages count as its cost.
-    """
+    """Inside the block, what the packages do in the model's forwards is added up in the ledger."""
     ledger = Ledger(next(model.parameters()).device.type == "cuda")
-    changed: list[tuple[dict, Any, Any]] = []
-    wrappers: list[tuple[Any, Any]] = []
-    for module in model.modules():
-        for kind in HOOK_DICTS:
-            hooks = getattr(module, kind)
-            for key, hook in hooks.items():
-                if _is_of(hook, packages):
-                    changed.append((hooks, key, hook))
-                    hooks[key] = _timed_hook(hook, ledger, kind)
-        for name, value in list(vars(module).items()):
-            if callable(value) and hasattr(value, "original") and _is_of(value, packages):
-                wrappers.append((value, value.original))
-                changed.append((vars(module), name, value))
-                vars(module)[name], value.original = _timed_wrapper(value, ledger)
+    found = find(model, packages)
+    originals = [getattr(one.thing, "original", None) for one in found]
+    for (where, kind, key, thing), original in zip(found, originals):
+        module = model.get_submodule(where)
+        if original is None:
+            getattr(module, kind)[key] = _timed_hook(thing, ledger, kind)
+        else:
+            started: list[Any] = []
+            thing.original = _stopping(original, started, ledger)
+            vars(module)[key] = _watched(thing, started, ledger)
     try:
         yield ledger
     finally:
-        for owner, key, value in changed:
-            owner[key] = value
-        for wrapper, original in wrappers:
-            wrapper.original = original
+        for (where, kind, key, thing), original in zip(found, originals):
+            module = model.get_submodule(where)
+            if original is None:
+                getattr(module, kind)[key] = thing
+            else:
+                vars(module)[key], thing.original = thing, original
 
 
-def _no_pre_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+@contextlib.contextmanager
+def mirroring(bare: nn.Module, model: nn.Module, packages: tuple[str, ...]) -> Iterator[Ledger]:
+    """Inside the block, stopwatches run on the bare model where `attributing` has them on the model.
+
+    Enter it first: it looks for what `attributing` wraps. bare: a twin of the model, as it was loaded.
+    """
+    ledger = Ledger(next(bare.parameters()).device.type == "cuda")
+    there = dict(bare.named_modules())
+    changed: list[tuple[dict, Any, Any]] = []
+    for where, kind, key, thing in find(model, packages):
+        if where not in there:
+            continue  # a module of the package's own
+        module = there[where]
+        if kind == WRAPPER:
+            method, started = getattr(module, key), []
+            if not getattr(thing, "does_without_original", False):
+                method = _stopping(method, started, ledger)
+            changed.append((vars(module), key, vars(module).get(key)))
+            vars(module)[key] = _watched(method, started, ledger)
+        else:
+            hook = _no_pre_hook if kind == "_forward_pre_hooks" else _no_hook
+            hooks = getattr(module, kind)
+            changed.append((hooks, hook, None))
+            hooks[hook] = _timed_hook(hook, ledger, kind)
+    try:
+        yield ledger
+    finally:
+        for owner, key, before in changed:
+            if before is None:
+                del owner[key]
+            else:
+                owner[key] = before
+
+
+def _no_pre_hook(module: nn.Module, args: Any, kwargs: Any = None) -> None:
     return None
 
 

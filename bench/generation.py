@@ -35,6 +35,12 @@ class Timing:
     decode: float
     generate: float
 
+    def less(self, other: Timing) -> Timing:
+        """Phase by phase."""
+        return Timing(
+            self.prefill - other.prefill, self.decode - other.decode, self.generate - other.generate
+        )
+
 
 def _phases(start: float, stamps: list[float], end: float) -> Timing:
     steps = [later - earlier for earlier, later in zip(stamps, stamps[1:])]

@@ -133,9 +133,18 @@ class Bench:
 
     def _attributed(self, runner: Runner, case: OverheadCase) -> list[generation.Timing]:
         rounds = max(LEAST_ATTRIBUTED, self.args.rounds // 3)
-        costs = attribution.call_costs()
-        with attribution.attributing(runner.model, runner.attributed) as ledger:
-            return [generation.attributed(runner, case.new_tokens, ledger, costs) for _ in range(rounds)]
+        costs, tokens = attribution.call_costs(), case.new_tokens
+        bare = Runner(runner.setup, models.twin(runner.setup.merged))
+        packages = runner.attributed
+        taken = []
+        with (
+            attribution.mirroring(bare.model, runner.model, packages) as nothing,
+            attribution.attributing(runner.model, packages) as ledger,
+        ):
+            for _ in range(rounds):
+                part = generation.attributed(runner, tokens, ledger, costs)
+                taken.append(part.less(generation.attributed(bare, tokens, nothing, {})))
+        return taken
 
     def _result(
         self,

@@ -169,30 +169,32 @@ def test_attributed_time_and_the_difference_of_totals_agree(clock):
 class _Instead(_Wrapper):
     """A method that does its slow original's work in half the time."""
 
-    def __init__(self, norm) -> None:
-        self.work = norm.forward
-        super().__init__(self.slow)
-
-    def slow(self, x):
-        _Delay()(None, None, None)
-        return self.work(x)
+    does_without_original = True
 
     def __call__(self, x):
-        if isinstance(time.perf_counter, _VirtualClock):
-            time.perf_counter.now += DELAY / 2
-        return self.work(x)
+        time.perf_counter.now += DELAY / 2
+        return x
 
 
-def test_the_original_that_was_not_run_is_taken_off(clock):
+def test_what_the_bare_model_spends_in_the_same_places_is_known(clock):
+    """The stopwatches themselves where the original is called, and the original where it is not."""
     setup = _setup()
-    runner = Runner(setup, models.twin(setup.merged))
-    norm = runner.model.model.norm
-    norm.forward = wrapper = _Instead(norm)
-    with attribution.attributing(runner.model, (__name__,)) as ledger:
+    bare, runner = Runner(setup, models.twin(setup.merged)), _Delayed(setup)
+    slow = bare.model.model.norm.forward
+    bare.model.model.norm.forward = lambda x: _Delay()(None, None, None) or slow(x)
+    runner.model.model.norm.forward = _Instead(slow)
+    zero = dict.fromkeys(attribution.HOOK_DICTS, 0.0)
+    contents = dict(vars(bare.model.model.norm))
+    with (
+        attribution.mirroring(bare.model, runner.model, (__name__,)) as nothing,
+        attribution.attributing(runner.model, (__name__,)) as ledger,
+    ):
         outputs(runner, decode=False)
-        spent = ledger.seconds(dict.fromkeys(attribution.HOOK_DICTS, 0.0))
-    assert spent == pytest.approx(-DELAY / 2, rel=0.01)
-    assert norm.forward is wrapper
+        outputs(bare, decode=False)
+    assert ledger.seconds(zero) == pytest.approx(3.5 * DELAY, rel=0.01)
+    assert nothing.seconds(zero) == pytest.approx(DELAY, rel=0.01)
+    assert dict(vars(bare.model.model.norm)) == contents
+    assert not any(block._forward_hooks for block in models.blocks(bare.model))
 
 
 def test_the_cost_of_calling_a_hook_is_added_for_every_call(clock):
