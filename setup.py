@@ -69,7 +69,8 @@ def _cpu_library() -> Library:
 
 
 def _cuda_library() -> Library:
-    sources = {"csrc/cuda/forward.cu": [], "csrc/cuda/backward.cu": [], "python_bindings/cuda.cpp": []}
+    kernels = ("forward", "forward_norm", "backward")
+    sources = {f"csrc/cuda/{name}.cu": [] for name in kernels} | {"python_bindings/cuda.cpp": []}
     flags = ["-Icsrc/cuda", "-DUSE_CUDA", "-fvisibility=hidden"]
     return Library("reft_kernels_cuda", sources, flags, ["-ltorch_cpu", "-ltorch_cuda"], cuda=True)
 

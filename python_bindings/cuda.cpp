@@ -10,7 +10,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -87,6 +89,9 @@ Rows rows_of(const Tensor& tensor, const char* name) {
       ": its last dimension must be contiguous and the others collapse to rows with one stride "
       "(h.view(-1, d) must work); shape was ",
       shape_of(tensor), ". Use intervene, or h.contiguous()");
+  STD_TORCH_CHECK(rows.d <= kMaxWidth && rows.matrix.stride <= kMaxStride, name,
+                  ": a row has at most ", kMaxWidth, " elements, and begins at most ", kMaxStride,
+                  " after the one before; were ", rows.d, " and ", rows.matrix.stride);
   rows.matrix.data = const_cast<void*>(tensor.const_data_ptr());
   return rows;
 }
@@ -118,6 +123,7 @@ struct Tensors {
 
 void check_apart(const Rows& h, const Tensor& other, int64_t element, const char* name) {
   const char* first = static_cast<const char*>(h.matrix.data);
+  if (h.count == 0) return;
   const char* last = first + ((h.count - 1) * h.matrix.stride + h.d) * bytes_of(h.dtype);
   const char* begin = static_cast<const char*>(other.const_data_ptr());
   STD_TORCH_CHECK(other.numel() == 0 || begin + other.numel() * element <= first || last <= begin,
@@ -163,35 +169,69 @@ void launched(const char* error, const char* kernel) {
   STD_TORCH_CHECK(error == nullptr, "the CUDA kernel ", kernel, " was not launched: ", error);
 }
 
-void run_forward(const Tensor& h, const ForwardCall& call) {
+// Runs one of the forward kernels on h's device and current stream.
+void run(const char* (*launch)(const ForwardCall&, cudaStream_t), const Tensor& h,
+         const ForwardCall& call) {
   const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
-  launched(launch_forward(call, current_stream(h)), "intervene");
+  launched(launch(call, current_stream(h)), "intervene");
+}
+
+// A call that edits h in place.
+ForwardCall editing(Tensor& h, const Tensors& t) {
+  const Rows view = rows_of(h, "h");
+  ForwardCall call;
+  fill(&call, h, view, t);
+  call.positions = t.rows.size(0);
+  call.h = {h.mutable_data_ptr(), view.matrix.stride};
+  STD_TORCH_CHECK(view.count <= 1 || view.matrix.stride >= view.d,
+                  "h: its rows overlap in memory (row stride ", view.matrix.stride, ", width ",
+                  view.d, "), so it can't be edited in place");
+  const int64_t element = bytes_of(call.pool.dtype);
+  check_apart(view, t.down, element, "down");
+  check_apart(view, t.up, element, "up");
+  check_apart(view, t.bias, 4, "bias");
+  check_apart(view, t.kind, 4, "kind");
+  check_apart(view, t.rows, 4, "rows");
+  check_apart(view, t.tiles, 4, "tiles");
+  check_apart(view, t.spans, 4, "spans");
+  return call;
 }
 
 void intervene_(Tensor h, const Tensor& down, const Tensor& up, const Tensor& bias,
                 const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans) {
-  const Rows view = rows_of(h, "h");
-  ForwardCall call;
-  fill(&call, h, view, {down, up, bias, kind, rows, tiles, spans});
-  if (view.count == 0 || call.tile_count == 0 || call.pool_rows == 0) return;
-  STD_TORCH_CHECK(view.count == 1 || view.matrix.stride >= view.d,
-                  "h: its rows overlap in memory (row stride ", view.matrix.stride, ", width ",
-                  view.d, "), so it can't be edited in place");
-  const int64_t element = bytes_of(call.pool.dtype);
-  check_apart(view, down, element, "down");
-  check_apart(view, up, element, "up");
-  check_apart(view, bias, 4, "bias");
-  check_apart(view, kind, 4, "kind");
-  check_apart(view, rows, 4, "rows");
-  check_apart(view, tiles, 4, "tiles");
-  check_apart(view, spans, 4, "spans");
-  call.h = view.matrix;
-  call.h.data = h.mutable_data_ptr();
-  run_forward(h, call);
+  run(launch_forward, h, editing(h, {down, up, bias, kind, rows, tiles, spans}));
 }
 
 Tensor contiguous_like(const Tensor& tensor) {
   return torch::stable::new_empty(tensor, tensor.sizes());
+}
+
+Tensor intervene_norm_(Tensor h, const Tensor& down, const Tensor& up, const Tensor& bias,
+                       const Tensor& kind, const Tensor& rows, const Tensor& tiles,
+                       const Tensor& spans, const Tensor& weight,
+                       const std::optional<Tensor>& shift, double eps, int64_t norm) {
+  constexpr int64_t kAll = kCentred | kPlusOne | kRound;
+  ForwardCall call = editing(h, {down, up, bias, kind, rows, tiles, spans});
+  const Rows view = rows_of(h, "h");
+  const auto vector = [&](const Tensor& tensor, const char* name) {
+    check(tensor, name, h, h.scalar_type(), 1, view.d, -1);
+    check_apart(view, tensor, bytes_of(view.dtype), name);
+    return tensor.const_data_ptr();
+  };
+  const void* const scale = vector(weight, "weight");
+  const void* const offset = shift ? vector(*shift, "shift") : nullptr;
+  STD_TORCH_CHECK((norm & ~kAll) == 0,
+                  "norm: must be a sum of RMS (0), CENTRED (1), PLUS_ONE (2) and ROUND (4), was ",
+                  norm);
+  STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0, "eps: must be finite and 0 or more, was ", eps);
+  // Which rows the plan names stands on the device; that it can't name all can be seen here.
+  STD_TORCH_CHECK(call.positions >= call.row_count, "rows: must name each of h's ", call.row_count,
+                  " rows, were ", call.positions);
+  Tensor out = contiguous_like(h);
+  call.norm = {scale, offset, out.mutable_data_ptr(), static_cast<float>(eps),
+               static_cast<int32_t>(norm)};
+  run(launch_forward_norm, h, call);
+  return out;
 }
 
 Tensor intervene(const Tensor& h, const Tensor& down, const Tensor& up, const Tensor& bias,
@@ -202,9 +242,10 @@ Tensor intervene(const Tensor& h, const Tensor& down, const Tensor& up, const Te
   const Rows view = rows_of(out, "h");
   ForwardCall call;
   fill(&call, h, view, {down, up, bias, kind, rows, tiles, spans});
+  call.positions = rows.size(0);
   torch::stable::copy_(out, h);
   call.h = view.matrix;
-  run_forward(h, call);
+  run(launch_forward, h, call);
   return out;
 }
 
@@ -267,6 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CUDA, library) {
   library.impl("intervene_.native", TORCH_BOX(&reft::cuda::intervene_));
+  library.impl("intervene_norm_.native", TORCH_BOX(&reft::cuda::intervene_norm_));
   library.impl("intervene.native", TORCH_BOX(&reft::cuda::intervene));
   library.impl("intervene_backward.native", TORCH_BOX(&reft::cuda::intervene_backward));
 }

@@ -5,6 +5,7 @@ What this can't show (races, memory orders, real tensor cores) is what tests/gpu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -12,8 +13,9 @@ import pathlib
 
 import hypothesis
 import pytest
+import torch
 from support import cuda_emulator, oracle
-from support.calls import backward, gradient_like, in_place
+from support.calls import backward, gradient_like, in_place, norm_of, normed_in_place
 from support.cases import DTYPES, HALF, Spec, build, same_bits
 
 from reft_kernels import ops
@@ -36,7 +38,7 @@ def _module(name: str):
 def _properties() -> list:
     """The tests of values and bits."""
     found = []
-    for name in ("test_forward", "test_invariance", "test_backward"):
+    for name in ("test_forward", "test_invariance", "test_norm", "test_backward"):
         for key, value in vars(_module(name)).items():
             if key.startswith("test_") and not getattr(value, "pytestmark", None):
                 # Autograd is registered for the real ops.
@@ -54,16 +56,17 @@ def emulated(tmp_path_factory: pytest.TempPathFactory):
     hypothesis.settings.load_profile(NAME)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ops.INTERVENE_, NAME, kernels.intervene_)
+        patch.setitem(ops.INTERVENE_NORM_, NAME, kernels.intervene_norm_)
         patch.setitem(ops.INTERVENE, NAME, kernels.intervene)
         patch.setitem(ops.INTERVENE_BACKWARD, NAME, kernels.intervene_backward)
         yield kernels
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", "blocks"])
+@pytest.mark.parametrize("multiprocessors", [cuda_emulator.MANY, 0], ids=["clusters", "blocks"])
 @pytest.mark.parametrize("holds", _properties(), ids=lambda holds: holds.__name__)
-def test_property(holds, clusters: bool, emulated) -> None:
-    emulated.clusters = clusters
+def test_property(holds, multiprocessors: int, emulated) -> None:
+    emulated.multiprocessors = multiprocessors
     holds(NAME, "cpu")
 
 
@@ -74,22 +77,56 @@ def _spec(dtypes, d: int, ranks: tuple[int, ...], count: int = 21, **changes) ->
     return Spec(dtypes=dtypes, d=d, ranks=ranks, **(plain | fixed | changes))
 
 
+@pytest.mark.parametrize("norm", range(1 + sum(ops.Norm)))
+def test_every_norm(norm: int, emulated) -> None:
+    emulated.multiprocessors = cuda_emulator.MANY
+    _module("test_norm").test_every_norm_with_and_without_shift(NAME, "cpu", norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_norms_rounding(dtype: torch.dtype, emulated) -> None:
+    emulated.multiprocessors = cuda_emulator.MANY
+    _module("test_norm").test_rounding_before_the_weight_is_llamas(NAME, "cpu", dtype)
+
+
+#: Of a chip: so few that a cluster gets fewer blocks than it could, and 0 for one without clusters.
+CHIPS = (cuda_emulator.MANY, 6, 3, 2, 1, 0)
+
+
+@pytest.mark.parametrize("count", [9, 40], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [512, 1032, 4096])
-def test_a_cluster_sums_as_one_block_does(dtypes, d: int, emulated) -> None:
-    case = build(_spec(dtypes, d, (8, 3, 20), count=9))
-    results = []
-    for emulated.clusters in (True, False):
-        results.append((in_place(case, NAME).h, *backward(case, gradient_like(case), NAME)))
-    for one, other in zip(*results):
-        assert same_bits(one, other)
+@pytest.mark.parametrize("d", [1032, 4096])
+def test_a_cluster_sums_as_one_block_does(dtypes, d: int, count: int, emulated) -> None:
+    """Whatever its size: the bits of h, of the norm and of the gradients."""
+    case = build(_spec(dtypes, d, (8, 3, 20) if count < 20 else (8,), count=count))
+    results, sizes = [], set()
+    for emulated.multiprocessors in CHIPS:
+        after, out = normed_in_place(case.covered(), NAME, norm_of(case)._replace(norm=ops.Norm.CENTRED))
+        sizes.add(emulated.cluster)
+        results.append((in_place(case, NAME).h, after.h, out, *backward(case, gradient_like(case), NAME)))
+    assert sizes == ({1, 2, 4} if d == 1032 else {1, 2, 4, 8})
+    for other in results[1:]:
+        for one, it in zip(results[0], other):
+            assert same_bits(one, it)
+
+
+def test_both_tile_forms_give_the_same_bits(emulated) -> None:
+    """Eight rows at once where tiles have few, else sixteen; the plan's padding decides here."""
+    emulated.multiprocessors = cuda_emulator.MANY
+    for dtypes in HALF:
+        case = build(_spec(dtypes, 1032, (8, 3, 20), count=40))
+        rows = torch.cat([case.rows, case.rows.new_full((1000,), -1)])
+        other = dataclasses.replace(case, rows=rows)
+        few = dataclasses.replace(case, tiles=torch.cat([case.tiles, case.tiles.new_zeros(100, 3)]))
+        results = [in_place(it, NAME).storage for it in (other, few)]
+        assert same_bits(*results)
 
 
 @pytest.mark.parametrize("dtypes", [HALF[0], DTYPES[0]], ids=str)
 @pytest.mark.parametrize("rank", [70, 300, 1500])
 def test_high_ranks(dtypes, rank: int, emulated) -> None:
     """More pool rows than p and v are kept for, than values fit of 16 rows, than values fit of 4."""
-    emulated.clusters = True
+    emulated.multiprocessors = cuda_emulator.MANY
     case = build(_spec(dtypes, 72, (rank,), count=18 if rank < 1000 else 5, scale=0.1))
     _module("test_forward").assert_equals_oracle(case, in_place(case, NAME).h)
     grad = gradient_like(case)
@@ -105,7 +142,7 @@ def test_high_ranks(dtypes, rank: int, emulated) -> None:
 @pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
 def test_rows_beyond_h_are_skipped(dtypes, emulated) -> None:
     """A static plan may name rows that this forward's h does not have."""
-    emulated.clusters = True
+    emulated.multiprocessors = cuda_emulator.MANY
     case = build(_spec(dtypes, 64, (4,), count=12))
     all_rows, short = in_place(case, NAME), case.copy()
     short.h = short.h[:7]

@@ -13,11 +13,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "csrc" / "cuda"
-SOURCES = ("forward", "backward")
+SOURCES = ("forward", "forward_norm", "backward")
 
 #: Most registers of a thread, by kernel: so many that the blocks fit on a multiprocessor (65536 registers)
-#: as often as its launch bounds ask for.
+#: as often as its launch bounds ask for. Of the tiles with 8 rows at once, on Hopper.
 REGISTERS = {"forward_tiles": 128, "forward_rows": 255, "backward_rows": 255, "backward_pool": 255}
+OF_EIGHT_ROWS = {False: 64, True: 80}  # without the norm, with it
 
 #: Bytes that sm_90 and later keep for the system in each block; the kernels' own memory is dynamic.
 RESERVED = 1024
@@ -57,11 +58,11 @@ def _cubin(source: str, arch: str) -> pathlib.Path:
 
 
 def _kernel(symbol: str) -> str:
-    """_ZN4reft4cuda12forward_rowsINS_4HalfEfLb1ELb1EEEv… → forward_rows<Half, float, 1, 1>"""
+    """_ZN4reft4cuda12forward_rowsINS_4HalfEfLb1ELb1ELb0EEEv… → forward_rows<Half, float, 1, 1, 0>"""
     name = re.search(r"(?:forward|backward)_(?:tiles|rows|pool)", symbol)[0]
     arguments = re.search(name + r"I(.*?)EEv", symbol)[1].replace("NS_4HalfE", "h").replace("NS_4Bf16E", "b")
     arguments = re.sub(r"S\d?_", "", arguments)  # a repeated type
-    found = re.findall(r"Lb(\d)|(h|b|f)", arguments)
+    found = re.findall(r"L[bi](\d+)|(h|b|f)", arguments)
     names = {"h": "Half", "b": "Bf16", "f": "float"}
     return f"{name}<{', '.join(flag or names[letter] for flag, letter in found)}>"
 
@@ -87,23 +88,32 @@ def _inspect(arch: str) -> dict[str, dict]:
     return kernels
 
 
-def _check(name: str, kernel: dict) -> None:
+def _flags(name: str) -> tuple[str, list[str]]:
+    """The kernel's own name, and its numbers: tiles <rows at once, one unit, aligned, norm>, rows <one unit,
+    aligned, norm>, backward_rows <aligned>."""
+    return name.split("<")[0], re.findall(r"\b\d+", name.split("<")[1])
+
+
+def _check(name: str, kernel: dict, arch: str) -> None:
     code = kernel["code"]
+    form, flags = _flags(name)
     assert len(code) > 100
     assert kernel["STACK"] == kernel["LOCAL"] == 0, kernel["STACK"]
     assert not [op for op in code if re.match(r"(LDL|STL)\b", op)]
     assert not [op for op in code if re.match(r"(ATOM|ATOMG|RED|REDG)\b", op)]
-    assert kernel["REG"] <= REGISTERS[name.split("<")[0]]
+    most = OF_EIGHT_ROWS[flags[3] == "1"] if flags[:1] == ["8"] and arch == "90a" else REGISTERS[form]
+    assert kernel["REG"] <= most
     assert kernel["SHARED"] <= RESERVED
     wide = [op for op in code if op.startswith("LDG.E") and ".128" in op]
-    aligned = name.endswith(" 1>")
+    aligned = flags[-2:][0] == "1" if form != "backward_pool" else False
     assert bool(wide) == aligned
     assert bool([op for op in code if op.startswith("STG.E") and ".128" in op]) == aligned
-    assert bool([op for op in code if op.startswith("HMMA")]) == name.startswith("forward_tiles")
+    assert bool([op for op in code if op.startswith("HMMA")]) == (form == "forward_tiles")
 
 
-#: 3 forms of the rows and the tiles, aligned and not of the backward, the pool's gradient; by dtypes.
-COUNT = 3 * 3 + 2 * 3 + 5 * 2 + 5
+#: The tiles (8 and 16 rows) and the rows in 3 forms, all with and without the norm; aligned and not of the
+#: backward; the pool's gradient; by dtypes.
+COUNT = 2 * (2 * 3 * 2 + 3 * 3) + 5 * 2 + 5
 
 
 def _check_all(arch: str) -> dict[str, dict]:
@@ -111,7 +121,7 @@ def _check_all(arch: str) -> dict[str, dict]:
     assert len(kernels) == COUNT
     for name, kernel in kernels.items():
         try:
-            _check(name, kernel)
+            _check(name, kernel, arch)
         except AssertionError as error:
             raise AssertionError(f"{name} for sm_{arch}: {error}") from error
     return kernels
@@ -129,15 +139,27 @@ def test_kernels_for_hopper(hopper: dict[str, dict]) -> None:
         assert clustered == (not name.startswith("backward_pool")), name
 
 
+@pytest.mark.parametrize("norm", [0, 1])
 @pytest.mark.parametrize("dtype", ["Bf16", "Half"])
 def test_all_loads_of_a_step_are_under_way_before_the_first_product(
-    hopper: dict[str, dict], dtype: str
+    hopper: dict[str, dict], dtype: str, norm: int
 ) -> None:
-    """Of h (2 rows) and U and D, 16 bytes each: 8 loads before the first tensor-core instruction."""
-    code = hopper[f"forward_tiles<{dtype}, 1, 1>"]["code"]
-    first = next(i for i, op in enumerate(code) if op.startswith("HMMA"))
-    loads = [op for op in code[:first] if op.startswith("LDG.E") and ".128" in op]
-    assert len(loads) == 8
+    """Of D, of U and of h (8 or 16 rows), two times 16 bytes each or four."""
+    for slots, wanted in ((8, 2 + 2 + 2), (16, 2 + 2 + 4)):
+        code = hopper[f"forward_tiles<{dtype}, {slots}, 1, 1, {norm}>"]["code"]
+        first = next(i for i, op in enumerate(code) if op.startswith("HMMA"))
+        loads = [op for op in code[:first] if op.startswith("LDG.E") and ".128" in op]
+        assert len(loads) == wanted
+
+
+def test_no_block_waits_for_its_stores_before_it_ends(hopper: dict[str, dict]) -> None:
+    """A fence of the whole GPU stands at each meeting of the cluster, none at its end."""
+    for name, kernel in hopper.items():
+        code = kernel["code"]
+        last = max((i for i, op in enumerate(code) if op.startswith("UCGABAR_ARV")), default=0)
+        stores = [i for i, op in enumerate(code[:last]) if op.startswith("STG")]
+        if last:
+            assert not [op for op in code[stores[-1] : last] if op.startswith("MEMBAR")], name
 
 
 @pytest.mark.slow

@@ -8,12 +8,13 @@
 // rows and 64 columns, the segments that own some of them, in order: segments may share pool rows,
 // and each sum has one place, so there are no atomics. All sums are float32 in a fixed order.
 #include "activation.cuh"
-#include "sums.cuh"
+#include "sizes.cuh"
 
 namespace reft::cuda {
 namespace {
 
 constexpr int kRowWarps = kUnit / (32 * 8);
+constexpr int kRowBlocks = 4;                  // a multiprocessor
 constexpr int kPairs = 2;                      // rows at a time
 constexpr int kRowSums = kPairs * 2 * kChunk;  // z and w
 using RowSums = Sums<kRowWarps, kRowSums>;
@@ -111,21 +112,21 @@ __device__ void differentiate(const BackwardCall& call, const RowSums& sums, int
 }
 
 template <class H, class P, bool kAligned>
-__global__ void __launch_bounds__(kRowWarps * 32, 4)
-    backward_rows(const BackwardCall call, int cluster, int room) {
-  const Tile tile = call.plan.tiles[blockIdx.x / cluster];
+__global__ void __launch_bounds__(kRowWarps * 32, kRowBlocks)
+    backward_rows(const BackwardCall call, int shift, int room) {
+  const Tile tile = call.plan.tiles[blockIdx.x >> shift];
   if (tile.count <= 0) return;
-  const Span span = call.plan.spans[tile.segment];
+  const Span span = range_of(call.plan, tile);
   if (span.rank <= 0) return;
   const int fit = room / padded(span.rank);
   if (fit == 0) stop_kernel();
-  const RowSums sums(call.d, cluster);
+  const RowSums sums(call.d, shift);
   int turn = 0;
   for (int done = 0; done < tile.count; done += kPairs) {
     differentiate<H, P, kAligned>(call, sums, int64_t{tile.start} + done, tile.count - done, span,
                                   turn);
   }
-  sync_cluster(cluster);  // another block may still read this one's sums
+  leave_cluster(1 << shift);  // another block may still read this one's sums
 }
 
 constexpr int kPoolWarps = 8;     // each takes every eighth row of a segment
@@ -277,15 +278,15 @@ const char* run_rows(const BackwardCall& call, cudaStream_t stream) {
                     aligned(call.hs.data, call.hs.stride, d, h) &&
                     aligned(call.dh.data, call.dh.stride, d, h) &&
                     aligned(call.pool.down, d, d, p) && aligned(call.pool.up, d, d, p);
-  const int cluster = cluster_size(d);
+  const int shift = cluster_shift(d, call.tile_count, kRowBlocks);
   const int64_t room = value_room(call.pool_rows);
-  const Launch how{call.tile_count * cluster,
+  const Launch how{call.tile_count << shift,
                    1,
                    kRowWarps * 32,
-                   cluster,
-                   sums_bytes<kRowWarps, kRowSums>(d, cluster, kPairs * room),
+                   1 << shift,
+                   sums_bytes<kRowWarps, kRowSums>(d, shift, kPairs * room),
                    stream};
-  return launch(wide ? backward_rows<H, P, true> : backward_rows<H, P, false>, how, call, cluster,
+  return launch(wide ? backward_rows<H, P, true> : backward_rows<H, P, false>, how, call, shift,
                 static_cast<int>(room));
 }
 

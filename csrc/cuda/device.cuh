@@ -41,6 +41,14 @@ __device__ inline void store16(const uint32_t* from, void* to) {
                : "memory");
 }
 
+// Starts to bring memory into L2: `bytes` and the address divisible by 16.
+__device__ inline void prefetch_l2(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
+               "r"(bytes));
+#endif
+}
+
 __device__ inline float shuffle_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
@@ -93,6 +101,16 @@ __device__ inline void sync_cluster(int blocks) {
   __syncthreads();
 }
 
+// No block of the cluster goes on, or ends, before all have come here. Nothing is made visible.
+__device__ inline void leave_cluster(int blocks) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks > 1) {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+    asm volatile("barrier.cluster.wait.aligned;");
+  }
+#endif
+}
+
 // A float of a block's shared memory, at the address that it has in this block. A block by itself
 // is a cluster of one.
 __device__ inline float load_cluster(const float* mine, int block) {
@@ -118,12 +136,20 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// Whether the current device has clusters of thread blocks.
-inline bool has_clusters() {
+struct Chip {
+  int multiprocessors;
+  bool clusters;  // of thread blocks
+};
+
+inline Chip current_chip() {
   int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
+  Chip chip{1, false};
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&chip.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    chip.clusters = major >= 9;
+  }
+  return chip;
 }
 
 template <class... Arguments>

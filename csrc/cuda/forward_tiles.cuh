@@ -1,21 +1,21 @@
-// The forward kernel on tensor cores, for pools of h's own 16-bit dtype: 16 rows of h that share a
-// range at a time, or one. A product's lanes without a row cost no bytes, and bytes and latency are
-// what a step waits for; so this form serves decode and prefill, and a row has the same bits in
-// both.
+// The forward kernel on tensor cores, for pools of h's own 16-bit dtype: 8 or 16 rows of h that
+// share a range at a time, or one. A product's lanes without a row cost no bytes, and bytes and
+// latency are what a step waits for; so this form serves decode and prefill, and a row has the same
+// bits in both, wherever it lies among the rows of a product.
 //
 // A warp owns 64 columns. A sum over columns may take them in any order that both operands share,
 // and so may the columns of a result: the orders here are such that every thread reads and writes
-// 16 bytes at a time, and holds in the second product the columns of h that it read for the first.
+// 16 bytes at a time. The second product has the columns of h as its rows and the rows of h as its
+// columns, of which there may be eight. So a thread reads h twice, as operand of the first product
+// and where the result of the second will lie.
 #pragma once
 
 #include "activation.cuh"
-#include "sums.cuh"
+#include "norm.cuh"
 
 namespace reft::cuda {
 
 constexpr int kTileWarps = kUnit / 64;
-constexpr int kTileSums = kTile * kChunk;
-using TileSums = Sums<kTileWarps, kTileSums>;
 
 // x in two parts that TF32 holds, together to 22 bits. What is not finite is all in the first.
 __device__ inline void split(float x, float* high, float* low) {
@@ -24,135 +24,158 @@ __device__ inline void split(float x, float* high, float* low) {
   if (!(fabsf(x) <= 3.4028235e38f)) *high = x, *low = 0.0f;
 }
 
-// Edits `count` ≤ 16 rows of a tile. kOne: each block has one unit, so all of its loads (of h and
-// of the first pool rows) are under way before the first product.
-template <class T, bool kOne, bool kAligned>
-__device__ void edit_tile(const ForwardCall& call, const TileSums& sums, const int32_t* rows,
-                          int count, Span span, int& turn) {
-  const T* down = static_cast<const T*>(call.pool.down) + span.first * call.d;
-  const T* up = static_cast<const T*>(call.pool.up) + span.first * call.d;
-  const int width = padded(span.rank);
-  const int thread = threadIdx.x, warp = thread / 32;
-  const int group = thread % 32 / 4, lane = thread % 4;  // g and t of mma16 and mma8_tf32
-  float* const values = sums.values();                   // [16, width]
+// Edits `count` ≤ kSlots rows of a tile. kOne: each block has one unit, so all of its loads (of h
+// and of the first pool rows) are under way before the first product.
+template <class T, int kSlots, bool kOne, bool kAligned, bool kNorm>
+struct Tiles {
+  using Layout = TileLayout<kSlots>;
+  static constexpr int kEights = kSlots / 8, kSums = kSlots * kChunk;
+  using TileSums = Sums<kTileWarps, kSums>;
+  using TileRows = Held<T, Layout, kAligned>;
 
-  T* row[2];  // rows g and g + 8
-  bool live[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t index = group + 8 * i < count ? rows[group + 8 * i] : -1;
-    live[i] = index >= 0 && index < call.row_count;
-    row[i] = static_cast<T*>(call.h.data) + (live[i] ? index * call.h.stride : 0);
-  }
-  Eight<T> x[2][2], pool_up[2];  // x: two rows, columns 16 t and 16 t + 8
-  const auto load_x = [&](int64_t col) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = col + 16 * lane + 8 * half;
-        x[i][half].template load<kAligned>(row[i] + at, call.d - at, live[i]);
-      }
-    }
-  };
-  const auto load_up = [&](int64_t col, int begin) {  // pool rows t and t + 4, columns 8 g
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = begin + lane + 4 * half;
-      const int64_t at = col + 8 * group;
-      pool_up[half].template load<kAligned>(up + r * call.d + at, call.d - at, r < span.rank);
-    }
-  };
+  static __device__ void edit(const ForwardCall& call, const TileSums& sums, const int32_t* rows,
+                              int count, Span span, int& turn) {
+    const T* down = static_cast<const T*>(call.pool.down) + offset(span.first, call.d);
+    const T* up = static_cast<const T*>(call.pool.up) + offset(span.first, call.d);
+    const int width = padded(span.rank);
+    const int thread = threadIdx.x, warp = thread / 32;
+    const int group = thread % 32 / 4, lane = thread % 4;  // g and t of mma16 and mma8_tf32
+    float* const values = sums.values();                   // [kSlots, width]
 
-  for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
-    const Bend bend(call.pool, span, begin + thread % kChunk);
-    for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
-      const int64_t col = int64_t{unit} * kUnit + warp * 64;
-      Eight<T> pool[2];  // pool row g, columns 16 t and 16 t + 8
+    TileRows held(call, rows, count);
+    int row[kEights];  // rows g and g + 8
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) row[i] = row_of(call, rows, count, group + 8 * i);
+    Eight<T> pool_up[2];
+    const auto load_up = [&](int unit, int begin) {  // pool rows t and t + 4, columns 8 g
+      const int col = Layout::column(unit);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = col + 16 * lane + 8 * half;
-        pool[half].template load<kAligned>(down + (begin + group) * call.d + at, call.d - at,
-                                           begin + group < span.rank);
+        const int r = begin + lane + 4 * half;
+        pool_up[half].template load<kAligned>(up + offset(r, call.d) + col, width_of(call) - col,
+                                              r < span.rank);
       }
-      if (!kOne || begin == 0) load_x(col);
-      if (kOne && begin == 0) load_up(col, 0);
-      float z[4] = {};
+    };
+
+    for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
+      const Bend bend(call.pool, span, begin + thread % kChunk);
+      if (!kOne && kAligned) sums.prefetch(down, up, begin, span.rank, width_of(call));
+      for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
+        Eight<T> pool[2], x[kEights][2];  // columns 16 t and 16 t + 8 of pool row g, of the rows
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < 2; ++half) {
+          const int col = unit * kUnit + warp * 64 + 16 * lane + 8 * half;
+          pool[half].template load<kAligned>(down + offset(begin + group, call.d) + col,
+                                             width_of(call) - col, begin + group < span.rank);
 #pragma unroll
-        for (int w = 0; w < 4; w += 2) {
-          const uint32_t a[4] = {x[0][half].words[w], x[1][half].words[w], x[0][half].words[w + 1],
-                                 x[1][half].words[w + 1]};
-          const uint32_t b[2] = {pool[half].words[w], pool[half].words[w + 1]};
-          mma16(z, a, b, T{});
+          for (int i = 0; i < kEights; ++i) {
+            x[i][half].template load<kAligned>(row_at<T>(call.h, row[i]) + col,
+                                               width_of(call) - col, row[i] >= 0);
+          }
         }
-      }
+        if (kOne && begin == 0) load_up(unit, 0);
+        float z[4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums.warp(warp)[(group + i / 2 * 8) * kChunk + 2 * lane + i % 2] = z[i];
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int w = 0; w < 4; w += 2) {
+            uint32_t a[4] = {};
+#pragma unroll
+            for (int i = 0; i < kEights; ++i) {
+              a[i] = x[i][half].words[w], a[i + 2] = x[i][half].words[w + 1];
+            }
+            const uint32_t b[2] = {pool[half].words[w], pool[half].words[w + 1]};
+            mma16(z, a, b, T{});
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kEights; ++i) {
+          sums.warp(warp)[(group + i / 2 * 8) * kChunk + 2 * lane + i % 2] = z[i];
+        }
+        // From L1, while the sums meet.
+        if (kOne && begin == 0) held.load(call.h, unit, width_of(call));
+        sums.close_unit(unit, turn);
       }
-      sums.close_unit(unit, turn);
+      sync_cluster(sums.blocks);
+      if (thread < kSums && thread / kChunk < count) {
+        values[thread / kChunk * width + begin + thread % kChunk] = bend(sums.total(thread, turn));
+      }
     }
-    sync_cluster(sums.blocks);
-    if (thread < kTileSums && thread / kChunk < count) {
-      values[thread / kChunk * width + begin + thread % kChunk] = bend(sums.total(thread, turn));
-    }
-  }
-  sync_block();
+    sync_block();
 
-  for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
-    const int64_t col = int64_t{unit} * kUnit + warp * 64;
-    if (!kOne) load_x(col);
-    float delta[8][4] = {};
-    for (int begin = 0; begin < span.rank; begin += kChunk) {
-      if (!kOne || begin > 0) load_up(col, begin);
-      float high[4], low[4];  // rows g and g + 8 of pool row t, then of t + 4
+    const NormPass<TileRows, TileSums, kOne> norm{call, sums, held, turn};
+    for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
+      if (!kOne || (kNorm && span.rank == 0)) held.load(call.h, unit, width_of(call));
+      if (!kNorm || span.rank > 0) {
+        float delta[kEights][4][4] = {};
+#pragma unroll 1
+        for (int begin = 0; begin < span.rank; begin += kChunk) {
+          if (!kOne || begin > 0) load_up(unit, begin);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int slot = group + i % 2 * 8;
-        const float v = slot < count ? values[slot * width + begin + lane + i / 2 * 4] : 0.0f;
-        split(v, &high[i], &low[i]);
-      }
+          for (int i = 0; i < kEights; ++i) {
+            const int slot = group + 8 * i;
+            float high[2], low[2];  // of pool rows t and t + 4
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {  // columns c, 8 + c, …, 56 + c
-        const float b0 = pool_up[0][c], b1 = pool_up[1][c];
-        mma8_tf32(delta[c], low, b0, b1);
-        mma8_tf32(delta[c], high, b0, b1);
+            for (int half = 0; half < 2; ++half) {
+              const float v = slot < count ? values[slot * width + begin + lane + 4 * half] : 0.0f;
+              split(v, &high[half], &low[half]);
+            }
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {  // columns 8 g + 2 c and 8 g + 2 c + 1
+              const float a[4] = {pool_up[0][2 * c], pool_up[0][2 * c + 1], pool_up[1][2 * c],
+                                  pool_up[1][2 * c + 1]};
+              mma8_tf32(delta[i][c], a, low[0], low[1]);
+              mma8_tf32(delta[i][c], a, high[0], high[1]);
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kEights; ++i) {
+          Eight<T>& out = held.x[i];
+#pragma unroll
+          for (int c = 0; c < 8; ++c) {
+            round_to(out[c] + delta[i / 2][c / 2][c % 2 * 2 + i % 2], &out.values[c]);
+          }
+        }
+        held.store(call.h, unit, width_of(call));
       }
+      if (kNorm) norm.add_unit(unit);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Eight<T>& out = x[i][half];
-#pragma unroll
-        for (int c = 0; c < 8; ++c) round_to(out[c] + delta[c][2 * i + half], &out.values[c]);
-        const int64_t at = col + 16 * lane + 8 * half;
-        if (live[i]) out.template store<kAligned>(row[i] + at, call.d - at);
-      }
-    }
+    if (kNorm) norm.write();
   }
+};
+
+// Blocks that a multiprocessor is to hold: as many as the compiler finds registers for without
+// spilling one. kSlots = 8 needs fewer, and kSlots = 16 reads a pool row half as often.
+constexpr int tile_blocks(int slots, bool norm) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 2;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 900
+  return slots == 8 ? 3 : 2;
+#else
+  return slots == 8 ? (norm ? 3 : 4) : 2;
+#endif
 }
 
-template <class T, bool kOne, bool kAligned>
-__global__ void __launch_bounds__(kTileWarps * 32, 2)
-    forward_tiles(const ForwardCall call, int cluster, int room) {
-  const Tile tile = call.plan.tiles[blockIdx.x / cluster];
+template <class T, int kSlots, bool kOne, bool kAligned, bool kNorm>
+__global__ void __launch_bounds__(kTileWarps * 32, tile_blocks(kSlots, kNorm))
+    forward_tiles(const ForwardCall call, int shift, int room) {
+  using Form = Tiles<T, kSlots, kOne, kAligned, kNorm>;
+  const Tile tile = call.plan.tiles[blockIdx.x >> shift];
   if (tile.count <= 0) return;
-  const Span span = call.plan.spans[tile.segment];
-  if (span.rank <= 0) return;
-  const int fit = room / padded(span.rank);
+  const Span span = range_of(call.plan, tile);
+  if (!kNorm && span.rank <= 0) return;
+  const int fit = span.rank > 0 ? room / padded(span.rank) : kSlots;
   if (fit == 0) stop_kernel();
-  const int step = fit < kTile ? fit : kTile;
-  const TileSums sums(call.d, cluster);
+  const int step = fit < kSlots ? fit : kSlots;
+  const typename Form::TileSums sums(call.d, shift);
   int turn = 0;
   for (int done = 0; done < tile.count; done += step) {
     const int left = tile.count - done;
-    edit_tile<T, kOne, kAligned>(call, sums, call.plan.rows + tile.start + done,
-                                 left < step ? left : step, span, turn);
+    Form::edit(call, sums, call.plan.rows + tile.start + done, left < step ? left : step, span,
+               turn);
   }
-  sync_cluster(cluster);  // another block may still read this one's sums
+  leave_cluster(1 << shift);  // another block may still read this one's sums
 }
 
 }  // namespace reft::cuda

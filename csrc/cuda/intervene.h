@@ -20,14 +20,28 @@ namespace reft::cuda {
 // a range is known on the device alone; a range beyond this stops the kernel with a trap.
 constexpr int64_t kMaxRank = 16384;
 
+// Elements of a row, and from the beginning of one to the next.
+constexpr int64_t kMaxWidth = int64_t{1} << 30, kMaxStride = (int64_t{1} << 32) - 1;
+
 // Columns of p and v that the first backward kernel keeps for the second, which computes them again
 // for ranges of a higher rank.
 constexpr int64_t kKept = 64;
+
+// The norm that follows an edit: weight and shift [d] of h's dtype, shift may be null.
+struct NextNorm {
+  const void* weight;
+  const void* shift;
+  void* out;  // [rows of h, d], contiguous
+  float eps;
+  int32_t kind;  // a sum of `Norm`
+};
 
 struct ForwardCall : Forward {
   int64_t row_count;  // rows of h; a plan row beyond them is skipped
   int64_t tile_count;
   int64_t pool_rows;
+  int64_t positions;  // rows that the plan names
+  NextNorm norm;      // for launch_forward_norm
 };
 
 struct BackwardCall : Backward {  // p, v: [n, kKept] or null where the pool needs no gradient
@@ -42,6 +56,9 @@ struct BackwardCall : Backward {  // p, v: [n, kKept] or null where the pool nee
 
 // Null, or what went wrong, by CUDA's own name for it.
 const char* launch_forward(const ForwardCall& call, cudaStream_t stream);
+
+// The same, and the norm of every row that the plan names, also in tiles that edit nothing.
+const char* launch_forward_norm(const ForwardCall& call, cudaStream_t stream);
 
 // dh of the edited rows, which must hold a copy of grad before, and p and v.
 const char* launch_backward_rows(const BackwardCall& call, cudaStream_t stream);

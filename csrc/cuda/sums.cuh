@@ -13,8 +13,16 @@ namespace reft::cuda {
 constexpr int kUnit = 512;
 constexpr int kChunk = 8;  // pool rows at a time
 constexpr int kLargestCluster = 8;
-// φ(D h + c) of at least this many pool rows of 16 rows of h fit in shared memory.
-constexpr int64_t kUsualRank = 256;
+
+// Widths, strides and rows fit in 32 bits (intervene.h), their products do not.
+template <class Call>
+__device__ int width_of(const Call& call) {
+  return static_cast<int>(call.d);
+}
+// Where a row begins, in elements.
+__device__ inline int64_t offset(int row, int64_t stride) {
+  return static_cast<int64_t>(uint64_t{static_cast<uint32_t>(row)} * static_cast<uint32_t>(stride));
+}
 
 // Eight columns of a row, as they lie in memory.
 template <class T>
@@ -28,7 +36,7 @@ struct Eight {
   // `left` columns are there from `from` on, those beyond are 0. kAligned: `from` is divisible by
   // 16 bytes and `left` by 8.
   template <bool kAligned>
-  __device__ void load(const T* from, int64_t left, bool live) {
+  __device__ void load(const T* from, int left, bool live) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = 0;
     if (kAligned) {
@@ -45,7 +53,7 @@ struct Eight {
   }
 
   template <bool kAligned>
-  __device__ void store(T* to, int64_t left) const {
+  __device__ void store(T* to, int left) const {
     if (kAligned) {
       if (left > 0) {
 #pragma unroll
@@ -95,74 +103,76 @@ __device__ float warp_total(float (&values)[N]) {
 // A block's share of a tile's units, and the shared memory in which sums meet.
 template <int kWarps, int N>
 struct Sums {
-  int units, block, blocks;
+  int units, block, blocks, shift;
   float* memory;
 
-  __device__ Sums(int64_t d, int cluster)
-      : units(static_cast<int>((d + kUnit - 1) / kUnit)),
-        block(static_cast<int>(blockIdx.x % cluster)),
-        blocks(cluster),
+  // The cluster has 2^shift blocks.
+  __device__ Sums(int64_t d, int shift)
+      : units((static_cast<int>(d) + kUnit - 1) / kUnit),
+        block(static_cast<int>(blockIdx.x) & ((1 << shift) - 1)),
+        blocks(1 << shift),
+        shift(shift),
         memory(shared_memory()) {}
 
-  __device__ int share() const { return (units + blocks - 1) / blocks; }
+  __device__ int share() const { return (units + blocks - 1) >> shift; }
   __device__ float* warp(int w) const { return memory + w * N; }
   // Two sets, taken in turns: other blocks may still read one while the other is written.
   __device__ float* unit(int u, int turn) const {
-    return memory + (kWarps + (turn % 2) * share() + u / blocks) * N;
+    return memory + (kWarps + (turn % 2) * share() + (u >> shift)) * N;
   }
   // Room for what a kernel makes of the sums.
   __device__ float* values() const { return memory + (kWarps + 2 * share()) * N; }
 
-  // Adds up the warps' values of unit u. The warps' memory is free afterwards.
+  // Adds up the warps' first kCount values of unit u. The warps' memory is free afterwards.
+  template <int kCount = N>
   __device__ void close_unit(int u, int turn) const {
+    static_assert(kCount <= kWarps * 32, "a thread adds up one value");
     sync_block();
-    for (int i = threadIdx.x; i < N; i += kWarps * 32) {
-      float sum = warp(0)[i];
+    if (threadIdx.x < kCount) {
+      float sum = warp(0)[threadIdx.x];
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) sum += warp(w)[i];
-      unit(u, turn)[i] = sum;
+      for (int w = 1; w < kWarps; ++w) sum += warp(w)[threadIdx.x];
+      unit(u, turn)[threadIdx.x] = sum;
     }
     sync_block();
   }
 
-  // The sum of value i over all units, once the cluster has met after close_unit.
+  // Brings into L2 what this block will read of eight pool rows [·, width] from `begin` on, where
+  // it has several units and reads them one by one: D of all but the first, and U.
+  template <class P>
+  __device__ void prefetch(const P* down, const P* up, int begin, int rank, int width) const {
+    const int lane = threadIdx.x, r = begin + lane % kChunk;
+    if (lane >= 2 * kChunk || r >= rank) return;
+    const P* from = (lane < kChunk ? down : up) + offset(r, width);
+    for (int u = block + (lane < kChunk ? blocks : 0); u < units; u += blocks) {
+      const int left = width - u * kUnit;
+      prefetch_l2(from + u * kUnit, (left < kUnit ? left : kUnit) * static_cast<int>(sizeof(P)));
+    }
+  }
+
+  // The sum of value i over all units, once the cluster has met after close_unit. Several loads are
+  // under way at a time: one from another block takes a good part of a microsecond.
   __device__ float total(int i, int turn) const {
-    float sum = load_cluster(unit(0, turn) + i, 0);
-    for (int u = 1; u < units; ++u) {
-      sum += load_cluster(unit(u, turn) + i, u % blocks);
+    float sum = 0.0f;
+    for (int begin = 0; begin < units; begin += kLargestCluster) {
+      float parts[kLargestCluster];
+#pragma unroll
+      for (int j = 0; j < kLargestCluster; ++j) {
+        const int u = begin + j;
+        parts[j] = u < units ? load_cluster(unit(u, turn) + i, u & (blocks - 1)) : -0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kLargestCluster; ++j) sum = begin + j == 0 ? parts[0] : sum + parts[j];
     }
     return sum;
   }
 };
 
-template <int kWarps, int N>
-int64_t sums_bytes(int64_t d, int cluster, int64_t values) {
-  const int64_t units = (d + kUnit - 1) / kUnit, share = (units + cluster - 1) / cluster;
-  return static_cast<int64_t>(sizeof(float)) * ((kWarps + 2 * share) * N + values);
-}
-
-// Blocks for the units of d: a power of two, 1 where the device has no clusters.
-inline int cluster_size(int64_t d) {
-  int size = 1;
-  if (has_clusters()) {
-    while (size < kLargestCluster && size * kUnit < d) size *= 2;
-  }
-  return size;
-}
-
-// Floats for the values of as many rows as fit: 16 of the usual rank, and one of any.
-inline int64_t value_room(int64_t pool_rows) {
-  const int64_t usual = kTile * kUsualRank;
-  const int64_t most = (pool_rows + kChunk - 1) / kChunk * kChunk;
-  return most < usual ? usual : most < kMaxRank ? most : kMaxRank;
+// A tile of segment −1 edits nothing.
+__device__ inline Span range_of(const Plan& plan, const Tile& tile) {
+  return tile.segment < 0 ? Span{0, 0} : plan.spans[tile.segment];
 }
 
 __device__ inline int padded(int rank) { return (rank + kChunk - 1) / kChunk * kChunk; }
-
-// Whether rows of d elements at `data` can be read 16 bytes at a time.
-inline bool aligned(const void* data, int64_t stride, int64_t d, int64_t element) {
-  return d % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element % 16 == 0;
-}
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 }  // namespace reft::cuda

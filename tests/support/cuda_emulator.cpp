@@ -4,7 +4,9 @@
 namespace reft::cuda {
 
 Machine machine;
-bool emulate_clusters = true;
+Chip emulated_chip;
+int launched_cluster;
+volatile int emulated_prefetch;
 
 namespace {
 
@@ -76,7 +78,7 @@ struct Tables {
   const void *down, *up;
   const float* bias;
   const int32_t *kind, *rows, *tiles, *spans, *offsets;
-  int64_t pool_dtype, pool_rows, tile_count, segments;
+  int64_t pool_dtype, pool_rows, tile_count, segments, positions;
 };
 
 static Pool pool_of(const Tables& t) {
@@ -86,20 +88,33 @@ static Plan plan_of(const Tables& t) {
   return {t.rows, reinterpret_cast<const Tile*>(t.tiles), reinterpret_cast<const Span*>(t.spans)};
 }
 
-extern "C" void emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d, int64_t dtype,
-                                 const Tables* t, int clusters) {
-  emulate_clusters = clusters != 0;
+// multiprocessors 0: of a chip without clusters.
+static void emulate(int multiprocessors) {
+  emulated_chip = {multiprocessors > 0 ? multiprocessors : 1, multiprocessors > 0};
+}
+
+// norm.out null: without the norm. Returns the blocks of a cluster.
+extern "C" int emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d, int64_t dtype,
+                                const Tables* t, const NextNorm* norm, int multiprocessors) {
+  emulate(multiprocessors);
   ForwardCall call;
   static_cast<Forward&>(call) = {
       {h, stride}, d, static_cast<Dtype>(dtype), pool_of(*t), plan_of(*t)};
   call.row_count = rows, call.tile_count = t->tile_count, call.pool_rows = t->pool_rows;
-  launch_forward(call, nullptr);
+  call.positions = t->positions, call.norm = *norm;
+  if (norm->out == nullptr) {
+    launch_forward(call, nullptr);
+  } else {
+    launch_forward_norm(call, nullptr);
+  }
+  return launched_cluster;
 }
 
 extern "C" void emulated_backward(const void* grad, int64_t stride, const void* hs, void* dh,
                                   int64_t rows, int64_t d, int64_t dtype, const Tables* t, float* p,
-                                  float* v, void* ddown, void* dup, float* dbias, int clusters) {
-  emulate_clusters = clusters != 0;
+                                  float* v, void* ddown, void* dup, float* dbias,
+                                  int multiprocessors) {
+  emulate(multiprocessors);
   BackwardCall call;
   static_cast<Backward&>(call) = {{const_cast<void*>(grad), stride},
                                   {const_cast<void*>(hs), d},

@@ -56,6 +56,7 @@ struct Machine {
   std::function<void()> body;
 };
 extern Machine machine;
+extern volatile int emulated_prefetch;
 
 #define threadIdx (::reft::cuda::machine.now->thread)
 #define blockIdx (::reft::cuda::machine.now->block)
@@ -117,6 +118,13 @@ inline void store16(const uint32_t* from, void* to) {
   memcpy(to, from, 16);
 }
 
+inline void prefetch_l2(const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || bytes <= 0)
+    throw std::runtime_error("unaligned prefetch");
+  emulated_prefetch = *static_cast<const volatile char*>(from) +
+                      static_cast<const volatile char*>(from)[bytes - 1];  // is there
+}
+
 inline float shuffle_xor(float x, int lanes) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   exchange().words[lane][0] = float_bits(x);
@@ -175,6 +183,7 @@ inline float* shared_memory() {
 }
 inline void sync_block() { meet(machine.blocks[machine.now->in_cluster]); }
 inline void sync_cluster(int) { meet(machine.cluster); }
+inline void leave_cluster(int) { meet(machine.cluster); }
 inline float load_cluster(const float* mine, int block) {
   const int64_t offset = mine - shared_memory();
   return reinterpret_cast<float*>(machine.shared[block].get())[offset];
@@ -190,13 +199,19 @@ struct Launch {
   cudaStream_t stream;
 };
 
-extern bool emulate_clusters;
-inline bool has_clusters() { return emulate_clusters; }
+struct Chip {
+  int multiprocessors;
+  bool clusters;
+};
+extern Chip emulated_chip;
+extern int launched_cluster;  // of the last launch
+inline Chip current_chip() { return emulated_chip; }
 
 void run_cluster(const Launch& how, int64_t first_block, int64_t column);
 
 template <class... Arguments>
 const char* launch(void (*kernel)(Arguments...), const Launch& how, Arguments... arguments) {
+  launched_cluster = how.cluster;
   machine.body = [=] { kernel(arguments...); };
   for (int64_t column = 0; column < how.columns; ++column) {
     for (int64_t block = 0; block < how.blocks; block += how.cluster) {

@@ -10,9 +10,13 @@ import subprocess
 import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
-SOURCES = ("csrc/cuda/forward.cu", "csrc/cuda/backward.cu", "tests/support/cuda_emulator.cpp")
+SOURCES = (
+    *(f"csrc/cuda/{name}.cu" for name in ("forward", "forward_norm", "backward")),
+    "tests/support/cuda_emulator.cpp",
+)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KEPT = 64
+MANY = 1000
 
 
 class Tables(ctypes.Structure):
@@ -20,6 +24,15 @@ class Tables(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("down", "up", "bias", "kind")),
         *((name, ctypes.c_void_p) for name in ("rows", "tiles", "spans", "offsets")),
         *((name, ctypes.c_int64) for name in ("pool_dtype", "pool_rows", "tile_count", "segments")),
+        ("positions", ctypes.c_int64),
+    ]
+
+
+class NextNorm(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "shift", "out")),
+        ("eps", ctypes.c_float),
+        ("kind", ctypes.c_int32),
     ]
 
 
@@ -42,22 +55,38 @@ def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 
 
 class Emulated:
-    """intervene_, intervene and intervene_backward. `clusters`: blocks share a tile, as from sm_90 on."""
+    """The ops. `multiprocessors`: of a chip with clusters of blocks, which share a tile; 0: without clusters.
+
+    On many multiprocessors a cluster has a block for each 512 columns, up to 8; on few it has fewer.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self.clusters = True
+        self.multiprocessors = MANY
+        self.cluster = 0  # blocks of one, in the last forward
 
     @staticmethod
     def _tables(pool, rows, tiles, spans, offsets=None) -> Tables:
         pointers = (_pointer(t) for t in (*pool, rows, tiles, spans, offsets))
-        return Tables(*pointers, DTYPES[pool[0].dtype], len(pool[0]), len(tiles), len(spans))
+        return Tables(*pointers, DTYPES[pool[0].dtype], len(pool[0]), len(tiles), len(spans), len(rows))
+
+    def _forward(self, h, tables: Tables, norm: NextNorm) -> None:
+        flat = h.view(-1, h.shape[-1])
+        sizes = [ctypes.c_int64(n) for n in (flat.stride(0), *flat.shape, DTYPES[h.dtype])]
+        pointers = (ctypes.byref(tables), ctypes.byref(norm))
+        self.cluster = self._library.emulated_forward(_pointer(h), *sizes, *pointers, self.multiprocessors)
 
     def intervene_(self, h, down, up, bias, kind, rows, tiles, spans) -> None:
-        flat = h.view(-1, h.shape[-1])
-        tables = self._tables((down, up, bias, kind), rows, tiles, spans)
-        sizes = [ctypes.c_int64(n) for n in (flat.stride(0), *flat.shape, DTYPES[h.dtype])]
-        self._library.emulated_forward(_pointer(h), *sizes, ctypes.byref(tables), int(self.clusters))
+        self._forward(h, self._tables((down, up, bias, kind), rows, tiles, spans), NextNorm())
+
+    def intervene_norm_(
+        self, h, down, up, bias, kind, rows, tiles, spans, weight, shift, eps, norm
+    ) -> torch.Tensor:
+        # NaN: every element must be written.
+        out = torch.full(h.shape, torch.nan, dtype=h.dtype)
+        next_norm = NextNorm(_pointer(weight), _pointer(shift), _pointer(out), eps, norm)
+        self._forward(h, self._tables((down, up, bias, kind), rows, tiles, spans), next_norm)
+        return out
 
     def intervene(self, h, down, up, bias, kind, rows, tiles, spans, offsets):
         out = h.clone(memory_format=torch.contiguous_format)
@@ -77,7 +106,7 @@ class Emulated:
         sizes = [ctypes.c_int64(n) for n in (grad.numel() // d, d, DTYPES[grad.dtype])]
         self._library.emulated_backward(
             _pointer(grad), ctypes.c_int64(d), _pointer(hs), _pointer(dh), *sizes, ctypes.byref(tables),
-            *map(_pointer, (*kept, *pool)), int(self.clusters),
+            *map(_pointer, (*kept, *pool)), self.multiprocessors,
         )  # fmt: skip
         results = zip((dh, *pool), (grad, down, up, bias))
         return tuple(like.new_empty(0) if it is None else it for it, like in results)

@@ -1,0 +1,72 @@
+// Chooses and launches a forward kernel, by dtypes, d, alignment and the shape of the plan.
+#pragma once
+
+#include "forward_rows.cuh"
+#include "forward_tiles.cuh"
+#include "sizes.cuh"
+
+namespace reft::cuda {
+
+template <class H, class P, bool kNorm>
+struct RowKernels {
+  static constexpr int kWarps = kRowWarps, kBlocks = kRowBlocks;
+  static constexpr auto bytes = sums_bytes<kRowWarps, kRowSums>;
+  static constexpr auto one = forward_rows<H, P, true, true, kNorm>;
+  static constexpr auto many = forward_rows<H, P, false, true, kNorm>;
+  static constexpr auto odd = forward_rows<H, P, false, false, kNorm>;
+};
+template <class T, int kSlots, bool kNorm>
+struct TileKernels {
+  static constexpr int kWarps = kTileWarps, kBlocks = tile_blocks(kSlots, kNorm);
+  static constexpr auto bytes = sums_bytes<kTileWarps, kSlots * kChunk>;
+  static constexpr auto one = forward_tiles<T, kSlots, true, true, kNorm>;
+  static constexpr auto many = forward_tiles<T, kSlots, false, true, kNorm>;
+  static constexpr auto odd = forward_tiles<T, kSlots, false, false, kNorm>;
+};
+
+template <class Kernels>
+const char* run(const ForwardCall& call, bool wide, cudaStream_t stream) {
+  const int shift = cluster_shift(call.d, call.tile_count, Kernels::kBlocks);
+  const int cluster = 1 << shift;
+  const int64_t room = value_room(call.pool_rows);
+  const Launch how{call.tile_count * cluster,           1,     Kernels::kWarps * 32, cluster,
+                   Kernels::bytes(call.d, shift, room), stream};
+  const auto kernel = !wide                                ? Kernels::odd
+                      : call.d <= int64_t{cluster} * kUnit ? Kernels::one
+                                                           : Kernels::many;
+  return launch(kernel, how, call, shift, static_cast<int>(room));
+}
+
+template <class T, bool kNorm>
+const char* run_tiles(const ForwardCall& call, bool wide, cudaStream_t stream) {
+  // Few rows a tile, as in a decode step. Only speed hangs on it.
+  if (call.positions <= 4 * call.tile_count) {
+    return run<TileKernels<T, 8, kNorm>>(call, wide, stream);
+  }
+  return run<TileKernels<T, 16, kNorm>>(call, wide, stream);
+}
+
+template <bool kNorm>
+const char* run_forward(const ForwardCall& call, cudaStream_t stream) {
+  if (call.tile_count == 0 || call.row_count == 0) return nullptr;
+  const int64_t h = size_of(call.dtype), p = size_of(call.pool.dtype), d = call.d;
+  bool wide = aligned(call.h.data, call.h.stride, d, h) && aligned(call.pool.down, d, d, p) &&
+              aligned(call.pool.up, d, d, p);
+  if (kNorm) {
+    wide = wide && aligned(call.norm.weight, d, d, h) && aligned(call.norm.shift, d, d, h) &&
+           aligned(call.norm.out, d, d, h);
+  }
+  const bool same = call.pool.dtype == call.dtype;
+  switch (call.dtype) {
+    case Dtype::f32:
+      return run<RowKernels<float, float, kNorm>>(call, wide, stream);
+    case Dtype::bf16:
+      return same ? run_tiles<Bf16, kNorm>(call, wide, stream)
+                  : run<RowKernels<Bf16, float, kNorm>>(call, wide, stream);
+    default:
+      return same ? run_tiles<Half, kNorm>(call, wide, stream)
+                  : run<RowKernels<Half, float, kNorm>>(call, wide, stream);
+  }
+}
+
+}  // namespace reft::cuda

@@ -1,0 +1,9 @@
+#include "forward_launch.cuh"
+
+namespace reft::cuda {
+
+const char* launch_forward_norm(const ForwardCall& call, cudaStream_t stream) {
+  return run_forward<true>(call, stream);
+}
+
+}  // namespace reft::cuda
