@@ -32,8 +32,14 @@ DTYPES = (
 SHARED = 99 * 1024
 
 QUICK = [
-    *(Variant(kernel, "bfloat16", "bfloat16", arch) for kernel in KERNELS for arch in ARCHS),
-    *(Variant(kernel, *dtypes, 90) for kernel in KERNELS for dtypes in DTYPES[2:4]),
+    *(
+        Variant(kernel, "bfloat16", "bfloat16", arch)
+        for kernel in ("forward", "rows", "pool")
+        for arch in ARCHS
+    ),
+    *(Variant(kernel, *dtypes, 90) for kernel in ("forward", "rows", "pool") for dtypes in DTYPES[2:4]),
+    Variant("norm", "bfloat16", "bfloat16", 90),
+    Variant("layer_norm", "bfloat16", "bfloat16", 80, 8192),
 ]
 
 

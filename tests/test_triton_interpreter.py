@@ -135,14 +135,16 @@ def test_mixed_ranks_equal_the_reference(dtypes, d: int) -> None:
 
 
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3]], ids=["float32", "bfloat16", "mixed"])
-def test_ranks_beyond_the_products_take_the_row_form(dtypes) -> None:
-    call = Call([(1, 66, 1), (67, 64, 1)], 40, dtypes, rows_of_h=5, padding=1)
+def test_ranks_of_many_chunks_and_beyond_all_forms(dtypes) -> None:
+    """Forward in chunks of 32 up to 256, then row by row; backward row by row above 64."""
+    call = Call([(1, 66, 1), (67, 64, 2), (140, 256, 2), (400, 257, 1)], 40, dtypes, rows_of_h=8, padding=1)
     assert_near(call.forward(), call.forward("reference"), "h")
+    call = Call([(1, 66, 1), (67, 64, 1)], 40, dtypes, rows_of_h=5, padding=1)
     for what, got, want in zip(("dh", "ddown", "dup", "dbias"), call.backward(), call.backward("reference")):
         assert_near(got, want, what)
 
 
-@pytest.mark.parametrize("rank", [8, 33, 65])
+@pytest.mark.parametrize("rank", [8, 33, 65, 257])
 def test_a_row_alone_has_the_bits_that_it_has_in_a_tile(rank: int) -> None:
     call = Call([(3, rank, 2)], 70, DTYPES[1], rows_of_h=2)
     together = call.forward()

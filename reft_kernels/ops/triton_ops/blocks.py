@@ -15,7 +15,7 @@ from .activations import activate
 #: Whether kernels are interpreted on the CPU; fixed when this module is imported.
 INTERPRETING: bool = bool(knobs.runtime.interpret)
 
-#: Largest rank of the matrix-product form; larger ranks take the row form, whatever the batch.
+#: Largest rank whose p and v the backward keeps between its two kernels.
 LOW_RANK: int = 64
 
 #: Arguments that differ from batch to batch. Triton would compile anew for sizes of 1 or divisible by 16 and
@@ -48,7 +48,10 @@ def product(a, b, acc, FULL: tl.constexpr):
     if _INTERPRETING:
         # Its tl.dot multiplies the bits of a bfloat16 as integers, and is a BLAS whose order of summation
         # depends on where in the tile a row stands.
-        acc += tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+        if len(a.shape) == 3:
+            acc += tl.sum(a.to(tl.float32)[:, :, :, None] * b.to(tl.float32)[:, None, :, :], 2)
+        else:
+            acc += tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
     elif FULL:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif a.dtype == b.dtype and a.dtype != tl.float32:
@@ -80,10 +83,22 @@ def rounded(x, DTYPE: tl.constexpr):
     return out
 
 
+@triton.constexpr_function
+def bytes_of(pointer):
+    """Size of what a pointer points to."""
+    return pointer.type.element_ty.primitive_bitwidth // 8
+
+
+@triton.constexpr_function
+def stages(budget, width, block, bytes_of_a_column):
+    """Stages of a loop over `width` columns, so that its blocks in flight (one fewer) fill `budget` bytes."""
+    return 1 + max(2, min(triton.cdiv(width, block), budget // (block * bytes_of_a_column)))
+
+
 @triton.jit
-def tile_rows(rows, start, count, n_rows):
-    """Rows [T] of a tile and which of them are to be edited (not padding, not beyond h)."""
-    lane = tl.arange(0, _TILE)
+def tile_rows(rows, start, count, n_rows, HEIGHT: tl.constexpr):
+    """The first HEIGHT rows of a tile and which of them are real (not padding, not beyond h)."""
+    lane = tl.arange(0, HEIGHT)
     row = tl.load(rows + start + lane, mask=lane < count, other=-1)
     return row.to(tl.int64), (row >= 0) & (row < n_rows)
 

@@ -73,7 +73,7 @@ def _rows_by_products(
     D: tl.constexpr, RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, UP_BLOCK: tl.constexpr,
     STAGES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    row, valid = tile_rows(rows, start, count, n_rows)  # [16]
+    row, valid = tile_rows(rows, start, count, n_rows, _TILE)  # [16]
     r = tl.arange(0, RANK)
     live = r < rank
     has_down, c, code = pool_range(bias, kind, first + r, live)  # [R]

@@ -1,16 +1,21 @@
 """The forward kernel: h[rows] += Uᵀ φ(D h[rows] + c), in place, one program for each tile of a plan.
 
-Two forms, chosen by the rank of the pool range and by nothing else, so that a row's result does not
-depend on what shares its tile or batch:
+Chosen by the rank of the pool range, so that a row's result does not depend on its batch:
 
-matrix products (rank ≤ 64)  z [16, R] = h Dᵀ over d in blocks, v = φ(z + c), then h += v U over d in
-                             blocks. A tile with fewer rows masks the rest: they cost no bytes, and the
-                             tensor cores' idle lanes cost nothing where bytes and latency bind. h is
-                             read twice (the second time from L2), the pool rows once.
-rows (any rank)              one row of h at a time, kept in registers with the float32 sum, while the
-                             pool rows pass by. All z of a row need h before the edit, and the sum must
-                             be rounded once: without room for rank-many v this is what is left. Slower,
-                             since a tile's rows share no load of the pool.
+products (rank ≤ 256)  z = h Dᵀ over d in blocks, v = φ(z + c), then h += v U over d in blocks, by tensor
+                       cores. Rank ≤ 8 takes pool rows eight at a time; above, 32, and v of all these chunks
+                       is kept. h is read once more than there are chunks (from L2 after the first time), the
+                       pool rows once.
+rows (any rank)        one row of h at a time, kept in registers with the float32 sum, while the pool rows
+                       pass by. All z of a row need h before the edit, and the sum must be rounded once:
+                       without room for rank-many v this is what is left. Slow: a tile's rows share no load.
+
+In the products a block of d is cut into slices, each warp sums its own over all blocks, and the slices are
+added at the end. A chain of dependent products is so much shorter, and no two warps read the same operands.
+
+A row alone in its tile (a decode step) takes the products with a height of 1 in place of 16: the same blocks,
+slices and instructions, whose sums don't depend on a row's place, so the same bits. What it saves is shared
+memory, and that is what bounds the loads in flight.
 
 Every sum is float32 in an order fixed by d and the rank.
 """
@@ -26,43 +31,66 @@ from .blocks import (
     BATCH_SIZES,
     BATCH_TABLES,
     activated,
+    bytes_of,
     pool_range,
     pre_activation,
     product,
     rounded,
     scalar_kind,
+    stages,
     tile_rows,
 )
+
+_NARROW = tl.constexpr(8)  # the rank of most adapters
+_CHUNK = tl.constexpr(32)
+_CHUNKS = tl.constexpr(8)
 
 
 @triton.jit
 def _edit_by_products(
     h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-    D: tl.constexpr, RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, UP_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, FULL: tl.constexpr,
+    D: tl.constexpr, HEIGHT: tl.constexpr, RANK: tl.constexpr, CHUNKS: tl.constexpr, DOWN_BLOCK: tl.constexpr,
+    UP_BLOCK: tl.constexpr, SLICES: tl.constexpr, SHARED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    row, valid = tile_rows(rows, start, count, n_rows)  # [16]
-    live = tl.arange(0, RANK) < rank
-    pool_row = first + tl.arange(0, RANK)
-    has_down, c, code = pool_range(bias, kind, pool_row, live)  # [R]
+    row, valid = tile_rows(rows, start, count, n_rows, HEIGHT)  # [T]
     h_rows = h + (row * row_stride)[:, None]
-    pool_rows = (pool_row * D)[:, None]
+    lane = tl.arange(0, RANK)
+    chunks = 1 if CHUNKS == 1 else tl.cdiv(rank, RANK)
+    number = tl.arange(0, CHUNKS)[:, None, None]
+    COLUMN: tl.constexpr = HEIGHT * bytes_of(h) + RANK * bytes_of(down)
 
-    z = tl.zeros((_TILE, RANK), tl.float32)
-    for begin in tl.range(0, D, DOWN_BLOCK, num_stages=STAGES):
-        col = begin + tl.arange(0, DOWN_BLOCK)[None, :]
-        x = tl.load(h_rows + col, mask=valid[:, None] & (col < D), other=0.0)  # [16, B]
-        d = tl.load(down + pool_rows + col, mask=has_down[:, None] & (col < D), other=0.0)  # [R, B]
-        z = product(x, tl.trans(d), z, FULL)
-    v = activated(pre_activation(z, has_down, c), code, live)  # [16, R]
+    vs = tl.zeros((CHUNKS, HEIGHT, RANK), tl.float32)
+    WIDTH: tl.constexpr = DOWN_BLOCK // SLICES
+    within = tl.arange(0, SLICES)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]  # [S, 1, B / S]
+    for chunk in range(chunks):
+        pool_row = first + chunk * RANK + lane
+        live = chunk * RANK + lane < rank
+        has_down, c, code = pool_range(bias, kind, pool_row, live)  # [R]
+        down_rows = down + (pool_row * D)[None, :, None]
+        z = tl.zeros((SLICES, HEIGHT, RANK), tl.float32)
+        for begin in tl.range(0, D, DOWN_BLOCK, num_stages=stages(SHARED, D, DOWN_BLOCK, COLUMN)):
+            col = begin + within
+            x = tl.load(h_rows[None] + col, mask=valid[None, :, None] & (col < D), other=0.0)  # [S, T, B / S]
+            d = tl.load(down_rows + col, mask=has_down[None, :, None] & (col < D), other=0.0)  # [S, R, B / S]
+            z = product(x, tl.permute(d, (0, 2, 1)), z, FULL)
+        v = activated(pre_activation(tl.sum(z, 0), has_down, c), code, live)  # [T, R]
+        vs = tl.where(number == chunk, v[None], vs)
 
-    for begin in tl.range(0, D, UP_BLOCK, num_stages=STAGES):
-        col = begin + tl.arange(0, UP_BLOCK)[None, :]
-        inside = valid[:, None] & (col < D)
-        x = tl.load(h_rows + col, mask=inside, other=0.0)  # [16, B]
-        u = tl.load(up + pool_rows + col, mask=live[:, None] & (col < D), other=0.0)  # [R, B]
-        delta = product(v, u, tl.zeros((_TILE, UP_BLOCK), tl.float32), FULL)
-        tl.store(h_rows + col, rounded(x.to(tl.float32) + delta, x.dtype), mask=inside)
+    # One loop over blocks and the chunks of each, so that loads never wait for a block to end.
+    total = tl.zeros((HEIGHT, UP_BLOCK), tl.float32)
+    for step in tl.range(0, tl.cdiv(D, UP_BLOCK) * chunks, num_stages=stages(SHARED, D, UP_BLOCK, COLUMN)):
+        chunk = step % chunks
+        is_last = chunk == chunks - 1
+        col = step // chunks * UP_BLOCK + tl.arange(0, UP_BLOCK)[None, :]
+        inside = valid[:, None] & (col < tl.where(is_last, D, 0))
+        x = tl.load(h_rows + col, mask=inside, other=0.0)  # [T, B]
+        up_rows = up + ((first + chunk * RANK + lane) * D)[:, None]
+        live = chunk * RANK + lane < rank
+        u = tl.load(up_rows + col, mask=live[:, None] & (col < D), other=0.0)  # [R, B]
+        v = tl.sum(tl.where(number == chunk, vs, 0.0), 0)
+        total = product(v, u, total, FULL)
+        tl.store(h_rows + col, rounded(x.to(tl.float32) + total, x.dtype), mask=inside)
+        total = tl.where(is_last, 0.0, total)
 
 
 @triton.jit
@@ -98,24 +126,36 @@ def tile_entry(tiles, tile):
 @triton.jit
 def edit_tile(
     h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
-    D: tl.constexpr, WHOLE: tl.constexpr, DOWN_BLOCK: tl.constexpr, UP_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, FULL: tl.constexpr,
+    D: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
+    ALONE: tl.constexpr, SHARED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Edits the rows of one tile. Both kernels come here, so an edited row has the same bits from either."""
     first = tl.load(spans + 2 * segment).to(tl.int64)
     rank = tl.load(spans + 2 * segment + 1)
-    if rank > 64:
+    if rank > _CHUNK * _CHUNKS:
         _edit_by_rows(h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride, D, WHOLE)
-    elif rank > 16:
-        _edit_by_products(
-            h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-            D, 64, DOWN_BLOCK // 2, UP_BLOCK // 2, STAGES, FULL,
-        )  # fmt: skip
+    elif rank > _NARROW:
+        if (count == 1) & ALONE:
+            _edit_by_products(
+                h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
+                D, 1, _CHUNK, _CHUNKS, BLOCK // 2, BLOCK // 2, SLICES, SHARED, FULL,
+            )  # fmt: skip
+        else:
+            _edit_by_products(
+                h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
+                D, _TILE, _CHUNK, _CHUNKS, BLOCK // 2, BLOCK // 4, SLICES, SHARED, FULL,
+            )  # fmt: skip
     elif rank > 0:
-        _edit_by_products(
-            h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-            D, 16, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
-        )  # fmt: skip
+        if (count == 1) & ALONE:
+            _edit_by_products(
+                h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
+                D, 1, _NARROW, 1, BLOCK, BLOCK, SLICES, SHARED, FULL,
+            )  # fmt: skip
+        else:
+            _edit_by_products(
+                h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
+                D, _TILE, _NARROW, 1, BLOCK, BLOCK, SLICES, SHARED, FULL,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
@@ -130,14 +170,15 @@ def intervene_kernel(
     row_stride,
     D: tl.constexpr,
     WHOLE: tl.constexpr,  # D rounded up to a power of two
-    DOWN_BLOCK: tl.constexpr,  # columns of d at a time in D h, at rank ≤ 16; half of it at rank ≤ 64
-    UP_BLOCK: tl.constexpr,  # the same in v U
-    STAGES: tl.constexpr,  # loads in flight, in blocks
+    BLOCK: tl.constexpr,  # columns of d at a time at rank ≤ 8, a part of it beyond
+    SLICES: tl.constexpr,  # of a block, one for each warp
+    ALONE: tl.constexpr,  # whether a row alone in its tile has a form of its own
+    SHARED: tl.constexpr,  # bytes of blocks in flight
     FULL: tl.constexpr,
 ):  # fmt: skip
     segment, start, count = tile_entry(tiles, tl.program_id(0))
     if (count > 0) & (segment >= 0):
         edit_tile(
             h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
-            D, WHOLE, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
+            D, WHOLE, BLOCK, SLICES, ALONE, SHARED, FULL,
         )  # fmt: skip

@@ -47,9 +47,10 @@ def intervene_norm_kernel(
     ROUND: tl.constexpr,
     D: tl.constexpr,
     WHOLE: tl.constexpr,  # D rounded up to a power of two
-    DOWN_BLOCK: tl.constexpr,  # as in intervene_kernel, for the same bits
-    UP_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,  # as in intervene_kernel, for the same bits
+    SLICES: tl.constexpr,
+    ALONE: tl.constexpr,
+    SHARED: tl.constexpr,
     NORM_STAGES: tl.constexpr,  # rows of the norm in flight
     FULL: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +59,7 @@ def intervene_norm_kernel(
         if segment >= 0:
             edit_tile(
                 h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
-                D, WHOLE, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
+                D, WHOLE, BLOCK, SLICES, ALONE, SHARED, FULL,
             )  # fmt: skip
         col = tl.arange(0, WHOLE)
         inside = col < D

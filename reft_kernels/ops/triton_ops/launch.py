@@ -36,20 +36,20 @@ def _pick(full: bool, mixed: bool, of: tuple) -> Any:
     return of[0] if full else of[1] if mixed else of[2]
 
 
-def _tile_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, blocks: tuple, stages: int) -> dict:
-    options = _common(h_dtype, d)
-    down, up = _pick(options["FULL"], h_dtype is not pool_dtype, blocks)
-    options.update(WHOLE=triton.next_power_of_2(d), DOWN_BLOCK=down, UP_BLOCK=up, STAGES=stages)
-    options["num_warps"] = 4 if d <= 4096 else 8  # the row form holds d in registers
-    if torch.version.hip is None:
-        # Else ptxas spills a few registers for the sake of one more block on a multiprocessor.
-        options["maxnreg"] = 255
-    return options
-
-
 def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
-    """Meta-parameters of `intervene_kernel`."""
-    return _tile_options(h_dtype, pool_dtype, d, ((32, 64), (64, 64), (256, 128)), 3)
+    """Meta-parameters of `intervene_kernel`. docs/triton.md has the reasons."""
+    options = _common(h_dtype, d)
+    hip = torch.version.hip is not None
+    warps = 4 if d <= 1024 or hip else 8
+    # Two blocks of 8 warps fit a multiprocessor at 128 registers; float32, odd and very wide rows need more.
+    fits = not options["FULL"] and warps == 8 and d <= 8192 and d % 16 == 0
+    options.update(num_warps=warps, SLICES=warps, maxnreg=128 if fits else 255)
+    options.update(BLOCK=warps * _pick(options["FULL"], h_dtype is not pool_dtype, (32, 32, 64)))
+    options.update(WHOLE=triton.next_power_of_2(d), ALONE=not hip, SHARED=74 * 1024)
+    if hip:
+        del options["maxnreg"]
+        options["SHARED"] = 32 * 1024
+    return options
 
 
 def norm_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
@@ -61,7 +61,14 @@ def norm_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
 
 def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `rows_kernel`."""
-    return _tile_options(h_dtype, pool_dtype, d, ((16, 64), (64, 64), (64, 128)), 4)
+    options = _common(h_dtype, d)
+    down, up = _pick(options["FULL"], h_dtype is not pool_dtype, ((16, 64), (64, 64), (64, 128)))
+    options.update(WHOLE=triton.next_power_of_2(d), DOWN_BLOCK=down, UP_BLOCK=up, STAGES=4)
+    options["num_warps"] = 4 if d <= 4096 else 8  # the row form holds d in registers
+    if torch.version.hip is None:
+        # Else ptxas spills a few registers for the sake of one more block on a multiprocessor.
+        options["maxnreg"] = 255
+    return options
 
 
 def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
