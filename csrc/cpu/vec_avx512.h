@@ -48,7 +48,13 @@ inline __m512i rounded(__m512 a) {
   const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   return _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
 }
-inline __m256i narrow(__m512 a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)); }
+inline __m256i narrow(__m512 a) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(a);
+#else
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16));
+#endif
+}
 
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -65,9 +71,7 @@ inline void store(Half* p, Vec a) {
 
 // The nearest numbers that the type of the first argument has.
 inline Vec round_to(float, Vec a) { return a; }
-inline Vec round_to(Bf16, Vec a) {
-  return {_mm512_castsi512_ps(_mm512_and_si512(rounded(a.x), _mm512_set1_epi32(int(0xFFFF0000))))};
-}
+inline Vec round_to(Bf16, Vec a) { return {widen(narrow(a.x))}; }
 inline Vec round_to(Half, Vec a) {
   return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT))};
 }
