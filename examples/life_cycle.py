@@ -76,10 +76,10 @@ def documentation(limit: int) -> bytes:
 
 
 class Text:
-    """Bytes to draw windows from; the last tenth is held out."""
+    """Bytes to draw windows from; the last part of them is held out."""
 
-    def __init__(self, text: bytes, seed: int) -> None:
-        cut = len(text) * 9 // 10
+    def __init__(self, text: bytes, seed: int, held_out: float = 0.1) -> None:
+        cut = round(len(text) * (1 - held_out))
         self.train, self.held_out = text[:cut], text[cut:]
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -134,7 +134,7 @@ def pretrain(text: Text, args: argparse.Namespace) -> LlamaForCausalLM:
         hidden_size=args.width,
         intermediate_size=args.width * 5 // 2,
         num_hidden_layers=args.layers,
-        num_attention_heads=4,
+        num_attention_heads=args.heads,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=None,
@@ -271,7 +271,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="keep the model and the adapters here")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.width, args.layers, args.batch = (64, 2, 12) if args.quick else (256, 4, 15)
+    args.width, args.layers, args.heads, args.batch = (64, 2, 4, 12) if args.quick else (256, 4, 4, 15)
     args.steps = args.steps or (120 if args.quick else 300)
     args.adapter_steps = args.adapter_steps or (80 if args.quick else 200)
     return args

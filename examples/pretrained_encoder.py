@@ -297,7 +297,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one seed and few steps: seconds, for a test")
     parser.add_argument("--model", help="another BERT: a folder or a hub name")
     parser.add_argument("--seeds", type=int, nargs="+", help="default 0 1 2")
-    parser.add_argument("--steps", type=int, help="steps of every method (default 200)")
+    parser.add_argument("--steps", type=int, help="steps of every method (default 150)")
     parser.add_argument("--batch", type=int, default=16, help="strings in a batch (default 16)")
     parser.add_argument("--rank", type=int, default=4, help="rank of LoReFT and LoRA (default 4)")
     parser.add_argument("--loreft-rate", type=float, default=4e-3, help="learning rate (default 4e-3)")
@@ -306,7 +306,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="keep results.json and the last seed's adapter here")
     args = parser.parse_args()
     args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
-    args.steps = args.steps or (10 if args.quick else 200)
+    args.steps = args.steps or (10 if args.quick else 150)
     return args
 
 
