@@ -25,7 +25,7 @@ def edit(h: Tensor, key: SiteKey, site: SiteTable, plan: BatchPlan, training: bo
 
 def edit_and_norm(h: Tensor, site: SiteTable | None, plan: BatchPlan, norm: NextNorm) -> Tensor:
     """Applies the plan to h [..., d] in place (site: None where nothing is edited), and returns h's norm."""
-    backend = plan.backend or ops.current_backend(h.device)
+    device = h.device
     if site is None:
         down, up, bias, kind, spans = norm.without_edit(h)
     else:
@@ -33,15 +33,16 @@ def edit_and_norm(h: Tensor, site: SiteTable | None, plan: BatchPlan, norm: Next
             plan.renew()
         pool, spans = site.pool, site.spans
         down, up, bias, kind = pool.down, pool.up, pool.bias, pool.kind
-    rows = plan.covering(h.device, edited=site is not None)
-    return ops.INTERVENE_NORM_[backend](
+    rows = plan.covers.get((device, site is not None)) or plan.covering(device, site is not None)
+    parameters = norm.parameters
+    return ops.INTERVENE_NORM_[plan.backends.get(device) or ops.current_backend(device)](
         h, down, up, bias, kind, rows.rows, rows.tiles, spans,
-        norm.weight, norm.shift, norm.eps, norm.kind,
+        parameters["weight"], parameters.get("bias"), norm.eps, norm.kind,
     )  # fmt: skip
 
 
 def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: bool) -> Tensor:
-    backend = plan.backend or ops.current_backend(h.device)
+    backend = plan.backends.get(h.device) or ops.current_backend(h.device)
     if torch.is_grad_enabled() and (h.requires_grad or plan.trains(site)):
         return _edit_differentiable(h, site, rows, plan, backend, training)
     if plan.stale:

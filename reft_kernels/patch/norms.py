@@ -53,19 +53,12 @@ class NextNorm:
 
     def __init__(self, block: nn.Module, norm: nn.Module, kind: Norm, eps: float, state: State) -> None:
         self.block, self.norm, self.kind, self.eps = block, norm, int(kind), eps
+        self.parameters: dict[str, Any] = norm._parameters
         self.stand_in = NormForward(norm, state)
         self.reader: Any = None
         self.state = state
         self.given_up = False
         self.nothing: tuple[Tensor, ...] | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        return _weight(self.norm)
-
-    @property
-    def shift(self) -> Tensor | None:
-        return self.norm._parameters.get("bias")
 
     def stands(self, h: Tensor, training: bool) -> bool:
         """Whether the fused op gives this forward's norm: nothing that could change h comes in between.
@@ -75,8 +68,7 @@ class NextNorm:
         left = self.state.waiting
         if left is not None:
             left[2].given_up, self.state.waiting = True, None
-        weight = self.weight
-        reader = self.reader
+        weight, norm, reader = self.parameters["weight"], self.norm, self.reader
         return (
             not self.given_up
             and not training
@@ -85,8 +77,8 @@ class NextNorm:
             and weight.device == h.device
             and h.is_contiguous()
             and not self.block._forward_hooks
-            and not self.norm._forward_pre_hooks
-            and self.stand_in.on_top
+            and not norm._forward_pre_hooks
+            and norm.__dict__.get("forward") is self.stand_in
             and (reader is None or not (reader.inputs or reader.module._forward_pre_hooks))
         )
 

@@ -83,19 +83,19 @@ class Planner:
             if self.adapters.get(name) is not adapter:
                 raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
         table = self.registry.table(selection.segments, self.adapters)
-        for device in table.devices:
-            ops.current_backend(device)  # says now if the chosen backend can't run there
-        return self._prepared(BatchPlan(table, by_segment, batch * length, ops.chosen_backend(), heads))
+        return self._prepared(BatchPlan(table, by_segment, batch * length, heads))
 
     def idle(self, tokens: int) -> BatchPlan | None:
         """The plan of a forward that edits nothing: none, or one that only norms."""
         if not self.norm_devices:
             return None
         table = self.registry.table((), self.adapters)
-        return self._prepared(BatchPlan(table, [], tokens, ops.chosen_backend(), {}))
+        return self._prepared(BatchPlan(table, [], tokens, {}))
 
     def _prepared(self, plan: BatchPlan) -> BatchPlan:
-        """Makes what compiled code can't make when it runs."""
+        """Makes what compiled code can't make when it runs, and says now if a backend can't run."""
+        for device in dict.fromkeys([*plan.table.devices, *self.norm_devices]):
+            plan.backends[device] = ops.current_backend(device)
         for device in self.norm_devices:
             plan.covering(device, edited=False)
             if plan.sites:
@@ -108,6 +108,7 @@ class Planner:
         plan.table = self.registry.table(plan.table.segments, self.adapters)
         plan.sites = plan.table.sites
         plan.add_devices()
+        plan.backends[place.device] = ops.current_backend(place.device)
         return plan.sites[key]
 
     def forward(self, call: dict[str, Any], given: Any, prompt_lengths: Any) -> BatchPlan | None:
@@ -197,14 +198,11 @@ class Planner:
             return self.idle(batch * length)
         if length == 1 and start >= selection.width:
             # Decode steps are all alike: made once, and again only if adapters or the backend change.
-            if scope.decode is None or scope.decode[0] != self._key(batch):
-                plan = self._plan(selection, scope.owners, start, 1, batch)
-                scope.decode = (self._key(batch), plan)
+            key = (batch, self.registry.version, ops.chosen_backend())
+            if scope.decode is None or scope.decode[0] != key:
+                scope.decode = (key, self._plan(selection, scope.owners, start, 1, batch))
             return scope.decode[1]
         return self._plan(selection, scope.owners, start, length, batch)
-
-    def _key(self, batch: int) -> tuple:
-        return (batch, self.registry.version, ops.chosen_backend())
 
 
 def _inferred_mask(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor | None:

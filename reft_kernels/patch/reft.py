@@ -247,7 +247,9 @@ class Reft(nn.Module):
         if fuse_norm:
             norms = next_norms(self._blocks, self._state)
             self._sites.fuse(norms)
-            self._planner.norm_devices = list(dict.fromkeys(norm.weight.device for norm in norms.values()))
+            self._planner.norm_devices = list(
+                dict.fromkeys(norm.parameters["weight"].device for norm in norms.values())
+            )
         self._forget_compiled()
 
     def _detach(self) -> None:

@@ -12,7 +12,7 @@ from .edit import edit, edit_and_norm
 from .norms import NextNorm
 from .planner import Planner
 from .standin import StandIn
-from .tables import BatchPlan, Place, SiteKey
+from .tables import BatchPlan, Place, SiteKey, SiteTable
 
 
 class SiteForward(StandIn):
@@ -36,24 +36,20 @@ class SiteForward(StandIn):
         if self.inputs:
             args, kwargs = self._edit_input(args, kwargs, plan)
         output = self.original(*args, **kwargs)
-        if self.norm is None and not self.outputs:
+        norm = self.norm
+        if norm is None and not self.outputs:
             return output
         h = output[0] if isinstance(output, tuple) else output
-        edited = self._edit_output(h, plan)
+        if norm is not None and norm.stands(h, self.module.training):
+            site = self._site(self.outputs[0], h, plan) if self.outputs else None
+            self.state.waiting = (h, edit_and_norm(h, site, plan, norm), norm)
+            return output
+        edited = h
+        for key in self.outputs:
+            edited = self._edit(edited, key, plan)
         if edited is h:
             return output
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-    def _edit_output(self, h: Tensor, plan: BatchPlan) -> Tensor:
-        norm = self.norm
-        if norm is not None and norm.stands(h, self.module.training):
-            site = self._site(self.outputs[0], h, plan) if self.outputs else None
-            self._check(h, plan)
-            self.state.waiting = (h, edit_and_norm(h, site, plan, norm), norm)
-            return h
-        for key in self.outputs:
-            h = self._edit(h, key, plan)
-        return h
 
     def _edit_input(
         self, args: tuple, kwargs: dict[str, Any], plan: BatchPlan
@@ -72,27 +68,24 @@ class SiteForward(StandIn):
             return (h, *args[1:]), kwargs
         return args, {**kwargs, name: h}
 
-    def _site(self, key: SiteKey, h: Tensor, plan: BatchPlan):
+    def _site(self, key: SiteKey, h: Tensor, plan: BatchPlan) -> SiteTable | None:
+        """What is done at a site in this forward."""
         site = plan.sites.get(key)
-        if site is not None:
-            place = site.place
-            if h.dtype is not place.dtype or h.device != place.device:
-                site = self.planner.moved(key, Place(h.device, h.dtype), plan)
+        if site is None:
+            return None
+        if h.numel() != plan.tokens * h.shape[-1]:
+            raise RuntimeError(
+                f"{key.site} of layer {key.layer}: hidden states of shape {list(h.shape)} came to a site "
+                f"that was planned for {plan.tokens} tokens; was a block called without its model?"
+            )
+        place = site.place
+        if h.dtype is not place.dtype or h.device != place.device:
+            site = self.planner.moved(key, Place(h.device, h.dtype), plan)
         return site
 
     def _edit(self, h: Tensor, key: SiteKey, plan: BatchPlan) -> Tensor:
         site = self._site(key, h, plan)
-        if site is None:
-            return h
-        self._check(h, plan)
-        return edit(h, key, site, plan, self.module.training)
-
-    def _check(self, h: Tensor, plan: BatchPlan) -> None:
-        if h.numel() != plan.tokens * h.shape[-1]:
-            raise RuntimeError(
-                f"{type(self.module).__name__}: hidden states of shape {list(h.shape)} came to a site that "
-                f"was planned for {plan.tokens} tokens; was a block called without its model?"
-            )
+        return h if site is None else edit(h, key, site, plan, self.module.training)
 
 
 class Sites:

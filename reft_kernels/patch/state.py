@@ -121,7 +121,10 @@ class State:
     @property
     def scope(self) -> GenerateScope | None:
         """The innermost generate of this model in this thread."""
-        return next((scope for state, scope in reversed(_scopes.stack) if state is self), None)
+        for state, scope in reversed(_scopes.stack):
+            if state is self:
+                return scope
+        return None
 
     @contextlib.contextmanager
     def generating(self, scope: GenerateScope) -> Iterator[None]:

@@ -118,11 +118,11 @@ class BatchPlan:
     """All that the hooks of one forward need.
 
     sites: from the table. rows: for each device of the table. tokens: rows of h in this forward.
-    heads: who runs the modules of which adapters have copies, by path.
+    backends: of each device. heads: who runs the modules of which adapters have copies, by path.
     """
 
     __slots__ = (
-        "backend",
+        "backends",
         "by_head",
         "by_segment",
         "covers",
@@ -141,11 +141,11 @@ class BatchPlan:
         table: Table,
         by_segment: list[np.ndarray],
         tokens: int,
-        backend: str | None,
         heads: dict[str, list[Share]],
     ) -> None:
         self.heads = heads
-        self.table, self.sites, self.tokens, self.backend = table, table.sites, tokens, backend
+        self.table, self.sites, self.tokens = table, table.sites, tokens
+        self.backends: dict[torch.device, str] = {}
         self.by_segment = by_segment
         self.rows: list[Rows] = [pack_rows(by_segment, device) for device in table.devices]
         self.by_head: dict[tuple[int, int, int], Rows] = {}
