@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 SCRIPT = pathlib.Path(__file__).parent / "support" / "triton_compile.py"
 ROOT = pathlib.Path(__file__).parents[1]
 
-KERNELS = ("forward", "norm", "layer_norm", "rows", "pool")
+KERNELS = ("forward", "norm", "layer_norm", "rows", "pool", "pool_parts", "add")
 ARCHS = (80, 90, 100)
 DTYPES = (
     ("bfloat16", "bfloat16"),
@@ -38,6 +38,8 @@ QUICK = [
         for arch in ARCHS
     ),
     *(Variant(kernel, *dtypes, 90) for kernel in ("forward", "rows", "pool") for dtypes in DTYPES[2:4]),
+    Variant("pool_parts", "bfloat16", "bfloat16", 90),
+    Variant("add", "bfloat16", "bfloat16", 90),
     Variant("norm", "bfloat16", "bfloat16", 90),
     Variant("layer_norm", "bfloat16", "bfloat16", 80, 8192),
 ]
@@ -99,19 +101,16 @@ def slow() -> dict[Variant, dict]:
 
 
 def _check(variant: Variant, made: dict) -> None:
-    # ptxas keeps two registers of this one in memory for the sake of a third block on a multiprocessor.
-    allowed = 8 if (variant.kernel, variant.h, variant.arch) == ("pool", "float32", 80) else 0
-    assert made["local"] == 0 and made["stack"] <= allowed and made["local_accesses"] <= allowed // 4, made
+    assert made["local"] == made["stack"] == made["local_accesses"] == 0, made
     assert made["shared"] <= SHARED, made
     assert made["atomics"] == 0, made
     # What the norm reads must have been written: its one store is the only one beyond the barrier.
     assert made["stores_beyond_a_barrier"] == ([1] if "norm" in variant.kernel else []), made
-    assert made["tensor_core_products"] > 0 or variant.h == "float32", made
-    if variant.aligned and (
-        variant.h != "float32" or variant.d <= 4096
-    ):  # with 8 warps its blocks are too small
+    assert made["tensor_core_products"] > 0 or variant.h == "float32" or variant.kernel == "add", made
+    # With 8 warps, blocks of float32 are too small.
+    if variant.aligned and (variant.h != "float32" or variant.d <= 4096):
         assert made["loads_of_16_bytes"] > 0, made
-    if variant.aligned and variant.kernel != "pool" and variant.need[0]:  # that is, if it writes rows of h
+    if variant.aligned and "pool" not in variant.kernel and variant.kernel != "add" and variant.need[0]:
         assert made["stores_of_16_bytes"] > 0, made
 
 

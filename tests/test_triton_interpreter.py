@@ -23,6 +23,8 @@ from reft_kernels.ops import (
 from reft_kernels.ops.reference import activate, activation_slope, normed
 
 pytest.importorskip("triton")
+from reft_kernels.ops.triton_ops import launch
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason=str(why_not("triton", DEVICE)))
 
@@ -157,6 +159,25 @@ def test_a_row_alone_has_the_bits_that_it_has_in_a_tile(rank: int) -> None:
         alone.offsets = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
         assert torch.equal(alone.forward()[row], together[row])
         assert torch.equal(alone.backward(need_pool=False)[0][row], dh[row])
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3]], ids=["float32", "bfloat16", "mixed"])
+def test_rows_split_among_programs_add_up_in_order(dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [(2, 3, 90), (5, 8, 70), (2, 3, 40), (40, 2, 1), (0, 0, 2)]
+    call = Call(segments, 33, dtypes, rows_of_h=210, padding=2)
+    monkeypatch.setattr(launch, "pool_splits", lambda *sizes: 3)
+    got, again = call.backward(), call.backward()
+    for what, *gradients in zip(("dh", "ddown", "dup", "dbias"), got, again, call.backward("reference")):
+        assert torch.equal(gradients[0], gradients[1]), what
+        assert_near(gradients[0], gradients[2], what)
+        if what != "dh":
+            assert not gradients[0][~call.used].any(), f"{what} of pool rows that nobody used"
+
+
+def test_many_rows_of_few_pool_rows_are_split() -> None:
+    assert launch.pool_splits(n=4096, n_pool=8, d=4096) == 16
+    assert launch.pool_splits(n=511, n_pool=8, d=4096) == 1
+    assert launch.pool_splits(n=4096, n_pool=4096, d=4096) == 1
 
 
 @pytest.mark.parametrize("second", [(3, 8), (3, 5), (9, 20), (5, 66)])

@@ -19,7 +19,7 @@ import tempfile
 class Variant:
     """One kernel as `launch` compiles it for tensors of these dtypes."""
 
-    kernel: str  # "forward", "norm", "layer_norm", "rows" or "pool"
+    kernel: str  # "forward", "norm", "layer_norm", "rows", "pool", "pool_parts" or "add"
     h: str  # torch's names of dtypes
     pool: str
     arch: int  # compute capability, 90 for 9.0
@@ -49,6 +49,8 @@ def compile_variant(variant: Variant) -> dict:
         "layer_norm": (kernels_norm.intervene_norm_kernel, launch.norm_options),
         "rows": (kernels_backward.rows_kernel, launch.rows_options),
         "pool": (kernels_backward.pool_kernel, launch.pool_options),
+        "pool_parts": (kernels_backward.pool_kernel, launch.pool_options),
+        "add": (kernels_backward.add_kernel, launch.add_options),
     }[variant.kernel]
     short = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
     types = dict.fromkeys(("h", "grad", "dh", "hs", "out", "weight", "shift"), short[variant.h])
@@ -57,6 +59,9 @@ def compile_variant(variant: Variant) -> dict:
     types |= dict.fromkeys(("kind", *BATCH_TABLES), "*i32")
     types |= dict.fromkeys((*BATCH_SIZES, "row_stride", "grad_stride"), "i32")
 
+    types |= dict.fromkeys(("parts_d", "parts_u", "parts_c"), "*fp32")
+    if variant.kernel == "pool_parts":
+        types |= dict.fromkeys(("ddown", "dup"), "*fp32")
     types["eps"] = "fp32"
     options = options_of(getattr(torch, variant.h), getattr(torch, variant.pool), variant.d)
     for_ptx = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")

@@ -20,7 +20,7 @@ LOW_RANK: int = 64
 
 #: Arguments that differ from batch to batch. Triton would compile anew for sizes of 1 or divisible by 16 and
 #: for addresses that are: a stall, and another kernel for the same row.
-BATCH_SIZES = ("n_rows", "n_pool", "n_segments")
+BATCH_SIZES = ("n_rows", "n_pool", "n_segments", "n_splits")
 BATCH_TABLES = ("rows", "tiles", "spans", "offsets")
 
 _INTERPRETING = tl.constexpr(INTERPRETING)

@@ -11,6 +11,9 @@ sums over the rows of those that own some of its pool rows: segments may share a
 and pool rows that nobody used come out as zeros. Ranks above 64 have no p and v kept: here each program
 computes them again, which costs it all of d for each row, but needs no memory of unknown size.
 
+Where a plan has many rows, several programs share a block: each takes its part of the rows, in a fixed
+pattern, and `add_kernel` adds their float32 sums in order.
+
 Every sum is float32 in an order fixed by d, the rank and the plan; no atomics.
 """
 
@@ -183,8 +186,8 @@ def pool_kernel(
     down, up,  # [P, D]
     bias, kind,  # [P]
     p_kept, v_kept,  # [n, 64] float32, of ranks up to 64
-    ddown, dup,  # [P, D] out
-    dbias,  # [P] out
+    ddown, dup,  # [P, D] out, or [splits, P, D] float32
+    dbias,  # [P] out, or [splits, P]
     rows,  # [n]
     spans,  # [S, 2]
     offsets,  # [S + 1]
@@ -204,11 +207,14 @@ def pool_kernel(
     total_d = tl.zeros((_POOL_BLOCK, BLOCK), tl.float32)
     total_u = tl.zeros((_POOL_BLOCK, BLOCK), tl.float32)
     total_c = tl.zeros((_POOL_BLOCK,), tl.float32)
+    split, splits = tl.program_id(2), tl.num_programs(2)
+    used = 0
 
     for segment in range(n_segments):
         first = tl.load(spans + 2 * segment).to(tl.int64)
         rank = tl.load(spans + 2 * segment + 1)
         if (first < pool_first + _POOL_BLOCK) & (first + rank > pool_first) & (rank > 0):
+            used += 1
             within = pool_row - first
             live = (within >= 0) & (within < rank)
             has_down, c, code = pool_range(bias, kind, pool_row, live)
@@ -216,7 +222,7 @@ def pool_kernel(
             sum_u = tl.zeros((_POOL_BLOCK, BLOCK), tl.float32)
             sum_c = tl.zeros((_POOL_BLOCK,), tl.float32)
             end = tl.load(offsets + segment + 1)
-            for begin in range(tl.load(offsets + segment), end, ROWS):
+            for begin in range(tl.load(offsets + segment) + split * ROWS, end, splits * ROWS):
                 place = begin + tl.arange(0, ROWS)
                 row = tl.load(rows + place, mask=place < end, other=-1).to(tl.int64)
                 valid = (row >= 0) & (row < n_rows)
@@ -246,9 +252,47 @@ def pool_kernel(
             total_u = tl.where(live[:, None], total_u + sum_u, total_u)
             total_c += sum_c
 
-    out = (pool_row * D)[:, None] + col
-    inside = (pool_row < n_pool)[:, None] & (col < D)
-    tl.store(ddown + out, rounded(total_d, ddown.dtype.element_ty), mask=inside)
-    tl.store(dup + out, rounded(total_u, dup.dtype.element_ty), mask=inside)
+    if (used > 0) | (splits == 1):
+        own = split * n_pool + pool_row
+        out = (own * D)[:, None] + col
+        inside = (pool_row < n_pool)[:, None] & (col < D)
+        tl.store(ddown + out, rounded(total_d, ddown.dtype.element_ty), mask=inside)
+        tl.store(dup + out, rounded(total_u, dup.dtype.element_ty), mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(dbias + own, total_c, mask=pool_row < n_pool)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
+def add_kernel(
+    parts_d, parts_u,  # [splits, P, D] float32
+    parts_c,  # [splits, P]
+    ddown, dup,  # [P, D] out
+    dbias,  # [P] out
+    spans,  # [S, 2]
+    n_pool,
+    n_segments,
+    n_splits,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum over splits, in order, of one pool row and block of d; 0 where no segment names the row."""
+    pool_row = tl.program_id(0).to(tl.int64)
+    used = 0
+    for segment in range(n_segments):
+        first = tl.load(spans + 2 * segment)
+        if (pool_row >= first) & (pool_row < first + tl.load(spans + 2 * segment + 1)):
+            used = 1
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < D
+    sum_d = tl.zeros((BLOCK,), tl.float32)
+    sum_u = tl.zeros((BLOCK,), tl.float32)
+    sum_c = 0.0
+    for split in range(n_splits * used):
+        own = split * n_pool + pool_row
+        sum_d += tl.load(parts_d + own * D + col, mask=inside, other=0.0)
+        sum_u += tl.load(parts_u + own * D + col, mask=inside, other=0.0)
+        sum_c += tl.load(parts_c + own)
+    tl.store(ddown + pool_row * D + col, rounded(sum_d, ddown.dtype.element_ty), mask=inside)
+    tl.store(dup + pool_row * D + col, rounded(sum_u, dup.dtype.element_ty), mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(dbias + pool_row, total_c, mask=pool_row < n_pool)
+        tl.store(dbias + pool_row, sum_c)

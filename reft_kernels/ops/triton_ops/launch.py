@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..schema import TILE, Norm
 from .blocks import INTERPRETING, LOW_RANK
-from .kernels_backward import pool_kernel, rows_kernel
+from .kernels_backward import add_kernel, pool_kernel, rows_kernel
 from .kernels_forward import intervene_kernel
 from .kernels_norm import intervene_norm_kernel
 
@@ -76,6 +76,19 @@ def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     common = _common(h_dtype, d)
     again = _pick(common["FULL"], h_dtype is not pool_dtype, (16, 32, 64))
     return common | {"ROWS": 32, "BLOCK": 64, "AGAIN": again, "num_warps": 4 if common["FULL"] else 8}
+
+
+def add_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
+    """Meta-parameters of `add_kernel`."""
+    return {"D": d, "BLOCK": 1024, "num_warps": 4}
+
+
+def pool_splits(n: int, n_pool: int, d: int) -> int:
+    """How many programs share the rows of one block of the pool's gradients.
+
+    As many as have 256 rows each, up to 16, while their sums stay within 128 MiB.
+    """
+    return max(1, min(16, n // 256, 2**24 // (n_pool * d)))
 
 
 def _row_stride(h: Tensor, name: str) -> int:
@@ -244,9 +257,18 @@ def intervene_backward(
             need_h, need_pool, **rows_options(grad.dtype, down.dtype, d),
         )  # fmt: skip
         if need_pool:
-            options = pool_options(grad.dtype, down.dtype, d)
-            pool_kernel[(triton.cdiv(n_pool, 16), triton.cdiv(d, options["BLOCK"]))](
-                grad, hs, down, up, bias, kind, kept[0], kept[1], ddown, dup, dbias, rows, spans, offsets,
-                n_rows, stride, n_pool, spans.shape[0], **options,
+            options, n_segments = pool_options(grad.dtype, down.dtype, d), spans.shape[0]
+            splits = pool_splits(n, n_pool, d)
+            sums = ddown, dup, dbias
+            if splits > 1:
+                sums = tuple(bias.new_empty(splits, *t.shape) for t in sums)
+            pool_kernel[(triton.cdiv(n_pool, 16), triton.cdiv(d, options["BLOCK"]), splits)](
+                grad, hs, down, up, bias, kind, kept[0], kept[1], *sums, rows, spans, offsets,
+                n_rows, stride, n_pool, n_segments, **options,
             )  # fmt: skip
+            if splits > 1:
+                options = add_options(grad.dtype, down.dtype, d)
+                add_kernel[(n_pool, triton.cdiv(d, options["BLOCK"]))](
+                    *sums, ddown, dup, dbias, spans, n_pool, n_segments, splits, **options
+                )
     return dh, ddown, dup, dbias
