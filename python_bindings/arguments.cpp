@@ -187,7 +187,7 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
                     int64_t{tile.start} + tile.count, ") of a plan of ", out.positions);
     const int64_t rank = span_of(out.plan, tile).rank;
     out.max_rank = std::max(out.max_rank, rank);
-    out.work += rank * (tile.count + 4) * h.d;
+    out.work += rank * (tile.count + 16) * h.d;
   }
   return out;
 }

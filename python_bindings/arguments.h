@@ -53,7 +53,7 @@ struct Checked {
   int64_t tile_count;
   int64_t segments;
   int64_t max_rank;  // of the tiles with work
-  int64_t work;      // Σ over tiles of rank · (count + 4) · d: roughly its products and its bytes
+  int64_t work;  // Σ over tiles of rank · (count + 16) · d: products, and bytes from cold memory
 };
 Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& bias,
                             const Tensor& kind, const Tensor& rows, const Tensor& tiles,
