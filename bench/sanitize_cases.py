@@ -1,8 +1,9 @@
 """A small fixed set of calls of the CUDA kernels, for compute-sanitizer: python bench/sanitize_cases.py
 
 Every form once: rows and tiles, one unit of d a block and several, aligned and not, all dtypes, few and
-many rows, padding, ranks beyond what is kept; forward and backward. Values are compared with the
-reference backend, so that a run proves that the kernels ran. Exit status 1 if any is wrong.
+many rows, padding, ranks beyond what is kept; forward, with and without the norm that follows, and backward.
+Values are compared with the reference backend, so that a run proves that the kernels ran. Exit status 1 if
+any is wrong.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ DTYPES = [
 WIDTHS = (512, 1024, 5120, 1031)  # one block, a cluster, several units a block, unaligned
 RANKS = (8, 3, 70)
 ROWS = 37
+NORM = ops.Norm.CENTRED | ops.Norm.ROUND
 
 
 def tensors(dtypes: tuple[torch.dtype, torch.dtype], width: int) -> tuple:
@@ -58,8 +60,21 @@ def _tables(rows: list[list[int]], spans: list[tuple[int, int]]) -> tuple[torch.
 def run(backend: str, h: torch.Tensor, pool: Sequence[torch.Tensor], plan: Plan) -> list[torch.Tensor]:
     edited = h.clone()
     ops.INTERVENE_[backend](edited, *pool, *plan[:3])
+    normed, weights = h.clone(), h[:2] + 1
+    every_row = ops.INTERVENE_NORM_[backend](normed, *pool, *covering(plan, len(h)), *weights, 1e-6, NORM)
     hs = h[plan.rows.clamp(min=0).long()]
-    return [edited, *ops.INTERVENE_BACKWARD[backend](edited, hs, *pool, *plan, True, True)]
+    gradients = ops.INTERVENE_BACKWARD[backend](edited, hs, *pool, *plan, True, True)
+    return [edited, normed, every_row, *gradients]
+
+
+def covering(plan: Plan, count: int) -> list[torch.Tensor]:
+    """The plan's tables with all other rows of h in tiles that edit nothing."""
+    used = set(plan.rows.tolist())
+    rest = [row for row in range(count) if row not in used]
+    start = len(plan.rows)
+    tiles = [(-1, start + at, min(16, len(rest) - at)) for at in range(0, len(rest), 16)]
+    more = (torch.tensor(it, dtype=torch.int32).to(plan.rows) for it in (rest, tiles))
+    return [*(torch.cat(pair) for pair in zip(plan[:2], more)), plan.spans]
 
 
 def main() -> int:
@@ -69,7 +84,7 @@ def main() -> int:
         results = [result.cpu() for result in run("native", h, pool, plan)]
         # On the CPU: on the GPU there is to be nothing else to look at.
         wanted = run("reference", h.cpu(), [t.cpu() for t in pool], Plan(*(t.cpu() for t in plan)))
-        names = ("h", "dh", "ddown", "dup", "dbias")
+        names = ("h", "normed h", "norm", "dh", "ddown", "dup", "dbias")
         for name, got, want in zip(names, results, wanted):
             # By norms: one wrong row or column of a case is orders of magnitude beyond this.
             error = ((got.double() - want.double()).norm() / want.double().norm()).item()

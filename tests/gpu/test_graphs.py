@@ -91,6 +91,40 @@ def test_replay_after_adapters_came_and_went(fused: str) -> None:
     captured.replay_and_compare(3)
 
 
+@pytest.mark.parametrize("count", [ROWS, 7, 0])
+def test_replay_of_the_edit_with_its_norm(fused: str, count: int) -> None:
+    """The norm of every row, also where other rows are edited than at capture."""
+    captured = Captured()
+    weight = torch.linspace(0.5, 1.5, WIDTH).to(captured.h)
+    # A row a tile; the tiles of rows that nobody edits have no segment.
+    plan = Plan(captured.plan.rows, torch.zeros_like(captured.plan.tiles), *captured.plan[2:])
+
+    def fill(chosen: dict[int, int]) -> None:
+        captured.fill([(row, chosen.get(row, 0)) for row in range(ROWS)])
+        tiles = captured.plan.tiles.clone()
+        tiles[[row for row in range(ROWS) if row not in chosen], 0] = -1
+        plan.tiles.copy_(tiles)
+
+    def run(h: torch.Tensor) -> torch.Tensor:
+        return rk.functional.intervene_norm_(h, captured.pool, plan, weight, None, 1e-6, rk.ops.Norm.ROUND)
+
+    fill({})
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(captured.h)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(captured.h)
+    fill({row: (3 * row) % ADAPTERS for row in torch.randperm(ROWS)[:count].tolist()})
+    before = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(4)).to(captured.h)
+    captured.h.copy_(before)
+    graph.replay()
+    expected = run(before)
+    assert same_bits(captured.h, before) and same_bits(out, expected)
+
+
 def test_compiled_with_graphs(fused: str) -> None:
     """torch.compile's own graphs, around an edit of what the compiled code made."""
     captured = Captured()

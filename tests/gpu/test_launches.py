@@ -7,7 +7,7 @@ import torch
 from support.cases import same_bits
 
 import reft_kernels as rk
-from reft_kernels.ops import INTERVENE_
+from reft_kernels.ops import INTERVENE_, INTERVENE_NORM_, Norm
 
 pytestmark = pytest.mark.gpu
 
@@ -111,6 +111,53 @@ def test_a_row_has_its_bits_in_any_batch(fused: str, rows: int) -> None:
         assert same_bits(after[:1], alone)
 
 
+def _normed(h: torch.Tensor, pool: rk.Pool, entries: list, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h as edited, its norm), on a copy of h."""
+    plan = rk.make_plan(entries, "cuda", total_rows=len(h), cover=True)
+    h, weight = h.clone(), torch.linspace(0.5, 1.5, h.shape[-1]).to(h)
+    shift = weight.flip(0) if norm & Norm.CENTRED else None
+    return h, rk.functional.intervene_norm_(h, pool, plan, weight, shift, 1e-6, norm)
+
+
+@pytest.mark.parametrize("norm", [Norm.ROUND, Norm.PLUS_ONE, Norm.CENTRED], ids=str)
+@pytest.mark.parametrize("rows", [1, 17, 300, 4096])
+def test_a_row_has_its_norms_bits_in_any_batch(fused: str, rows: int, norm: Norm) -> None:
+    """Also in rows that nobody edits; and the edit has the bits that it has without the norm."""
+    pool, spans = _pool(4096, (8,) * 64)
+    h = _random(rows, 4096)
+    edited, of_edited = _normed(h[:1], pool, [(spans[0], [0])], norm)
+    bare, of_bare = _normed(h[:1], pool, [], norm)
+    assert same_bits(bare, h[:1])
+    for count in (1, 64):
+        entries = [(spans[i], range(i, rows, count)) for i in range(min(count, rows))]
+        after, out = _normed(h, pool, entries, norm)
+        plain = rk.functional.intervene_(h.clone(), pool, rk.make_plan(entries, "cuda"))
+        assert same_bits(after, plain) and same_bits(after[:1], edited)
+        assert same_bits(out[:1], of_edited)
+    untouched, out = _normed(h, pool, entries[1:], norm)
+    assert same_bits(untouched[:1], bare) and same_bits(out[:1], of_bare)
+
+
+@pytest.mark.parametrize("norm", [Norm.ROUND, Norm.CENTRED], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [3584, 4096, 20480])
+def test_norms_of_models(fused: str, width: int, dtype: torch.dtype, norm: Norm) -> None:
+    """Against the float64 norm of the rows as they were written."""
+    pool, spans = _pool(width, (8, 64, 1), dtype)
+    entries = [(span, range(start, 150, 4)) for start, span in enumerate(spans)]
+    after, out = _normed(_random(200, width, dtype), pool, entries, norm)
+    weight = torch.linspace(0.5, 1.5, width).to(after).double()
+    x = after.double()
+    if norm & Norm.CENTRED:
+        x = x - x.mean(1, keepdim=True)
+    x = x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+    want = x * weight + (weight.flip(0) if norm & Norm.CENTRED else 0)
+    unit = torch.finfo(dtype).eps / 2
+    steps = 2 if norm & Norm.ROUND else 1
+    limit = unit * 1.01 * (steps * (x * weight).abs() + want.abs()) + 2**-24 * 64 * (want.abs() + 4)
+    assert ((out.double() - want).abs() <= limit).all(), ((out.double() - want).abs() - limit).max()
+
+
 def test_bad_arguments_name_themselves_and_write_nothing(fused: str) -> None:
     pool, (span,) = _pool(64, (4,))
     plan = rk.make_plan([(span, [0, 1])], "cuda")
@@ -132,4 +179,21 @@ def test_bad_arguments_name_themselves_and_write_nothing(fused: str) -> None:
         arguments[place] = value
         with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=name):
             INTERVENE_[fused](*arguments)
+    if fused != "native":
+        return  # the others' norm is checked in rk.functional
+    every = rk.make_plan([(span, [0, 1])], "cuda", total_rows=4, cover=True)
+    weight = torch.ones_like(h[0])
+    good = [h, pool.down, pool.up, pool.bias, pool.kind, *every[:3], weight, weight, 1e-6, 0]
+    bad = {
+        "rows": (5, plan.rows),  # two rows of four
+        "weight": (8, weight[:32]),
+        "shift": (9, weight.float()),
+        "eps": (10, -1.0),
+        "norm": (11, 8),
+    }
+    for name, (place, value) in bad.items():
+        arguments = [*good]
+        arguments[place] = value
+        with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=name):
+            INTERVENE_NORM_[fused](*arguments)
     assert same_bits(h, before)
