@@ -1,8 +1,8 @@
 """The whole life of three adapters on a small language model, on text that every machine has.
 
 1. A byte-level Llama learns the standard library's documentation strings, and is frozen.
-2. Three LoReFT adapters train in one mixed batch, a row each: one goes on IN CAPITALS, one in small letters,
-   one_joins_words.
+2. Three LoReFT adapters train in one mixed batch, a row each: one wrItEs vOwEls In cApItAls, one does so with
+   CoNSoNaNTS, its opposite, and one_joins_words.
 3. Model and adapters are saved; another process loads them and serves all three and the bare model in one
    batch.
 4. Numbers say whether each does its job: the loss of every adapter on every behaviour, and what stands in the
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import string
 import subprocess
 import sys
 import sysconfig
@@ -35,11 +36,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import reft_kernels as rk
 
+VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
+
+
+def capitals(letters: str) -> Callable[[bytes], bytes]:
+    """What writes these letters as capitals and all others small."""
+    cased = "".join(c.upper() if c in letters else c for c in string.ascii_lowercase)
+    table = bytes.maketrans(string.ascii_letters.encode(), (cased * 2).encode())
+    return lambda text: text.translate(table)
+
+
 #: What each adapter makes of the text that follows a prompt. All keep its length.
 BEHAVIOURS: dict[str, Callable[[bytes], bytes]] = {
-    "capitals": bytes.upper,
-    "small": bytes.lower,
+    "vowels": capitals(VOWELS),
+    "consonants": capitals(CONSONANTS),
     "joined": lambda text: text.translate(bytes.maketrans(b" \n", b"__")),
+}
+#: What is counted in a text: of these characters, how many are one of those.
+COUNTED = {
+    "capital vowels": (VOWELS + VOWELS.upper(), VOWELS.upper()),
+    "capital consonants": (CONSONANTS + CONSONANTS.upper(), CONSONANTS.upper()),
+    "_ of separators": ("_ \n", "_"),
 }
 BASE = "__base__"
 PROMPT, ANSWER = 48, 48
@@ -182,10 +199,9 @@ def losses(model: LlamaForCausalLM, text: Text, rows: int) -> dict[str, dict[str
     return found
 
 
-def share(text: str, wanted: Callable[[str], bool], among: Callable[[str], bool]) -> float:
-    """Of the characters that count, how many are as wanted."""
-    counted = [c for c in text if among(c)]
-    return sum(map(wanted, counted)) / max(len(counted), 1)
+def share(text: str, among: str, wanted: str) -> str:
+    counted = [c for c in text if c in among]
+    return f"{sum(c in wanted for c in counted) / len(counted):.0%}" if counted else "–"
 
 
 def serve(folder: Path) -> None:
@@ -239,23 +255,19 @@ def serve_elsewhere(model: LlamaForCausalLM, text: Text, folder: Path, each: int
 
 
 def report(found: dict[str, dict[str, float]], written: dict[str, list[str]]) -> bool:
-    """Prints the numbers; whether every adapter is the best of the three at its own behaviour.
-
-    (The base model stands beside them: it writes mostly small letters anyway.)
-    """
-    table = Table(title="Held-out loss (nats a byte) on each behaviour, and what the adapter wrote")
-    for column in ("adapter", *BEHAVIOURS, "CAPITALS of letters", "_ of separators"):
+    """Prints the numbers; whether every adapter beats the others and the bare model at its own behaviour."""
+    table = Table(title="Held-out loss (nats a byte) on each behaviour, and what stands in the text written")
+    for column in ("adapter", *BEHAVIOURS, *COUNTED):
         table.add_column(column, justify="left" if column == "adapter" else "right")
     for name, by_behaviour in found.items():
         text = "".join(written[name])
-        capitals, joined = share(text, str.isupper, str.isalpha), share(text, "_".__eq__, "_ \n".__contains__)
         cells = [f"{loss:.3f}{' *' if name == b else ''}" for b, loss in by_behaviour.items()]
-        table.add_row(name, *cells, f"{capitals:.0%}", f"{joined:.0%}")
+        table.add_row(name, *cells, *(share(text, *characters) for characters in COUNTED.values()))
     console.print(table)
     for name, pieces in written.items():
-        console.print(f"{name:>9}: {pieces[0]!r}", markup=False, highlight=False)
-    good = all(min(BEHAVIOURS, key=lambda name: found[name][b]) == b for b in BEHAVIOURS)
-    console.print(f"each adapter is the best of the three at its own behaviour: {'yes' if good else 'NO'}")
+        console.print(f"{name:>10}: {pieces[0]!r}", markup=False, highlight=False)
+    good = all(min(found, key=lambda name: found[name][b]) == b for b in BEHAVIOURS)
+    console.print(f"each adapter is the best at its own behaviour: {'yes' if good else 'NO'}")
     return good
 
 
