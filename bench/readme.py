@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import record
-from .record import CaseResult, ResultError, Results
+from .record import CaseResult, ResultError, Results, SystemResult
 from .stats import Interval
 from .tables import interval_text
 
@@ -54,28 +56,65 @@ def kernels(results: Results) -> str:
     return f"{text}\n\n{_table(headings, rows)}"
 
 
-def models(results: Results, command: str) -> str:
-    """Whole forwards or training steps: every system's ratio, and what was attributed to ours."""
+def _percent(system: SystemResult) -> str:
+    interval = Interval.from_json(system.extra["attributed_share"])
+    return f"{100 * interval.median:.2f}% [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
+
+
+def _side_by_side(
+    results: Results,
+    label: Callable[[dict[str, Any]], str],
+    more: Callable[[CaseResult, SystemResult], str],
+) -> str:
+    """A row for each case, a column for each system: its ratio, and what `more` says of it."""
+    names = list(dict.fromkeys(name for case in results.cases for name in case.systems))
+    names = [name for name in names if name != results.cases[0].baseline]
     rows = []
     for case in results.cases:
-        p = case.params
-        label = f"{p.get('phase', 'step')}, {p['positions']}, batch {p['batch']}"
-        for name, system in case.systems.items():
-            if system.ratio is None:
-                continue
-            share = system.extra.get("attributed_share")
-            spent = "" if share is None else interval_text(Interval.from_json(share), 100) + " %"
-            rows.append((label, name, interval_text(system.ratio), spent))
-            label = ""
-    base = results.cases[0].baseline
-    state = "" if results.finished else " (interrupted: the cases that were complete)"
-    text = (
-        f"Models, over {base} ({results.settings['model']}, {_where(results)}), and the time spent in the "
-        "edits themselves as a share of the bare forward, with 8 distinct adapters of rank 8 on all layers "
-        f"(pyreft and unmerged LoRA serve one for the whole batch). `reft-bench {command}`, "
-        f"[all of it](bench/results/{command}/report.md){state}:"
+        cells = []
+        for name in names:
+            system = case.systems.get(name)
+            known = system is not None and system.ratio is not None
+            text = f"{interval_text(system.ratio)} {more(case, system)}".strip() if known else "–"
+            cells.append(text)
+        rows.append((label(case.params), *cells))
+    return _table(("", *names), rows)
+
+
+def overhead(results: Results) -> str:
+    """Whole forwards: every system's ratio, and what was attributed to ours."""
+    table = _side_by_side(
+        results,
+        lambda p: f"{p['phase']}, {p['positions']}, batch {p['batch']}, {p['adapters']} adapters",
+        lambda case, system: f"({_percent(system)})" if "attributed_share" in system.extra else "",
     )
-    return f"{text}\n\n{_table(('case', 'system', 'ratio [95%]', 'attributed'), rows)}"
+    case = results.cases[0]
+    state = "" if results.finished else " (interrupted: the cases that were complete)"
+    return (
+        f"Whole models ({results.settings['model']}, {_where(results)}; rank {case.params['rank']} on all "
+        f"layers): time over {case.baseline}, median and 95% interval. In brackets the time attributed to "
+        "what the patch does, as a share of the bare forward; with the fused norm it is less the model's own "
+        "norms that were not run. pyreft and unmerged LoRA serve one adapter for the whole batch. "
+        f"`reft-bench overhead --preset cpu`, [all of it](bench/results/overhead/report.md){state}:"
+        f"\n\n{table}"
+    )
+
+
+def train(results: Results) -> str:
+    """Training steps: every system's ratio and peak memory."""
+
+    def memory(case: CaseResult, system: SystemResult) -> str:
+        beyond = system.extra["peak_bytes"] - case.systems[case.baseline].extra["peak_bytes"]
+        return f"({beyond / 2**20:+.1f} MiB)"
+
+    case = results.cases[0]
+    table = _side_by_side(results, lambda p: f"{p['model']}, {p['positions']}", memory)
+    p = case.params
+    return (
+        f"Training steps ({_where(results)}; batch {p['batch']} of {p['prompt'] + p['completion']} tokens, "
+        f"rank {p['rank']} on all layers, AdamW): time over {case.baseline}, and peak memory beyond it. "
+        f"`reft-bench train --preset cpu`, [all of it](bench/results/train/report.md):\n\n{table}"
+    )
 
 
 def block() -> str:
@@ -83,8 +122,8 @@ def block() -> str:
     parts = []
     for name, make in (
         ("kernels", kernels),
-        ("overhead", lambda r: models(r, "overhead")),
-        ("train", lambda r: models(r, "train")),
+        ("overhead", overhead),
+        ("train", train),
     ):
         if (RECORDS / name / "results.json").exists():
             parts.append(make(record.load(RECORDS / name)))

@@ -26,6 +26,13 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"model": "llama-512x8", "batch": "4", "prompt": "32", "completion": 32, "rounds": 11},
+    "cpu": {
+        "model": "llama-512x8,llama-1024x8",
+        "batch": "4",
+        "prompt": "32",
+        "completion": 32,
+        "rounds": 21,
+    },
     "full": {"model": "1b", "batch": "8", "prompt": "256", "completion": 256, "rounds": 31},
 }
 UNASKED = ("reft_kernels reference",)
@@ -98,10 +105,14 @@ class Bench:
     """Measures one case after another."""
 
     def __init__(
-        self, session: Session, model: nn.Module, chosen: dict[str, System], args: argparse.Namespace
+        self,
+        session: Session,
+        built: dict[str, nn.Module],
+        chosen: dict[str, System],
+        args: argparse.Namespace,
+        cuda: bool,
     ) -> None:
-        self.session, self.model, self.chosen, self.args = session, model, chosen, args
-        self.cuda = next(model.parameters()).device.type == "cuda"
+        self.session, self.built, self.chosen, self.args, self.cuda = session, built, chosen, args, cuda
 
     def _admit(self, system: System, setup: Setup, batch: tuple[Tensor, Tensor]) -> tuple[Trainee, float]:
         """The system's trainee and its error. Raises Unable where it is wrong or broken."""
@@ -122,7 +133,7 @@ class Bench:
 
     def measure(self, case: TrainCase, tick: Tick) -> list[CaseResult]:
         try:
-            setup = Setup(self.model, case.point, self.args.seed)
+            setup = Setup(self.built[case.model], case.point, self.args.seed)
         except Unable as error:
             raise LeftOut(str(error)) from error
         batch = batch_of(setup, case.completion)
@@ -158,9 +169,14 @@ class Bench:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--preset", choices=PRESETS, default="quick", help="quick: 2 CPU cores; full: a 1B shape"
+        "--preset",
+        choices=PRESETS,
+        default="quick",
+        help="quick: 2 CPU cores; cpu: the README's record, two widths; full: a 1B shape",
     )
-    parser.add_argument("--model", help='a shape ("1b", "llama-512x8"), a path or a hub name')
+    parser.add_argument(
+        "--model", help='shapes ("1b", "llama-512x8"), paths or hub names, with commas between several'
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--completion", type=int, help="tokens of a row that the loss is on")
     defaults = {"rank": "8", "layers": "all", "positions": "f3+l3,all"}
@@ -168,13 +184,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{axis}", default=defaults.get(axis), help=f"values of {axis}, with commas")
 
 
-def cases_of(args: argparse.Namespace, dtype: str, depth: int) -> list[TrainCase]:
-    """The product of all values. Raises ResultError."""
+def cases_of(args: argparse.Namespace, model: str, dtype: str, depth: int) -> list[TrainCase]:
+    """The product of all values for one model. Raises ResultError."""
     cases = []
     for values in itertools.product(*(axis_values(axis, getattr(args, axis)) for axis in AXES)):
         given = dict(zip(AXES, values))
         given["layers"] = depth if given["layers"] == "all" else given["layers"]
-        cases.append(TrainCase(args.model, dtype, Point(**given, adapters=1), args.completion))
+        cases.append(TrainCase(model, dtype, Point(**given, adapters=1), args.completion))
     return list(dict.fromkeys(cases))
 
 
@@ -189,9 +205,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     chosen = choose(args.systems, all_systems(), BASELINE, UNASKED)
     settings = {"rounds": args.rounds, "seed": args.seed, "model": args.model, "systems": list(chosen)}
     session = Session("train", settings, device, args, console)
-    with console.status(f"Building {args.model} …"):
-        model = models.build(args.model, DTYPES[dtype], device, args.seed)
-    bench = Bench(session, model, chosen, args)
-    finished = session.run(cases_of(args, dtype, models.depth(model)), bench.measure, args.rounds)
+    built: dict[str, nn.Module] = {}
+    for name in args.model.split(","):
+        with console.status(f"Building {name} …"):
+            built[name] = models.build(name, DTYPES[dtype], device, args.seed)
+    cases = [case for name in built for case in cases_of(args, name, dtype, models.depth(built[name]))]
+    bench = Bench(session, built, chosen, args, torch.device(device).type == "cuda")
+    finished = session.run(cases, bench.measure, args.rounds)
     console.print(train_table(session.results))
     return 0 if finished else INTERRUPTED
