@@ -373,11 +373,11 @@ def training(results: Results, path: Path) -> Path:
             axis.set_ylim(len(names) - 0.5, -0.5)
         p = case.params
         left.set_title(
-            f"positions {p['positions']}, rank {p['rank']}, {p['layers']} layers, batch {p['batch']}",
+            f"{p['model']}: positions {p['positions']}, rank {p['rank']}, {p['layers']} layers, batch {p['batch']}",
             fontsize=8,
         )
         left.set_xlabel(f"step time over {case.baseline} (ratio, 95% interval)")
-        left.legend(loc="lower right", fontsize=7)
+        left.legend(loc="upper right", fontsize=7)
         right.set_xlabel("peak memory of a step over what it began with (MiB)")
     figure.tight_layout()
     return _save(figure, path)

@@ -112,6 +112,7 @@ def _train(results: Results) -> str:
     for case in results.cases:
         p = case.params
         label = [
+            p["model"],
             str(p["batch"]),
             f"{p['prompt']}+{p['completion']}",
             str(p["rank"]),
@@ -123,7 +124,7 @@ def _train(results: Results) -> str:
             trained = f"{system.extra['trained_parameters']:,}"
             rows.append([*label, name, time_text(system.time.median), _ratio(case, name), peak, trained])
             label = [""] * len(label)
-    headings = ["batch", "tokens", "rank", "layers", "positions", "system", "step", "ratio [95%]"]
+    headings = ["model", "batch", "tokens", "rank", "layers", "positions", "system", "step", "ratio [95%]"]
     return _markdown([*headings, "peak memory (MiB)", "trained parameters"], rows)
 
 
