@@ -42,6 +42,7 @@ class OverheadCase:
     dtype: str
     point: Point
     new_tokens: int
+    compiled: bool = False
 
     @property
     def id(self) -> str:
@@ -49,6 +50,7 @@ class OverheadCase:
         return (
             f"{self.model} {self.dtype} batch={p.batch} prompt={p.prompt} new={self.new_tokens} "
             f"rank={p.rank} layers={p.layers} positions={p.positions} adapters={p.adapters}"
+            + (" compiled" if self.compiled else "")
         )
 
     def result_id(self, phase: str) -> str:
@@ -60,7 +62,9 @@ class OverheadCase:
 
     def params(self, phase: str) -> dict[str, Any]:
         head = {"phase": phase, "model": self.model, "dtype": self.dtype}
-        return head | dataclasses.asdict(self.point) | {"new_tokens": self.new_tokens}
+        return (
+            head | dataclasses.asdict(self.point) | {"new_tokens": self.new_tokens, "compiled": self.compiled}
+        )
 
 
 @dataclasses.dataclass
@@ -82,7 +86,7 @@ class Bench:
         self.session, self.model, self.chosen, self.args = session, model, chosen, args
 
     def _build(self, case: OverheadCase) -> Group:
-        setup = Setup(self.model, case.point, self.args.seed)
+        setup = Setup(self.model, case.point, self.args.seed, case.compiled)
         if peft_missing() is None:
             setup.merged = merge(setup)
         group = Group(setup)
@@ -113,7 +117,8 @@ class Bench:
         runners = dict(group.runners)
         runners[CONTROL] = Runner(group.setup, models.twin(group.setup.merged))
         for runner in runners.values():
-            generation.timed(runner, 2)  # warm-up
+            for _ in range(2 if case.compiled else 1):  # warm-up; a static cache is as long as its generation
+                generation.timed(runner, case.new_tokens if case.compiled else 2)
 
         def on_round() -> None:
             gc.collect()
@@ -127,7 +132,9 @@ class Bench:
             on_round,
         )
         parts = {
-            name: self._attributed(runner, case) for name, runner in runners.items() if runner.attributed
+            name: self._attributed(runner, case)
+            for name, runner in runners.items()
+            if runner.attributed and not case.compiled  # no stopwatch ticks inside compiled code
         }
         return [self._result(case, phase, group, timings, parts) for phase in case.phases]
 
@@ -187,6 +194,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help='a shape ("1b", "7b", "llama-1024x8"), a path or a hub name')
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--phases", help=f"instead of the preset's: {', '.join(PHASES)}")
+    parser.add_argument(
+        "--compiled", action="store_true", help="generate with a static cache and a compiled decode step"
+    )
     parser.add_argument("--new-tokens", type=int, help="length of a generation")
     for axis in AXES:
         text = f"instead of the preset's sweep: values of {axis}, with commas"
@@ -218,7 +228,9 @@ def cases_of(args: argparse.Namespace, name: str, dtype: str, depth: int) -> lis
             layers = depth if values["layers"] == "all" else values["layers"]
             of_point = wanted.setdefault(Point(**{**values, "layers": layers}), [])
             of_point += [phase for phase in phases or sweep.phases if phase not in of_point]
-    return [OverheadCase(tuple(p), name, dtype, point, new_tokens) for point, p in wanted.items()]
+    return [
+        OverheadCase(tuple(p), name, dtype, point, new_tokens, args.compiled) for point, p in wanted.items()
+    ]
 
 
 def choose(
@@ -236,12 +248,15 @@ def choose(
 
 def run(args: argparse.Namespace, console: Console) -> int:
     device = prepare_torch(args)
+    if args.compiled:
+        torch._dynamo.config.recompile_limit = 256  # every system runs the same code
     preset = PRESETS[args.preset]
     args.rounds = args.rounds or preset.rounds
     name = args.model or preset.model
     dtype = args.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     chosen = choose(args.systems, all_systems(), BASELINE, UNASKED)
     settings = {"rounds": args.rounds, "seed": args.seed, "model": name, "systems": list(chosen)}
+    settings["compiled"] = args.compiled
     session = Session("overhead", settings, device, args, console)
     with console.status(f"Building {name} …"):
         model = models.build(name, DTYPES[dtype], device, args.seed)

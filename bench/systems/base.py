@@ -55,10 +55,11 @@ class Setup:
         layers: numbers of the edited layers.
         adapter_of: [batch] number of each row's adapter.
         adapters: LoReFT adapters, not trainable.
+        compiled: whether generations have a static cache and a compiled decode step.
     """
 
-    def __init__(self, original: nn.Module, point: Point, seed: int) -> None:
-        self.original, self.point, self.seed = original, point, seed
+    def __init__(self, original: nn.Module, point: Point, seed: int, compiled: bool = False) -> None:
+        self.original, self.point, self.seed, self.compiled = original, point, seed, compiled
         depth, width = models.depth(original), models.width(original)
         if point.layers > depth:
             raise Unable(f"{point.layers} layers are to be edited, the model has {depth}")
@@ -96,6 +97,15 @@ class Setup:
         """Edited positions of a prompt."""
         parsed = rk.Positions.parse(self.point.positions)
         return parsed.resolve(self.point.prompt).tolist()
+
+
+def compiled_generation() -> dict[str, Any]:
+    """Arguments of transformers' generate for a static cache and a compiled decode step, on any device."""
+    from transformers import CompileConfig
+
+    config = CompileConfig()
+    config._compile_all_devices = True  # transformers compiles on accelerators only
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 class Runner:
@@ -153,7 +163,8 @@ class Runner:
 
     def generation(self, tokens: int) -> dict[str, Any]:
         ids = self.setup.input_ids
-        return {
+        how = compiled_generation() if self.setup.compiled else {}
+        return how | {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "max_new_tokens": tokens,
