@@ -373,7 +373,8 @@ def training(results: Results, path: Path) -> Path:
             axis.set_ylim(len(names) - 0.5, -0.5)
         p = case.params
         left.set_title(
-            f"{p['model']}: positions {p['positions']}, rank {p['rank']}, {p['layers']} layers, batch {p['batch']}",
+            f"{p['model']}: positions {p['positions']}, rank {p['rank']} on {p['layers']} layers, "
+            f"batch {p['batch']}",
             fontsize=8,
         )
         left.set_xlabel(f"step time over {case.baseline} (ratio, 95% interval)")
