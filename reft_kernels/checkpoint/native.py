@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -96,19 +97,30 @@ def save(adapter: Adapter, path: str | os.PathLike[str], raw: bool = False) -> N
 
 
 def _replace(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes all files aside, and renames them only once every one is on the disk."""
+    """Writes all files aside, and renames them only once every one is on the disk.
+
+    Should a rename fail, the files that were there come back.
+    """
     mark = uuid.uuid4().hex
     aside = {folder / f".{name}.{mark}": folder / name for name in contents}
+    before = {final: folder / f".{final.name}.{mark}.before" for final in aside.values() if final.exists()}
     try:
+        for final, kept in before.items():
+            shutil.copyfile(final, kept)
         for file, content in zip(aside, contents.values()):
             with open(file, "wb") as out:
                 out.write(content)
                 out.flush()
                 os.fsync(out.fileno())
-        for file, final in aside.items():
-            os.replace(file, final)
+        try:
+            for file, final in aside.items():
+                os.replace(file, final)
+        except OSError:
+            for final, kept in before.items():
+                os.replace(kept, final)
+            raise
     finally:
-        for file in aside:
+        for file in (*aside, *before.values()):
             file.unlink(missing_ok=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -318,12 +319,20 @@ def test_a_save_that_fails_half_way_leaves_the_previous_checkpoint(tmp_path, mon
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    for module, function in (("os.fsync", fail), ("os.replace", fail)):
+    def fail_once_at_the_second(*paths, calls=[], replace=os.replace):  # noqa: B006
+        calls.append(paths)
+        if len(calls) == 2:
+            fail()
+        replace(*paths)
+
+    files = set((tmp_path / "a").iterdir())
+    for name, function in (("fsync", fail), ("replace", fail_once_at_the_second)):
         with monkeypatch.context() as patched:
-            patched.setattr(module, function)
-            with pytest.raises(OSError):
+            patched.setattr(os, name, function)
+            with pytest.raises(OSError, match="No space"):
                 trainer.save_model(str(tmp_path / "a"))
         assert [(tmp_path / "a" / name).read_bytes() for name in names] == before
+        assert set((tmp_path / "a").iterdir()) == files
     trainer.save_model(str(tmp_path / "a"))
     saved = safetensors.load_file(tmp_path / "a/reft_model.safetensors")
     assert torch.equal(saved["interventions.0.R"], model.reft.adapters["a"].interventions[0].R)
