@@ -134,3 +134,15 @@ class Generate(_Call):
         scope = self.planner.open_scope(self.module, inputs, call, names, lengths)
         with self.state.generating(scope):
             return self.original(*args, **kwargs)
+
+
+class ContinuousBatching(_Call):
+    """`generate_batch` and what it is made of: requests share a row, where prompts can't be told apart."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if take_names(kwargs) is not None or LENGTHS in kwargs:
+            raise ValueError(
+                f"{self.name}: takes no adapter names or prompt lengths; use set_adapter, or generate"
+            )
+        self.planner.check_packed(self.name)
+        return self.original(*args, **kwargs)

@@ -63,6 +63,14 @@ class Planner:
             for group in self._groups(name)
         )
 
+    def check_packed(self, name: str) -> None:
+        """Refuses calls that pack requests into one row while the active adapter depends on the prompt."""
+        if self.active is not None and self._needs_prompt([self.active]):
+            raise ValueError(
+                f"{name}: packs requests into one row, where prompts can't be told apart, and adapter "
+                f"{self.active!r} depends on the prompt; use generate, or an adapter with positions 'all'"
+            )
+
     # Plans -----------------------------------------------------------------------------------------------
 
     def _plan(

@@ -17,7 +17,7 @@ from ..adapter import Adapter
 from ..config import ReftConfig
 from ..positions import LastPosition, Positions
 from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module, text_config
-from .calls import Forward, Generate, PrepareInputs, StackForward
+from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
 from .freezing import Freeze
 from .heads import Heads
 from .norms import next_norms
@@ -28,7 +28,13 @@ from .standin import StandIn
 from .state import State
 from .tables import Place, Registry, SiteKey, keys_of
 
-_CALLS = {"forward": Forward, "prepare_inputs_for_generation": PrepareInputs, "generate": Generate}
+_CALLS = {
+    "forward": Forward,
+    "prepare_inputs_for_generation": PrepareInputs,
+    "generate": Generate,
+    "generate_batch": ContinuousBatching,
+    "init_continuous_batching": ContinuousBatching,
+}
 
 
 class Reft(nn.Module):
