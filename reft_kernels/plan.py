@@ -17,6 +17,10 @@ from torch import Tensor
 from .ops.schema import TILE
 from .pool import Span
 
+#: On a GPU, rows that are only normed are a tile each in steps of so few rows: nothing is shared between
+#: them, and a program for each is done soonest.
+_ALONE = 1024
+
 
 class Rows(NamedTuple):
     """Rows of h by segment: rows [n], tiles [n_tiles, 3], offsets [S + 1]; int32, views of one buffer."""
@@ -35,18 +39,18 @@ class Plan(NamedTuple):
     offsets: Tensor
 
 
-def _tiles(counts: np.ndarray, tile: int) -> np.ndarray:
-    """[n_tiles, 3] (segment, start, count) for segments of these row counts."""
+def _tiles(counts: np.ndarray, tile: np.ndarray) -> np.ndarray:
+    """[n_tiles, 3] (segment, start, count) for segments of these row counts and largest tiles."""
     per_segment = -(-counts // tile)
     total = int(per_segment.sum())
     segment = np.repeat(np.arange(len(counts)), per_segment)
     first_tile = np.cumsum(per_segment) - per_segment
-    within = (np.arange(total) - first_tile[segment]) * tile
+    within = (np.arange(total) - first_tile[segment]) * tile[segment]
     starts = np.cumsum(counts) - counts
     table = np.empty((total, 3), dtype=np.int32)
     table[:, 0] = segment
     table[:, 1] = starts[segment] + within
-    table[:, 2] = np.minimum(counts[segment] - within, tile)
+    table[:, 2] = np.minimum(counts[segment] - within, tile[segment])
     return table
 
 
@@ -75,7 +79,10 @@ def _pack(by_segment: Sequence[np.ndarray], segments: int, device: torch.device 
     """The rows beyond the first `segments` lists have no segment (−1)."""
     counts = np.fromiter((len(rows) for rows in by_segment), dtype=np.int64, count=len(by_segment))
     n = int(counts.sum())
-    tiles = _tiles(counts, tile)
+    largest = np.full(len(by_segment), tile)
+    if n <= _ALONE and torch.device(device).type == "cuda":
+        largest[segments:] = 1
+    tiles = _tiles(counts, largest)
     tiles[tiles[:, 0] >= segments, 0] = -1
     buffer = np.empty(n + 3 * len(tiles) + segments + 1, dtype=np.int32)
     if n:

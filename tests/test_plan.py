@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reft_kernels import Span, make_plan
 from reft_kernels.ops import TILE
-from reft_kernels.plan import cover, one_segment, pack_rows, pack_spans
+from reft_kernels.plan import _tiles, cover, one_segment, pack_rows, pack_spans
 
 SPAN = Span(0, 2)
 
@@ -138,3 +138,16 @@ def test_cover_names_every_row_once(by_segment: list[np.ndarray], extra: int) ->
     for number, segment in enumerate(by_segment):
         assert owned.pop(number, []) == list(segment)
     assert set(owned) <= {-1}
+
+
+@given(segments())
+def test_tiles_of_each_segments_own_size(by_segment: list[np.ndarray]) -> None:
+    counts = np.array([len(rows) for rows in by_segment], dtype=np.int64)
+    largest = np.array([1 + 5 * (number % 3) for number in range(len(counts))], dtype=np.int64)
+    covered = np.zeros(counts.sum(), dtype=int)
+    ends = np.cumsum(counts)
+    for segment, start, count in _tiles(counts, largest).tolist():
+        assert 0 < count <= largest[segment]
+        assert ends[segment] - counts[segment] <= start and start + count <= ends[segment]
+        covered[start : start + count] += 1
+    assert (covered == 1).all()
