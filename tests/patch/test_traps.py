@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from support import model_oracle as oracle
 from support.adapters import mixed_adapters, random_adapter
 from support.models import batch_of, make_model, row_alone
@@ -298,11 +299,15 @@ def test_continuous_batching_takes_adapters_that_need_no_prompt():
     reft.set_adapter("everywhere")
     with pytest.raises(ValueError, match="takes no adapter names"):
         model.generate_batch(prompts, adapter_names=["tied", "tied"])
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip("the continuous batching of transformers 4 needs a GPU")
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # Else its cache takes most of the machine's memory.
+    size = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)
     found = {}
     for name in ("everywhere", None):
         reft.set_adapter(name)
-        results = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+        results = model.generate_batch(prompts, config, size)
         found[name] = [result.generated_tokens for result in results.values()]
         for prompt, tokens in zip(prompts, found[name]):
             want = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)
