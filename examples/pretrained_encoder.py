@@ -287,7 +287,8 @@ def report(found: dict[int, dict[str, dict[str, float]]], steps: int) -> None:
         count = found[seeds[0]][name]["parameters"]
         table.add_row(name, f"{count:,}", *cells, "" if name == "LoReFT" else gain)
     console.print(table)
-    console.print("LoReFT minus it: percentage points, mean over the seeds [least, most].", highlight=False)
+    note = "LoReFT minus it: percentage points, mean over the seeds [least, most]."
+    console.print(note, markup=False, highlight=False)
 
 
 def parsed() -> argparse.Namespace:
