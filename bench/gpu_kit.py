@@ -122,9 +122,9 @@ def sanitize_steps() -> list[Step]:
 #: Arguments of `reft-bench kernels`: the rows of DESIGN's targets, then the widths and dtypes around them.
 KERNELS = (
     "--rows 1 --adapters 1",
-    "--rows 64 --adapters 64",
+    "--rows 64 --adapters 64 --direction forward,norm",
     "--rows 256 --adapters 256",
-    "--rows 4096 --adapters 1,64 --direction forward,backward",
+    "--rows 4096 --adapters 1,64 --direction forward,norm,backward",
     "--rows 64 --adapters 64 --dtype float32",
     "--rows 64 --adapters 64 --rank 64",
 )

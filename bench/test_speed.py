@@ -14,7 +14,7 @@ import torch
 from . import models
 from .correctness import TOLERANCE, References
 from .kernels import systems as kernel_systems
-from .kernels.cases import KernelCase, Problem
+from .kernels.cases import DIRECTIONS, KernelCase, Problem
 from .systems import Setup, Unable, all_systems
 from .systems.base import Point
 from .systems.lora import merge, peft_missing
@@ -22,7 +22,7 @@ from .systems.lora import merge, peft_missing
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = [
     KernelCase(direction, dtype, rows, 4096, 8, 16, "distinct")
-    for direction in ("forward", "backward")
+    for direction in DIRECTIONS
     for dtype in ("float32", "bfloat16")
     for rows in (1, 16, 64, 256)
 ]
@@ -55,7 +55,7 @@ def test_kernel(benchmark, case: KernelCase, name: str) -> None:
     assert error <= kernel_systems.tolerance(case)
     benchmark.group = case.id
     benchmark.extra_info.update(case.params, error=error)
-    build = system.forward if case.direction == "forward" else system.backward
+    build = getattr(system, case.direction)
     with system.context(), torch.set_grad_enabled(case.direction == "backward"):
         benchmark(_synchronized(build(problem)))
 

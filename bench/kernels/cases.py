@@ -16,7 +16,7 @@ from ..ceilings import Work
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIXES = ("distinct", "uniform", "zipf", "identical")
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "norm", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,8 @@ class KernelCase:
     """One call of the op.
 
     Attributes:
-        direction: "forward", or "backward" (the backward alone, with gradients for h and the adapters).
+        direction: "forward"; "norm" (the forward, and the RMSNorm of every row after it); or "backward" (the
+            backward alone, with gradients for h and the adapters).
         dtype: of h and of the pool.
         rows: T, the rows of h, all edited.
         width: d.
@@ -76,6 +77,10 @@ class KernelCase:
         product = 2 * self.rows * self.rank * self.width
         if self.direction == "forward":
             return Work(moved=2 * row_bytes + weights, footprint=row_bytes + weights, operations=2 * product)
+        if self.direction == "norm":  # writes the normed rows as well
+            weights += self.width * size
+            operations = 2 * product + 4 * self.rows * self.width
+            return Work(3 * row_bytes + weights, 2 * row_bytes + weights, operations)
         # Reads h and the gradient, writes dh; reads the weights, writes their gradients. Five products:
         # D h, U g, Dᵀ p, and the two of the weights' gradients.
         total = 3 * row_bytes + 2 * weights
@@ -99,6 +104,7 @@ class Problem:
         index: [T] int64, the adapter of each row, for peers that gather.
         down, up: [A, r, d], bias: [A, r]: the same adapters stacked, in h's dtype.
         gradient: [T, d], what a backward starts from.
+        weight: [d], of the norm.
     """
 
     def __init__(self, case: KernelCase, device: str, seed: int, copy: int = 0) -> None:
@@ -115,6 +121,7 @@ class Problem:
         self.single_plan = rk.make_plan([(spans[0], np.arange(case.rows))], device, total_rows=case.rows)
         self.h = torch.randn(case.rows, case.width, generator=generator).to(device, dtype)
         self.gradient = torch.randn(case.rows, case.width, generator=generator).to(device, dtype)
+        self.weight = torch.randn(case.width, generator=generator).to(device, dtype)
         self.index = torch.as_tensor(assignment, device=device)
         shape = (case.adapters, case.rank, case.width)
         self.down = self.pool.down.clone().view(shape)

@@ -26,7 +26,7 @@ class ShrinkExpand(System):
     name = "shrink+expand"
 
     def why_not(self, case, device):
-        if case.direction != "forward":
+        if case.direction == "backward":
             return "has no backward"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
@@ -46,7 +46,7 @@ class VllmLora(System):
     name = "vllm"
 
     def why_not(self, case, device):
-        if case.direction != "forward":
+        if case.direction == "backward":
             return "has no backward"
         if importlib.util.find_spec("vllm") is None:
             return "vLLM is not installed"

@@ -82,10 +82,10 @@ class Bench:
 
     def _kind(self, case: KernelCase) -> str:
         """Autograd's backward is launched, not captured."""
-        return self.args.clock if case.direction == "forward" else "launch"
+        return "launch" if case.direction == "backward" else self.args.clock
 
     def _candidate(self, name: str, system: System, problems: list[Problem]) -> Candidate:
-        build = system.forward if problems[0].case.direction == "forward" else system.backward
+        build = getattr(system, problems[0].case.direction)
         return Candidate(name, [build(problem) for problem in problems], system.context)
 
     def measure(self, case: KernelCase, tick: Tick) -> list[CaseResult]:
@@ -141,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, float16")
     parser.add_argument("--adapters", default="16", help="adapters that the mix draws from")
     parser.add_argument("--mix", default="distinct", help=f"which adapter a row takes: {', '.join(MIXES)}")
-    parser.add_argument("--direction", default="forward", help="forward, backward")
+    parser.add_argument("--direction", default="forward", help=", ".join(DIRECTIONS))
     parser.add_argument(
         "--clock",
         choices=("graph", "launch"),

@@ -19,9 +19,17 @@ from reft_kernels import ops
 
 from .cases import DTYPES, KernelCase, Problem
 
+EPS = 1e-6
+
 #: Largest distance to the reference's output over the size of the reference's edit (or gradient). A system
 #: that does nothing stands at 1. What bf16 and fp16 allow is the rounding of h itself.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+
+
+def rms_norm(h: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm as Llama's module has it: in float32, rounded, then times the weight."""
+    wide = h.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(h.dtype)
 
 
 class System:
@@ -48,17 +56,27 @@ class System:
         """The call that is timed; edits problem.h in place or makes a new one, as the system does."""
         raise NotImplementedError
 
+    def norm(self, problem: Problem) -> Callable[[], Tensor]:
+        """The same with the norm of all rows after it, which the call returns; torch's own sequence here."""
+        edit, weight = self.forward(problem), problem.weight
+
+        def call() -> Tensor:
+            edited = edit()
+            return rms_norm(problem.h if edited is None else edited, weight)
+
+        return call
+
     def differentiable(self, problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(output, leaves): a forward with autograd; the leaves are h and the adapters' D, U and c."""
         raise NotImplementedError
 
     def output(self, problem: Problem) -> Tensor:
-        """[T, d], computed without changing problem.h."""
+        """[T, d] of a forward or norm, computed without changing problem.h."""
         kept = problem.h
         problem.h = kept.clone()
         try:
             with self.context(), torch.no_grad():
-                result = self.forward(problem)()
+                result = getattr(self, problem.case.direction)(problem)()
             return problem.h if result is None else result
         finally:
             problem.h = kept
@@ -87,6 +105,12 @@ class Ours(System):
         arguments = (problem.h, *problem.pool_tensors(), plan.rows, plan.tiles, plan.spans)
         return lambda: op(*arguments)
 
+    def norm(self, problem):
+        op, plan = ops.INTERVENE_NORM_[self.backend], problem.plan  # which names all rows
+        arguments = (problem.h, *problem.pool_tensors(), plan.rows, plan.tiles, plan.spans)
+        arguments += (problem.weight, None, EPS, int(ops.Norm.ROUND))
+        return lambda: op(*arguments)
+
     def differentiable(self, problem, single=False):
         *floats, kind = problem.pool_tensors()
         leaves = tuple(t.detach().clone().requires_grad_() for t in (problem.h, *floats))
@@ -95,7 +119,10 @@ class Ours(System):
 
 
 class Functional(Ours):
-    """The best backend through rk.functional.intervene_: the op, and the Python of a public call."""
+    """The best backend through rk.functional.intervene_: the op, and the Python of a public call.
+
+    With a norm: torch's own after it, beside the op that does both.
+    """
 
     def __init__(self) -> None:
         self.name = "rk.functional"
@@ -110,9 +137,16 @@ class Functional(Ours):
         h, pool, plan = problem.h, problem.pool, problem.plan
         return lambda: rk.functional.intervene_(h, pool, plan)
 
+    def norm(self, problem):
+        return System.norm(self, problem)
+
 
 def _eager(h: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     return h + (h @ down.T + bias) @ up
+
+
+def _eager_norm(h: Tensor, down: Tensor, up: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(_eager(h, down, up, bias), weight)
 
 
 class Eager(System):
@@ -120,12 +154,17 @@ class Eager(System):
 
     name, single = "eager", True
     function: Callable[..., Tensor] = staticmethod(_eager)
+    norm_function: Callable[..., Tensor] = staticmethod(_eager_norm)
 
     def _weights(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         return problem.down[0], problem.up[0], problem.bias[0]
 
     def forward(self, problem):
         h, weights, function = problem.h, self._weights(problem), self.function
+        return lambda: function(h, *weights)
+
+    def norm(self, problem):
+        h, weights, function = problem.h, (*self._weights(problem), problem.weight), self.norm_function
         return lambda: function(h, *weights)
 
     def differentiable(self, problem):
@@ -143,6 +182,7 @@ class Compiled(Eager):
         functorch_config.donated_buffer = False
         torch._dynamo.reset()
         self.function = torch.compile(_eager, dynamic=False)
+        self.norm_function = torch.compile(_eager_norm, dynamic=False)
 
 
 def _gathered(h: Tensor, down: Tensor, up: Tensor, bias: Tensor, index: Tensor) -> Tensor:
@@ -197,11 +237,14 @@ def check(system: System, problem: Problem) -> float:
     """The system's error against the reference backend: of the edit, or the worst of the four gradients."""
     reference = Ours("reference")
     case = problem.case
-    if case.direction == "forward":
+    if case.direction != "backward":
         h, plan = problem.h.clone(), problem.single_plan if system.single else problem.plan
         with reference.context():
             rk.functional.intervene_(h, problem.pool, plan)
-        return _distance(system.output(problem), h, problem.h.double())
+        wanted, origin = h, problem.h
+        if case.direction == "norm":
+            wanted, origin = rms_norm(h, problem.weight), rms_norm(origin, problem.weight)
+        return _distance(system.output(problem), wanted, origin.double())
     got = system.backward(problem)()
     out, leaves = reference.differentiable(problem, single=system.single)
     wanted = torch.autograd.grad(out, leaves, problem.gradient)
