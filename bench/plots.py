@@ -15,7 +15,9 @@ DPI = 130
 #: Fixed colours, so that a system looks the same in every plot.
 COLOURS = {
     "reft_kernels native": "#0b6e4f",
+    "reft_kernels native fused": "#7cb518",
     "reft_kernels triton": "#12b886",
+    "reft_kernels triton fused": "#b5e48c",
     "reft_kernels reference": "#8fd3b6",
     "native": "#0b6e4f",
     "triton": "#12b886",

@@ -48,8 +48,8 @@ def kernels(results: Results) -> str:
     text = (
         f"The op alone, d = {params['width']}, rank {params['rank']}, {params['adapters']} distinct adapters "
         f"({_where(results)}): time over torch's `h + (h @ D.T + c) @ U` with a *single* adapter, and over "
-        "gather-and-bmm with the same adapters. The floor is the time to copy the bytes that must move, or "
-        "to do the operations at the rate of a large matrix product, measured in the same run. "
+        "gather-and-bmm with the same adapters; norm: each with Llama's RMSNorm after it. The floor is the "
+        "time to copy the bytes that must move, or to do the operations at the rate of a large matrix product, measured in the same run. "
         "`reft-bench kernels`, [all of it](bench/results/kernels/report.md):"
     )
     headings = ("", "dtype", "rows", "over torch, one adapter [95%]", "over gather+bmm", "of the floor")
@@ -94,7 +94,8 @@ def overhead(results: Results) -> str:
         f"Whole models ({results.settings['model']}, {_where(results)}; rank {case.params['rank']} on all "
         f"layers): time over {case.baseline}, median and 95% interval. In brackets the time attributed to "
         "what the patch does, as a share of the bare forward; with the fused norm it is less the model's own "
-        "norms that were not run. pyreft and unmerged LoRA serve one adapter for the whole batch. "
+        "norms that were not run, an upper bound of what that saves. pyreft and unmerged LoRA serve one "
+        "adapter for the whole batch. "
         f"`reft-bench overhead --preset cpu`, [all of it](bench/results/overhead/report.md){state}:"
         f"\n\n{table}"
     )
