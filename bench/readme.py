@@ -49,7 +49,8 @@ def kernels(results: Results) -> str:
         f"The op alone, d = {params['width']}, rank {params['rank']}, {params['adapters']} distinct adapters "
         f"({_where(results)}): time over torch's `h + (h @ D.T + c) @ U` with a *single* adapter, and over "
         "gather-and-bmm with the same adapters; norm: each with Llama's RMSNorm after it. The floor is the "
-        "time to copy the bytes that must move, or to do the operations at the rate of a large matrix product, measured in the same run. "
+        "time to copy the bytes that must move, or to do the operations at the rate of a large matrix "
+        "product, measured in the same run. "
         "`reft-bench kernels`, [all of it](bench/results/kernels/report.md):"
     )
     headings = ("", "dtype", "rows", "over torch, one adapter [95%]", "over gather+bmm", "of the floor")
