@@ -18,9 +18,12 @@ NAMES = ["untied", "everywhere", "__base__", "generated"]
 OTHERS = ["everywhere", "generated", "tied", "__base__"]
 
 
-def _patched(device: str):
+norms = pytest.mark.parametrize("fuse_norm", [False, True], ids=["norms apart", "norms fused"])
+
+
+def _patched(device: str, fuse_norm: bool = False):
     model = make_model().to(device)
-    reft = rk.patch(model)
+    reft = rk.patch(model, fuse_norm=fuse_norm)
     for name, adapter in mixed_adapters(model.config.hidden_size).items():
         reft.add_adapter(name, adapter)
     return model
@@ -58,8 +61,11 @@ def on_cpu() -> dict[str, list]:
         }
 
 
-def test_logits_and_tokens_are_the_cpus(fused: str, on_cpu: dict, full_precision: None) -> None:
-    model = _patched("cuda")
+@norms
+def test_logits_and_tokens_are_the_cpus(
+    fused: str, fuse_norm: bool, on_cpu: dict, full_precision: None
+) -> None:
+    model = _patched("cuda", fuse_norm)
     with torch.no_grad():
         logits = model(**_batch("cuda"), adapter_names=NAMES).logits.cpu()
     real = _batch("cpu")["attention_mask"].bool()
@@ -68,10 +74,13 @@ def test_logits_and_tokens_are_the_cpus(fused: str, on_cpu: dict, full_precision
     assert _tokens(model, OTHERS) == on_cpu["others"]
 
 
-def test_static_cache_with_a_compiled_decode_step(fused: str, on_cpu: dict, full_precision: None) -> None:
+@norms
+def test_static_cache_with_a_compiled_decode_step(
+    fused: str, fuse_norm: bool, on_cpu: dict, full_precision: None
+) -> None:
     """Other adapters after the step was compiled (and captured), none, and the first ones again."""
     torch._dynamo.reset()
-    model = _patched("cuda")
+    model = _patched("cuda", fuse_norm)
     for names, wanted in ((NAMES, "names"), (OTHERS, "others"), (NAMES, "names")):
         assert _tokens(model, names, cache_implementation="static") == on_cpu[wanted]
     idle = _tokens(model, ["__base__"] * len(LENGTHS), cache_implementation="static")
