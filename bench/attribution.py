@@ -3,12 +3,13 @@
 A difference of totals drowns a small overhead in the noise of the model. The parts can be timed by
 themselves: every hook of the package is wrapped in a stopwatch, and so is every method that it put on an
 instance in the model, less the time of the original method inside. The same stopwatches run on the bare
-model, around nothing at the places of hooks and of methods that call the original, and around the model's
-own method where the package's does without it (the fused norm). What they show there is taken off: the cost
-of looking at the clock, which is several µs a time when a model's weights have just pushed the code out of
-the caches, and what the package saved; so the difference may be negative. A hook that does nothing still
-costs a call of torch's; that is measured on a module of its own, where everything is in the caches, and added
-for every hook that ran.
+model around nothing, and what they show there is taken off: looking at the clock costs several µs a time
+when a model's weights have just pushed the code out of the caches. A hook that does nothing still costs a
+call of torch's; that is measured on a module of its own, where everything is in the caches, and added for
+every hook that ran.
+
+What a package saves can't be told this way: code that no longer runs leaves the caches cold for what comes
+next. So nothing is attributed to a patch that runs something in place of the model's own parts.
 """
 
 from __future__ import annotations
@@ -181,14 +182,13 @@ def mirroring(bare: nn.Module, model: nn.Module, packages: tuple[str, ...]) -> I
     ledger = Ledger(next(bare.parameters()).device.type == "cuda")
     there = dict(bare.named_modules())
     changed: list[tuple[dict, Any, Any]] = []
-    for where, kind, key, thing in find(model, packages):
+    for where, kind, key, _ in find(model, packages):
         if where not in there:
             continue  # a module of the package's own
         module = there[where]
         if kind == WRAPPER:
-            method, started = getattr(module, key), []
-            if not getattr(thing, "does_without_original", False):
-                method = _stopping(method, started, ledger)
+            started: list[Any] = []
+            method = _stopping(getattr(module, key), started, ledger)
             changed.append((vars(module), key, vars(module).get(key)))
             vars(module)[key] = _watched(method, started, ledger)
         else:

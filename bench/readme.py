@@ -94,9 +94,8 @@ def overhead(results: Results) -> str:
     return (
         f"Whole models ({results.settings['model']}, {_where(results)}; rank {case.params['rank']} on all "
         f"layers): time over {case.baseline}, median and 95% interval. In brackets the time attributed to "
-        "what the patch does, as a share of the bare forward; with the fused norm it is less the model's own "
-        "norms that were not run, an upper bound of what that saves. pyreft and unmerged LoRA serve one "
-        "adapter for the whole batch. "
+        "what the patch does, as a share of the bare forward. pyreft and unmerged LoRA serve one adapter for "
+        "the whole batch. "
         f"`reft-bench overhead --preset cpu`, [all of it](bench/results/overhead/report.md){state}:"
         f"\n\n{table}"
     )

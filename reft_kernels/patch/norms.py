@@ -28,9 +28,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class NormForward(StandIn):
     """The norm's forward: fetches the result that waits, if it is of this very tensor."""
 
-    #: It saves the time of the original: what measures the cost of stand-ins takes that off.
-    does_without_original = True
-
     def __init__(self, module: nn.Module, state: State) -> None:
         super().__init__(module)
         self.state = state
