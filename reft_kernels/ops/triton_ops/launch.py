@@ -56,7 +56,7 @@ def norm_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `intervene_norm_kernel`: `intervene_kernel`'s, so that edits have the same bits."""
     options = forward_options(h_dtype, pool_dtype, d)
     # Rows on their way lie in shared memory, one fewer than stages.
-    return options | {"NORM_STAGES": 3 if options["WHOLE"] * h_dtype.itemsize <= 32 * 1024 else 1}
+    return options | {"NORM_STAGES": 3 if options["WHOLE"] * h_dtype.itemsize <= 16 * 1024 else 1}
 
 
 def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
@@ -75,7 +75,9 @@ def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `pool_kernel`."""
     common = _common(h_dtype, d)
     again = _pick(common["FULL"], h_dtype is not pool_dtype, (16, 32, 64))
-    return common | {"ROWS": 32, "BLOCK": 64, "AGAIN": again, "num_warps": 4 if common["FULL"] else 8}
+    # Rows of float32 that can't be read 16 bytes at a time take twice the registers.
+    block = 32 if common["FULL"] and d % 16 else 64
+    return common | {"ROWS": 32, "BLOCK": block, "AGAIN": again, "num_warps": 4 if common["FULL"] else 8}
 
 
 def add_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
