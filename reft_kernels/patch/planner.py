@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,10 @@ from .tables import BatchPlan, Place, Registry, SiteKey, SiteTable
 BASE = "__base__"
 
 
+def _nothing() -> None:
+    pass
+
+
 class Planner:
     """Makes the plans of one patched model."""
 
@@ -29,6 +33,8 @@ class Planner:
     ) -> None:
         self.blocks, self.registry, self.adapters, self.state = blocks, registry, adapters, state
         self.active: str | None = None
+        #: Called for every new plan: sees to it that the sites are attached.
+        self.hold: Callable[[], None] = _nothing
         #: Devices of the norms that are fused with edits. Where there are any, no forward is idle.
         self.norm_devices: list[torch.device] = []
 
@@ -102,6 +108,7 @@ class Planner:
 
     def _prepared(self, plan: BatchPlan) -> BatchPlan:
         """Makes what compiled code can't make when it runs, and says now if a backend can't run."""
+        self.hold()
         for device in dict.fromkeys([*plan.table.devices, *self.norm_devices]):
             plan.backends[device] = ops.current_backend(device)
         for device in self.norm_devices:

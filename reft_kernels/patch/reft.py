@@ -72,6 +72,7 @@ class Reft(nn.Module):
             _heads=Heads(model, self._state),
         )
         self.__dict__["_sites"] = Sites(blocks, self._planner)
+        self._planner.hold = self._hold_sites
         self.register_load_state_dict_post_hook(_forget_missing)
 
     # Adapters --------------------------------------------------------------------------------------------
@@ -257,6 +258,10 @@ class Reft(nn.Module):
                 dict.fromkeys(norm.parameters["weight"].device for norm in norms.values())
             )
         self._forget_compiled()
+
+    def _hold_sites(self) -> None:
+        if self._sites.hold():
+            self._forget_compiled()
 
     def _detach(self) -> None:
         for name in list(self._adapters):

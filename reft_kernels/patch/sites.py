@@ -127,6 +127,11 @@ class Sites:
             site.detach()
             del self._modules[site.module]
 
+    def hold(self) -> bool:
+        """Puts stand-ins back that somebody threw out; returns whether there was any."""
+        lost = [site for site in self._modules.values() if site.hold()]
+        return bool(lost)
+
     def fuse(self, norms: dict[int, NextNorm]) -> None:
         """Fuses the norms that follow these blocks with the edits at the blocks' outputs."""
         for layer, norm in norms.items():

@@ -57,6 +57,19 @@ class StandIn:
         else:
             self.module.__dict__[self.name] = self.own
 
+    def hold(self) -> bool:
+        """Takes its place again if it was thrown out; returns whether it was.
+
+        Who takes a wrapper of theirs off by setting the class's own method on the instance (as accelerate
+        does) takes off with it what was put on since.
+        """
+        top = self.module.__dict__.get(self.name)
+        if top is not None and getattr(top, "__func__", None) is not getattr(type(self.module), self.name):
+            return False
+        self.own, self.original = top, getattr(self.module, self.name)
+        self.attach()
+        return True
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if self.own is None:

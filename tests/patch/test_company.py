@@ -396,6 +396,36 @@ def test_accelerates_offload_hooks(batch, tmp_path):
     torch.testing.assert_close(model(**batch).logits, make_model()(**batch).logits)
 
 
+def test_accelerates_hooks_taken_off_after_the_patch(batch):
+    """It sets each module's own forward on the instance again, past what was put there since."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    import accelerate
+
+    names = ["block_output", "head_attention_value_output", "mlp_output"]
+
+    def patched_at_many_sites(model):
+        reft = rk.patch(model)
+        for site in names:
+            heads = [1] if site.startswith("head") else None
+            config = rk.ReftConfig(r=2, layers="all", positions="all", site=site, heads=heads)
+            reft.add_adapter(site, random_adapter(config, WIDTH // 4 if heads else WIDTH))
+        return model
+
+    small = batch_of([5, 4, 3])
+    want = logits(patched_at_many_sites(make_model()), small, names)
+    model = make_model()
+    bare = logits(patched_at_many_sites(make_model()), small, ["__base__"] * 3)
+    assert all(not torch.allclose(one, other, atol=1e-3) for one, other in zip(want, bare))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    patched_at_many_sites(model)
+    torch.testing.assert_close(logits(model, small, names), want)
+    hooks.remove_hook_from_submodules(model)
+    torch.testing.assert_close(logits(model, small, names), want)
+    rk.unpatch(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**small).logits, make_model()(**small).logits)
+
+
 @pytest.mark.parametrize(
     "site", ["block_output", "block_input", "mlp_output", "attention_output", "head_attention_value_output"]
 )
