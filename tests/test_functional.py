@@ -121,6 +121,23 @@ def test_intervene_and_intervene_in_place(backend: str, device: str) -> None:
     torch.testing.assert_close(out.double(), _by_hand(before, pool), rtol=1e-6, atol=1e-5)
 
 
+def test_a_plan_that_covers_edits_the_same_forward_and_backward(backend: str, device: str) -> None:
+    """Tiles of segment −1 edit nothing: what stands before the spans table is not a span of theirs."""
+    pool, plan = _pool_and_plan(device)
+    cover = _pool_and_plan(device, cover=True)[1]
+    before = cover.spans.new_tensor([[0, 2]])
+    cover = cover._replace(spans=torch.cat([before, cover.spans])[1:])
+    h, grad = draw(0, (6, 8), (6, 8), device=device)
+    found = []
+    with rk.backend(backend):
+        for one in (plan, cover):
+            leaf = h.clone().requires_grad_()
+            out = functional.intervene(leaf, pool, one)
+            found.append((out.detach(), *torch.autograd.grad(out, leaf, grad)))
+    for plain, covered in zip(*found):
+        assert same_bits(plain, covered)
+
+
 @pytest.mark.parametrize("norm", [Norm.RMS, Norm.CENTRED | Norm.ROUND], ids=str)
 def test_intervene_norm_is_the_edit_and_the_norm(backend: str, device: str, norm: Norm) -> None:
     pool, plan = _pool_and_plan(device, cover=True)

@@ -25,7 +25,7 @@ rows       [n] int32          flat row indices into h.view(-1, d), sorted by seg
                               negative entry is padding and is skipped
 tiles      [n_tiles, 3] int32 (segment, start, count): rows[start : start+count] belong to
                               `segment`; count ≤ `TILE`; a tile never crosses a segment;
-                              count 0 is padding
+                              count 0 is padding, and segment −1 edits nothing
 spans      [S, 2] int32       (first pool row, rank) of each segment at this layer; rank 0
                               means that the segment has nothing to do here
 offsets    [S + 1] int32      rows[offsets[s] : offsets[s+1]] is segment s (backward only)
@@ -37,7 +37,7 @@ sums are float32 or wider; a row's result depends, to the bit, on that row and i
 pool rows outside the named spans are never read.
 
 `intervene_norm_` takes a plan that names every row of h exactly once (`reft_kernels.plan.cover` makes
-one): a tile of segment −1 edits nothing. Beside it:
+one). Beside it:
 
 =========  =================  =============================================================
 weight     [d], h's dtype     the norm's weight

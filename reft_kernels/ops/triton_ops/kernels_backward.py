@@ -157,7 +157,7 @@ def rows_kernel(
     segment = tl.load(tiles + 3 * tile)
     start = tl.load(tiles + 3 * tile + 1)
     count = tl.load(tiles + 3 * tile + 2)
-    if count <= 0:
+    if (count <= 0) | (segment < 0):
         return
     first = tl.load(spans + 2 * segment).to(tl.int64)
     rank = tl.load(spans + 2 * segment + 1)
