@@ -1,4 +1,4 @@
-"""What a hook does to hidden states: the in-place op for inference, the differentiable one for training."""
+"""What is done to hidden states at a site: in place for inference, differentiably for training."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ class Reft(nn.Module):
         self._forget_compiled()
 
     def _forget_compiled(self) -> None:
-        """Drops compiled code that was traced without our hooks (Dynamo doesn't look at hooks again)."""
+        """Drops compiled code that was traced without our stand-ins."""
         for module in (self._model, self._blocks.stack):
             module.__dict__.pop("_compiled_call", None)
         if "torch._dynamo" in sys.modules:

@@ -30,11 +30,6 @@ class StandIn:
     def __wrapped__(self) -> Any:  # inspect.signature looks here
         return self.original
 
-    @property
-    def on_top(self) -> bool:
-        """Whether a call of the method comes here first: nobody has wrapped it once more."""
-        return self.module.__dict__.get(self.name) is self
-
     def parameters(self) -> tuple[str, ...]:
         """Names of the method's parameters, in order."""
         return tuple(inspect.signature(self.original).parameters)

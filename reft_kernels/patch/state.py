@@ -1,7 +1,7 @@
 """What a patched model knows while it runs: the plan of the forward under way, and who asked for what.
 
-One `State` a model, shared by its hooks. The plan is not thread-local: under gradient checkpointing blocks
-are run again in autograd's own threads. A lock makes the forwards of two threads take turns.
+One `State` a model, shared by its stand-ins. The plan is not thread-local: under gradient checkpointing
+blocks are run again in autograd's own threads. A lock makes the forwards of two threads take turns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a batch's segments to what a hook hands to the op: pools, spans tables, rows on each device.
+"""From a batch's segments to what a site hands to the op: pools, spans tables, rows on each device.
 
 `Registry` owns the pools and says where every intervention lies. `Table` holds, for one set of segments, the
 spans of every site. `BatchPlan` adds the rows of one forward.
@@ -115,7 +115,7 @@ class Table:
 
 
 class BatchPlan:
-    """All that the hooks of one forward need.
+    """All that the sites need in one forward.
 
     sites: from the table. rows: for each device of the table. tokens: rows of h in this forward.
     backends: of each device. heads: who runs the modules of which adapters have copies, by path.
