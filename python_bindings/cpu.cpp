@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <memory>
@@ -48,9 +49,9 @@ Tensor contiguous_like(const Tensor& tensor) {
   }
   int32_t dtype;
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, tensor.sizes().data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &out));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, tensor.sizes().data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }
 
