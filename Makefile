@@ -21,7 +21,8 @@ TEST_STAMP := $(VENV)/stamp-test-$(call checksum,constraints.txt pyproject.toml 
 NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,constraints.txt setup.py $(CPP_SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-slow lint format bench clean gpu gpu-test gpu-sanitize gpu-bench
+.PHONY: help setup native demo test test-slow lint format bench clean
+.PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-models gpu-sweeps
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 20
@@ -67,6 +68,12 @@ gpu-sanitize: ## the second: memcheck, racecheck and initcheck on a small set of
 
 gpu-bench: ## the third: what the kernels and the edit of a model cost on this GPU
 	$(GPU_KIT) --parts build,bench
+
+gpu-models: ## after `make gpu`, nine minutes more: compiled decode of 8B's shape, training of a 1B shape
+	$(GPU_KIT) --parts build,models
+
+gpu-sweeps: ## and nine more: eager 1B, all of 8B, short forms of the presets paper and serving
+	$(GPU_KIT) --parts build,sweeps
 
 native: $(BASE_STAMP) ## compile the native library in place
 	$(BIN)/python setup.py build_ext --inplace

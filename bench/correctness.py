@@ -34,7 +34,7 @@ def outputs(runner: Runner, decode: bool = True) -> Outputs:
         if not decode:
             return (first,)
         second = runner.decode().float()
-        runner.rewind()
+    runner.cache = None  # gigabytes on a large model, and every system has one
     return first, second
 
 
@@ -103,7 +103,8 @@ class References:
         """Share of the generated tokens that are the reference backend's; for ReFT systems."""
         key = (runner.single, tokens)
         if key not in self._tokens:
-            reference = OursRunner(self.setup, "reference", runner.single)
+            # Not compiled: this backend reads the plan back, which no graph can hold.
+            reference = OursRunner(self.setup.eager(), "reference", runner.single)
             with reference.context():
                 self._tokens[key] = reference.generate(tokens)
         with runner.context():

@@ -1,16 +1,19 @@
 """Proves the kernels on a CUDA machine, with nothing to install and no network: python3 bench/gpu_kit.py
 
 Builds in place, runs the tests that need a GPU, compute-sanitizer's tools, and the benchmarks, within nine
-minutes. A part that fails or takes too long doesn't stop the others. One folder holds all results: $OUT
-where that is set, otherwise bench/results/gpu-<name of the GPU>.
+minutes. `--parts` chooses others: models (compiled decode of 8B's shape, training) and sweeps (1B and 8B
+shapes, the presets paper and serving in short) take nine minutes each. A step that fails or takes too long
+doesn't stop the others. One folder holds all results: $OUT where that is set, otherwise
+bench/results/gpu-<name of the GPU>, with -models or -sweeps after it.
 
-    environment.json    machine, versions, commit; exit status and seconds of each part
-    log.txt             the last lines of what each part said, with the compiler's report
+    environment.json    machine, versions, commit; exit status and seconds of each step
+    log.txt             the last lines of what each step said, with the compiler's report
     junit-*.xml         tests of the native kernels, and of the other backends
     sanitizer.txt       memcheck, racecheck and initcheck on bench/sanitize_cases.py
-    kernels.json, overhead.json    as `reft-bench` writes them
+    kernels.json, overhead.json, models.json, sweeps.json, train.json    as `reft-bench` writes them
+    report.md           their tables, and what was reached of the targets
 
-Exit status 0 if every part passed. `--parts test,sanitize` runs some of them.
+Exit status 0 if every step passed.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PARTS = ("build", "test", "sanitize", "bench")
+USUAL_PARTS = ("build", "test", "sanitize", "bench")
+PARTS = (*USUAL_PARTS, "models", "sweeps")
 PYTHON = sys.executable
 
 #: Seconds from the start after which nothing more is begun or waited for.
@@ -129,38 +133,95 @@ KERNELS = (
     "--rows 64 --adapters 64 --rank 64",
 )
 
-#: Arguments of `reft-bench overhead`: decode of a 1B shape, every layer and position.
-OVERHEAD = "--model 1b --phases decode --batch 64 --adapters 1,64 --positions all --prompt 32 --new-tokens 16"
+_OURS = "reft_kernels native,reft_kernels native fused,reft_kernels triton"
+_ALL = "--positions all --layers all --rank 8"
+_DECODE = f"--model 8b-quarter --compiled --phases decode --prompt 512 --new-tokens 16 --rounds 7 {_ALL}"
+
+#: Whole models by part: (name, arguments of `reft-bench`, systems, seconds at most), the most wanted first.
+MODELS = {
+    "bench": [
+        (
+            "overhead-1b",
+            "overhead --model 1b --phases decode --batch 64 --adapters 1,64 --prompt 32 --new-tokens 16 "
+            f"--rounds 5 {_ALL}",
+            None,
+            90,
+        ),
+    ],
+    "models": [
+        ("models-64", f"overhead {_DECODE} --batch 64 --adapters 1,64", _OURS, 200),
+        ("models-256", f"overhead {_DECODE} --batch 256 --adapters 256", _OURS.rsplit(",", 1)[0], 110),
+        (
+            "models-prompt",
+            f"overhead {_DECODE} --batch 64 --adapters 64".replace("positions all", "positions f3+l3"),
+            "reft_kernels native",
+            80,
+        ),
+        ("train", "train --preset full --rounds 11", None, 100),
+    ],
+    "sweeps": [
+        (
+            "sweeps-eager",
+            "overhead --model 1b --phases prefill,decode --batch 8 --adapters 8 --prompt 128 "
+            f"--new-tokens 16 --rounds 7 {_ALL}",
+            f"{_OURS},reft_kernels triton fused",
+            80,
+        ),
+        (
+            "sweeps-8b",
+            f"overhead {_DECODE} --batch 64 --adapters 64".replace("8b-quarter", "8b"),
+            "reft_kernels native",
+            180,
+        ),
+        (
+            "sweeps-serving",
+            "overhead --preset serving --rounds 3 --new-tokens 8 --phases decode",
+            "reft_kernels native,reft_kernels native fused",
+            150,
+        ),
+        (
+            "sweeps-paper",
+            "overhead --preset paper --model 1b --rounds 5 --new-tokens 12",
+            "reft_kernels native,eager hooks,PEFT LoRA unmerged",
+            170,
+        ),
+    ],
+}
 
 
-def bench_steps(scratch: pathlib.Path) -> list[Step]:
-    bench = [PYTHON, "-m", "bench"]
+def kernel_steps(scratch: pathlib.Path) -> list[Step]:
     steps = []
     for number, text in enumerate(KERNELS):
         words = text.split() if "--dtype" in text else [*text.split(), "--dtype", "bfloat16"]
         out = ["--out", str(scratch / f"kernels-{number}"), "--device", "cuda", "--rounds", "15"]
-        steps.append(Step(f"kernels {text}", [*bench, "kernels", *words, "--no-call-cost", *out], 45))
-    out = ["--out", str(scratch / "overhead"), "--device", "cuda", "--rounds", "5", "--layers", "all"]
-    steps.append(Step("overhead", [*bench, "overhead", *OVERHEAD.split(), "--rank", "8", *out], 90))
+        command = [PYTHON, "-m", "bench", "kernels", *words, "--no-call-cost", *out]
+        steps.append(Step(f"kernels {text}", command, 45))
+    return steps
+
+
+def model_steps(part: str, scratch: pathlib.Path) -> list[Step]:
+    steps = []
+    for name, text, systems, limit in MODELS.get(part, ()):
+        command = [PYTHON, "-m", "bench", *text.split(), "--device", "cuda", "--out", str(scratch / name)]
+        steps.append(Step(name, [*command, *(["--systems", systems] if systems else [])], limit))
     return steps
 
 
 def collect(scratch: pathlib.Path, folder: pathlib.Path) -> None:
-    """One file of all kernel runs, which differ in their cases only, and the overhead's."""
+    """One file for all runs whose names begin alike, and a report of all."""
     sys.path.insert(0, str(ROOT))
     from bench import record
 
-    runs = [record.load(path) for path in sorted(scratch.glob("kernels-*")) if (path / record.FILE).exists()]
-    if runs:
-        first, *others = runs
-        for other in others:
-            first.cases += other.cases
-            first.ceilings |= other.ceilings
-            for note in other.notes:
-                first.note(note)
-        (folder / "kernels.json").write_text(json.dumps(first.to_json(), indent=1) + "\n")
-    if (scratch / "overhead" / record.FILE).exists():
-        shutil.copy(scratch / "overhead" / record.FILE, folder / "overhead.json")
+    runs: dict[str, list] = {}
+    for path in sorted(scratch.iterdir()):
+        if (path / record.FILE).exists():
+            runs.setdefault(path.name.split("-")[0], []).append(record.load(path))
+    for name, found in runs.items():
+        whole = record.merged(found)
+        (folder / f"{name}.json").write_text(json.dumps(whole.to_json(), indent=1) + "\n")
+    if runs:  # the tables only: plots are drawn where matplotlib is, by `reft-bench report`
+        command = [PYTHON, "-m", "bench", "report", str(folder), "--no-plots"]
+        subprocess.run(command, cwd=ROOT, timeout=60, stdout=subprocess.DEVNULL)
 
 
 def machine() -> dict:
@@ -193,13 +254,16 @@ def write(folder: pathlib.Path, facts: dict, steps: list[Step]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument(
+        "--parts", default=",".join(USUAL_PARTS), help=f"some of {','.join(PARTS)} (default: %(default)s)"
+    )
     parts = parser.parse_args().parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; allowed are {', '.join(PARTS)}")
     deadline = time.monotonic() + LIMIT
     facts = machine()
-    folder = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / f"gpu-{gpu_name()}")
+    name = "-".join(["gpu", gpu_name(), *(part for part in parts if part not in USUAL_PARTS)])
+    folder = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / name)
     folder.mkdir(parents=True, exist_ok=True)
 
     steps: list[Step] = []
@@ -209,7 +273,9 @@ def main() -> int:
         # What needs no quiet machine runs side by side.
         checks = test_steps(folder) if "test" in parts else []
         checks += sanitize_steps() if "sanitize" in parts else []
-        measures = bench_steps(scratch) if "bench" in parts else []
+        measures = kernel_steps(scratch) if "bench" in parts else []
+        for part in parts:
+            measures += model_steps(part, scratch)
         steps += [*builds, *checks, *measures]
         try:
             for step in builds:

@@ -57,10 +57,13 @@ def _git(*words: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the sources, with "+changes" where the package's own differ; None without git."""
+    """The commit of the sources, with "+changes" where the package's own differ.
+
+    Of a copy without its git folder: what REFT_BENCH_COMMIT says, or None.
+    """
     head = _git("rev-parse", "--short=12", "HEAD")
     if head is None:
-        return None
+        return os.environ.get("REFT_BENCH_COMMIT")
     changed = _git("status", "--porcelain", "--", ":/reft_kernels", ":/csrc", ":/python_bindings")
     return head + ("+changes" if changed else "")
 

@@ -19,6 +19,9 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
     "1b": (2048, 16, 8192, 32, 8, 128256),
     "7b": (4096, 32, 11008, 32, 32, 32000),
     "8b": (4096, 32, 14336, 32, 8, 128256),
+    # A quarter of its layers and of its vocabulary: the share of each part of a step is the same, and what an
+    # edit adds to a layer has the same weight, in a quarter of the time and with a fourth of the compiling.
+    "8b-quarter": (4096, 8, 14336, 32, 8, 32064),
 }
 
 _FREE_SHAPE = re.compile(r"llama-(\d+)x(\d+)")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import record
+from . import record, targets
 from .record import CaseResult, ResultError, Results, SystemResult
 from .stats import Interval
 from .tables import interval_text
@@ -118,9 +118,30 @@ def train(results: Results) -> str:
     )
 
 
+def gpu(runs: Sequence[Results]) -> str:
+    """What was reached of the targets, from the records of `make gpu` and its longer parts."""
+    machine = runs[0].machine
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "triton"))
+    return (
+        f"On one {machine['gpu']['name']} ({versions}; bfloat16, rank 8; the op at d = 4096 in replayed CUDA "
+        "graphs; the floor from rates measured in the same run, see [docs/kernels.md](docs/kernels.md)). "
+        "`make gpu`, `make gpu-models`, `make gpu-sweeps`:\n\n" + _table(targets.HEADINGS, targets.rows(runs))
+    )
+
+
+def gpu_runs(records: Path = RECORDS) -> dict[str, list[Results]]:
+    """The records of each GPU, by its name."""
+    found: dict[str, list[Results]] = {}
+    for folder in sorted(records.glob("gpu-*")):
+        for file in record.find(folder):
+            run = record.load(file)
+            found.setdefault(run.machine["gpu"]["name"], []).append(run)
+    return found
+
+
 def block() -> str:
     """What stands between the README's markers."""
-    parts = []
+    parts = [gpu(runs) for runs in gpu_runs().values()]
     for name, make in (
         ("kernels", kernels),
         ("overhead", overhead),

@@ -32,6 +32,9 @@ from .stats import Interval
 SCHEMA, VERSION = "reft-bench", 1
 FILE, TABLE = "results.json", "results.csv"
 
+#: Files that hold results: a run's own, and those into which the GPU kit puts several runs each.
+FILES = (FILE, "kernels.json", "overhead.json", "models.json", "sweeps.json", "train.json")
+
 
 class ResultError(ValueError):
     """A result file that can't be read, written or gone on with; the message says what to do."""
@@ -167,7 +170,7 @@ def find(folder: Path | str) -> list[Path]:
     folder = Path(folder)
     if folder.is_file():
         return [folder]
-    files = sorted(folder.rglob(FILE))
+    files = sorted(path for path in folder.rglob("*.json") if path.name in FILES)
     if not files:
         raise ResultError(f"{folder}: no {FILE} in it or below")
     return files
@@ -228,6 +231,28 @@ def table(results: Results) -> list[dict[str, Any]]:
         for name, reason in case.left_out.items():
             rows.append({"case": case.id, **case.params, "system": name, "verdict": f"left out: {reason}"})
     return rows
+
+
+def merged(runs: Sequence[Results]) -> Results:
+    """Runs of one command on one machine as one: all cases, and of the settings what stands in any."""
+    first = runs[0]
+    settings = {
+        name: (
+            values[0]
+            if all(value == values[0] for value in values)
+            else ", ".join(dict.fromkeys(map(str, values)))
+        )
+        for name in first.settings
+        if (values := [run.settings[name] for run in runs if name in run.settings])
+    }
+    whole = Results(first.command, settings, first.machine, first.started)
+    whole.finished = max(run.finished for run in runs) if all(run.finished for run in runs) else None
+    for run in runs:
+        whole.cases += run.cases
+        whole.ceilings |= run.ceilings
+        for note in run.notes:
+            whole.note(note)
+    return whole
 
 
 #: What must be the same for a run to go on where another stopped.

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import plots, record
+from . import plots, record, targets
 from .record import CaseResult, ResultError, Results
 from .stats import Interval
 from .tables import attributed_text, interval_text, time_text
@@ -77,7 +77,9 @@ def _overhead(results: Results) -> str:
     for case in results.cases:
         p = case.params
         phase = f"generate {p['new_tokens']}" if p["phase"] == "generate" else p["phase"]
+        phase = f"compiled {phase}" if p.get("compiled") else phase
         label = [
+            p["model"],
             phase,
             *(str(p[key]) for key in ("batch", "prompt", "rank", "layers", "positions", "adapters")),
         ]
@@ -88,7 +90,8 @@ def _overhead(results: Results) -> str:
             cells = [time_text(system.time.median), _ratio(case, name), attributed_text(system)]
             rows.append([*label, shown, *cells, "" if rate is None else f"{rate:.0f}"])
             label = [""] * len(label)
-    headings = ["phase", "batch", "prompt", "rank", "layers", "positions", "adapters", "system", "time"]
+    headings = ["model", "phase", "batch", "prompt", "rank", "layers", "positions", "adapters"]
+    headings += ["system", "time"]
     shown = _markdown([*headings, "ratio [95%]", "attributed [95%]", "tokens/s"], rows)
     return f"{_agreement(results)}\n{shown}"
 
@@ -197,8 +200,11 @@ def _ceilings(results: Results) -> str:
         for dtype, rate in found["matrix_operations_per_s"].items()
     )
     empty = found["empty_call_s"] * 1e6
+    latency = found.get("latency_s")
+    more = "" if latency is None else f"; a dependent load {latency * 1e6:.2f} µs"
     return (
-        f"Measured in the same run: copy {rates}; matrix product {matrix}; an empty op call {empty:.2f} µs.\n"
+        f"Measured in the same run: copy {rates}; matrix product {matrix}; an empty op call {empty:.2f} µs"
+        f"{more}.\n"
     )
 
 
@@ -214,12 +220,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if reason is not None:
         console.print(f"[yellow]note:[/] {reason}", highlight=False)
     record.prepare_folder(base)
+    loaded = {file: record.load(file) for file in files}
     sections = ["# Results of reft-bench\n"]
-    for file in files:
-        results = record.load(file)
+    reached = targets.rows(list(loaded.values()))
+    if reached:
+        sections.append("## Targets\n\n" + _markdown(targets.HEADINGS, reached))
+    for file, results in loaded.items():
         if results.command not in KINDS:
             raise ResultError(f"{file}: unknown command {results.command!r}")
-        sections.append(section(results, file.parent, base, reason is None))
+        # Several files of one folder have a folder for their plots each.
+        folder = file.parent if file.name == record.FILE else file.with_suffix("")
+        if reason is None:
+            folder.mkdir(exist_ok=True)
+        sections.append(section(results, folder, base, reason is None))
     (base / REPORT).write_text("\n".join(sections))
     console.print(f"Written: {base / REPORT}", highlight=False)
     return 0

@@ -76,11 +76,11 @@ class KernelCase:
         weights = used * self.rank * (2 * self.width * size + 8)
         product = 2 * self.rows * self.rank * self.width
         if self.direction == "forward":
-            return Work(moved=2 * row_bytes + weights, footprint=row_bytes + weights, operations=2 * product)
+            return Work(2 * row_bytes + weights, row_bytes + weights, 2 * product, of_rows=2 * row_bytes)
         if self.direction == "norm":  # writes the normed rows as well
             weights += self.width * size
             operations = 2 * product + 4 * self.rows * self.width
-            return Work(3 * row_bytes + weights, 2 * row_bytes + weights, operations)
+            return Work(3 * row_bytes + weights, 2 * row_bytes + weights, operations, of_rows=3 * row_bytes)
         # Reads h and the gradient, writes dh; reads the weights, writes their gradients. Five products:
         # D h, U g, Dᵀ p, and the two of the weights' gradients.
         total = 3 * row_bytes + 2 * weights

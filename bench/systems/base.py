@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import warnings
@@ -88,6 +89,12 @@ class Setup:
         for adapter in self.adapters:
             adapter.trainable = False
         self.merged: nn.Module = original
+
+    def eager(self) -> Setup:
+        """The same with generations that are not compiled."""
+        other = copy.copy(self)
+        other.compiled = False
+        return other
 
     @property
     def every_position(self) -> bool:

@@ -41,7 +41,7 @@ def test_kernels_records_ratios_and_floors(recorded):
         gather = case.systems["gather+bmm"]
         assert len(gather.samples) == 3 and gather.error < 1e-4 and gather.ratio is not None
         assert 0 < gather.extra["floor_fraction"] == case.floor["floor_s"] / gather.time.median
-    assert results.machine["versions"]["torch"] == torch.__version__
+    assert results.machine["versions"]["torch"] == importlib.metadata.version("torch")
     assert results.machine["threads"] == torch.get_num_threads()
 
 

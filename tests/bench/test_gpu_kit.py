@@ -42,17 +42,30 @@ def test_the_parts_fit_in_the_time() -> None:
     assert build + checks < gpu_kit.LIMIT - 120 and gpu_kit.LIMIT < 9 * 60
 
 
-def test_kernel_runs_become_one_file(tmp_path) -> None:
-    for number in range(2):
-        results = record.Results("kernels", {"rounds": 2}, {"cpu": {}})
-        results.note(f"note {number}")
-        results.ceilings[str(number)] = {}
-        folder = tmp_path / f"kernels-{number}"
+@pytest.mark.parametrize("part", ["models", "sweeps"])
+def test_whole_models_fit_in_the_time(part: str) -> None:
+    """After a build: their limits together are what is there, or the last of them would never be begun."""
+    steps = gpu_kit.model_steps(part, gpu_kit.ROOT)
+    assert steps and sum(step.limit for step in steps) < gpu_kit.LIMIT + 60
+
+
+def test_runs_of_a_kind_become_one_file_with_a_report(tmp_path) -> None:
+    for name, settings in (("kernels-0", {"rounds": 2}), ("kernels-1", {"rounds": 3}), ("train", {})):
+        machine = {"cpu": {"model": "it", "cores": 2, "features": []}, "gpu": None, "threads": 2}
+        results = record.Results(name.split("-")[0], {"rounds": 2, **settings}, machine)
+        results.machine |= {"versions": {"torch": "2"}, "commit": None}
+        results.note(f"note of {name}")
+        folder = tmp_path / name
         folder.mkdir()
         record.save(results, folder)
-    gpu_kit.collect(tmp_path, tmp_path)
-    merged = record.load(tmp_path / "kernels.json")
-    assert merged.notes == ["note 0", "note 1"] and set(merged.ceilings) == {"0", "1"}
+    out = tmp_path / "out"
+    out.mkdir()
+    gpu_kit.collect(tmp_path, out)
+    whole = record.load(out / "kernels.json")
+    assert whole.notes == ["note of kernels-0", "note of kernels-1"] and whole.finished is None
+    assert whole.settings == {"rounds": "2, 3"}
+    assert record.load(out / "train.json").notes == ["note of train"]
+    assert "note of kernels-1" in (out / "report.md").read_text()
 
 
 def test_the_folder(tmp_path) -> None:
@@ -69,12 +82,27 @@ def test_the_folder(tmp_path) -> None:
 
 
 def test_every_benchmark_is_one_that_the_command_takes(tmp_path) -> None:
-    """The arguments parse, and give cases."""
-    from reft_bench import cli
+    """The arguments parse, give cases, and name systems that there are."""
+    from reft_bench import cli, overhead, train
     from reft_bench.kernels import run
+    from reft_bench.models import SHAPES
+    from reft_bench.systems import all_systems
 
-    for step in gpu_kit.bench_steps(tmp_path):
+    steps = gpu_kit.kernel_steps(tmp_path)
+    for part in ("bench", "models", "sweeps"):
+        steps += gpu_kit.model_steps(part, tmp_path)
+    assert len({step.command[step.command.index("--out") + 1] for step in steps}) == len(steps)
+    for step in steps:
         words = step.command[step.command.index("bench") + 1 :]
         args = cli.parser(words[0]).parse_args(words)
         if words[0] == "kernels":
             assert run.cases_of(args)
+            continue
+        preset = train.PRESETS if words[0] == "train" else overhead.PRESETS
+        model = args.model or (
+            preset[args.preset]["model"] if words[0] == "train" else preset[args.preset].model
+        )
+        assert model in SHAPES
+        if words[0] == "overhead":
+            assert overhead.cases_of(args, model, "bfloat16", SHAPES[model][1])
+            overhead.choose(args.systems, all_systems(), overhead.BASELINE, ())
