@@ -133,9 +133,17 @@ KERNELS = (
     "--rows 64 --adapters 64 --rank 64",
 )
 
-_OURS = "reft_kernels native,reft_kernels native fused,reft_kernels triton"
-_ALL = "--positions all --layers all --rank 8"
-_DECODE = f"--model 8b-quarter --compiled --phases decode --prompt 512 --new-tokens 16 --rounds 7 {_ALL}"
+_NATIVE, _FUSED, _TRITON = "reft_kernels native", "reft_kernels native fused", "reft_kernels triton"
+_EVERYWHERE = "--positions all --layers all --rank 8"
+
+
+def _compiled(words: str, model: str = "8b-quarter", phases: str = "step", positions: str = "all") -> str:
+    """Decode with a static cache and a compiled step, at a context of 512 tokens."""
+    return (
+        f"overhead --model {model} --compiled --phases {phases} --positions {positions} --layers all "
+        f"--rank 8 --prompt 512 --new-tokens 16 --rounds 7 {words}"
+    )
+
 
 #: Whole models by part: (name, arguments of `reft-bench`, systems, seconds at most), the most wanted first.
 MODELS = {
@@ -143,46 +151,36 @@ MODELS = {
         (
             "overhead-1b",
             "overhead --model 1b --phases decode --batch 64 --adapters 1,64 --prompt 32 --new-tokens 16 "
-            f"--rounds 5 {_ALL}",
-            None,
+            f"--rounds 5 {_EVERYWHERE}",
+            [],
             90,
         ),
     ],
     "models": [
-        ("models-64", f"overhead {_DECODE} --batch 64 --adapters 1,64", _OURS, 200),
-        ("models-256", f"overhead {_DECODE} --batch 256 --adapters 256", _OURS.rsplit(",", 1)[0], 110),
-        (
-            "models-prompt",
-            f"overhead {_DECODE} --batch 64 --adapters 64".replace("positions all", "positions f3+l3"),
-            "reft_kernels native",
-            80,
-        ),
-        ("train", "train --preset full --rounds 11", None, 100),
+        ("models-64", _compiled("--batch 64 --adapters 1,64"), [_NATIVE, _FUSED, _TRITON], 200),
+        ("models-256", _compiled("--batch 256 --adapters 256"), [_NATIVE, _FUSED], 110),
+        ("models-prompt", _compiled("--batch 64 --adapters 64", positions="f3+l3"), [_NATIVE], 80),
+        ("train", "train --preset full --rounds 11", [], 100),
     ],
     "sweeps": [
         (
             "sweeps-eager",
             "overhead --model 1b --phases prefill,decode --batch 8 --adapters 8 --prompt 128 "
-            f"--new-tokens 16 --rounds 7 {_ALL}",
-            f"{_OURS},reft_kernels triton fused",
+            f"--new-tokens 16 --rounds 7 {_EVERYWHERE}",
+            [_NATIVE, _FUSED, _TRITON, "reft_kernels triton fused"],
             80,
         ),
-        (
-            "sweeps-8b",
-            f"overhead {_DECODE} --batch 64 --adapters 64".replace("8b-quarter", "8b"),
-            "reft_kernels native",
-            180,
-        ),
+        ("sweeps-8b", _compiled("--batch 64 --adapters 64", "8b", "decode,step"), [_NATIVE], 180),
         (
             "sweeps-serving",
             "overhead --preset serving --rounds 3 --new-tokens 8 --phases decode",
-            "reft_kernels native,reft_kernels native fused",
+            [_NATIVE, _FUSED],
             150,
         ),
         (
             "sweeps-paper",
             "overhead --preset paper --model 1b --rounds 5 --new-tokens 12",
-            "reft_kernels native,eager hooks,PEFT LoRA unmerged",
+            [_NATIVE, "eager hooks", "PEFT LoRA unmerged"],
             170,
         ),
     ],
@@ -203,7 +201,7 @@ def model_steps(part: str, scratch: pathlib.Path) -> list[Step]:
     steps = []
     for name, text, systems, limit in MODELS.get(part, ()):
         command = [PYTHON, "-m", "bench", *text.split(), "--device", "cuda", "--out", str(scratch / name)]
-        steps.append(Step(name, [*command, *(["--systems", systems] if systems else [])], limit))
+        steps.append(Step(name, [*command, *(["--systems", ",".join(systems)] if systems else [])], limit))
     return steps
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import attribution, generation, models, record, stats
 from .correctness import References, check
-from .presets import AXES, PHASES, PRESETS, Sweep
+from .presets import AXES, DEVICE_PHASE, PHASES, PRESETS, Sweep
 from .record import CaseResult, ResultError
 from .session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
 from .sweep import axis_values
@@ -126,7 +126,7 @@ class Bench:
 
         timings = interleaved(
             list(runners),
-            lambda name: generation.timed(runners[name], case.new_tokens),
+            lambda name: generation.timed(runners[name], case.new_tokens, case.phases),
             self.args.rounds,
             self.args.seed,
             on_round,
@@ -165,7 +165,7 @@ class Bench:
         samples = {name: [getattr(timing, phase) for timing in taken] for name, taken in timings.items()}
         errors = {name: facts.get("error") for name, facts in group.facts.items()}
         found = record.summarize(samples, BASELINE, CONTROL, errors)
-        tokens = {"prefill": point.prompt, "decode": 1, "generate": case.new_tokens}[phase]
+        tokens = {"prefill": point.prompt, "generate": case.new_tokens}.get(phase, 1)
         for name, result in found.items():
             difference = stats.paired_difference(samples[name], samples[BASELINE])
             result.extra |= {
@@ -175,7 +175,7 @@ class Bench:
             if name in group.runners:
                 result.extra |= group.facts[name]
                 result.extra["adapters_served"] = 1 if group.runners[name].single else point.adapters
-            if name in parts:
+            if name in parts and phase != DEVICE_PHASE:
                 taken = [getattr(timing, phase) for timing in parts[name]]
                 part = stats.median_interval(taken)
                 result.extra |= {
@@ -193,7 +193,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="quick", help=presets)
     parser.add_argument("--model", help='a shape ("1b", "7b", "llama-1024x8"), a path or a hub name')
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--phases", help=f"instead of the preset's: {', '.join(PHASES)}")
+    parser.add_argument(
+        "--phases",
+        help=f"instead of the preset's: {', '.join(PHASES)}; on a GPU with --compiled also {DEVICE_PHASE}, a "
+        "decode step without the host's time",
+    )
     parser.add_argument(
         "--compiled", action="store_true", help="generate with a static cache and a compiled decode step"
     )
@@ -217,8 +221,12 @@ def cases_of(args: argparse.Namespace, name: str, dtype: str, depth: int) -> lis
         sweeps = (Sweep(base, {axis: tuple(values) for axis, values in given.items()}, PHASES),)
     phases = args.phases.split(",") if args.phases else None
     for phase in phases or ():
-        if phase not in PHASES:
-            raise ResultError(f"--phases: unknown {phase!r}; allowed are {', '.join(PHASES)}")
+        if phase not in (*PHASES, DEVICE_PHASE):
+            raise ResultError(
+                f"--phases: unknown {phase!r}; allowed are {', '.join((*PHASES, DEVICE_PHASE))}"
+            )
+        if phase == DEVICE_PHASE and not args.compiled:
+            raise ResultError(f"--phases: {DEVICE_PHASE} needs --compiled; without it the host sets the pace")
     new_tokens = preset.new_tokens if args.new_tokens is None else args.new_tokens
     if new_tokens < 2:
         raise ResultError(f"--new-tokens: must be at least 2 (a prefill and a decode step), was {new_tokens}")
@@ -248,6 +256,8 @@ def choose(
 
 def run(args: argparse.Namespace, console: Console) -> int:
     device = prepare_torch(args)
+    if torch.device(device).type == "cpu" and DEVICE_PHASE in (args.phases or "").split(","):
+        raise ResultError(f"--phases: {DEVICE_PHASE} is what a GPU takes, was asked for on {device}")
     if args.compiled:
         torch._dynamo.config.recompile_limit = 256  # every system runs the same code
     preset = PRESETS[args.preset]

@@ -109,7 +109,7 @@ def _train(positions: str) -> Reached:
 
 
 _OURS, _FUSED = "reft_kernels {}", "reft_kernels {} fused"
-_STEP = {"phase": "decode", "compiled": True, "positions": "all"}
+_STEP = {"phase": "step", "compiled": True, "positions": "all"}
 
 TARGETS = [
     *(

@@ -82,7 +82,7 @@ def _run(command: str, params: dict, times: dict[str, float], floor: dict | None
 
 
 KERNEL = {"dtype": "bfloat16", "width": 4096, "rank": 8, "mix": "distinct", "direction": "forward"}
-STEP = {"phase": "decode", "compiled": True, "positions": "all", "batch": 64, "adapters": 64}
+STEP = {"phase": "step", "compiled": True, "positions": "all", "batch": 64, "adapters": 64}
 
 
 def test_what_was_reached_of_the_targets() -> None:

@@ -229,3 +229,35 @@ def test_peak_memory_counts_what_is_held_at_once():
         return c.sum()
 
     assert 2 << 20 <= memory.peak_bytes(call, cuda=False) < 2.1 * (1 << 20)
+
+
+class _WallMarks:
+    """Marks by the wall clock, as no GPU is there to ask."""
+
+    def __init__(self) -> None:
+        self.stamps: list[list[float]] = []
+
+    def begin(self) -> None:
+        self.stamps.append([time.perf_counter()])
+
+    def end(self) -> None:
+        self.stamps[-1].append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [end - begin for begin, end in self.stamps]
+
+
+@pytest.mark.parametrize("name", ["merged LoRA", "reft_kernels native"])
+def test_a_devices_step_is_from_its_inputs_to_its_logits(name):
+    runner, marks, slow = all_systems()[name].build(_setup(positions="all")), _WallMarks(), 0.02
+    prepare = runner.model.prepare_inputs_for_generation
+
+    def slowly(*args, **kwargs):
+        time.sleep(slow)
+        return prepare(*args, **kwargs)
+
+    runner.model.prepare_inputs_for_generation = slowly
+    inside = generation.device_step(runner, 5, marks)
+    assert len(marks.stamps) == 5 and all(len(pair) == 2 for pair in marks.stamps)
+    assert inside > slow  # what the patch does before a forward is a part of it
+    assert runner.model.prepare_inputs_for_generation is slowly
