@@ -119,6 +119,9 @@ class Pool:
             tensor = getattr(self, name)
             grown = torch.zeros((size, *tensor.shape[1:]), dtype=tensor.dtype, device=self.device)
             grown[:old] = tensor
+            # A CUDA graph of torch.compile's then reads the pool where it lies; else it would copy all of it
+            # before every replay. If the pool grows, the graph is recorded anew.
+            torch._dynamo.mark_static_address(grown)
             setattr(self, name, grown)
         self._size = size
         self._release(Span(old, size - old))
