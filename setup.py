@@ -28,7 +28,8 @@ OLDEST_TORCH = (2, 10)
 
 
 #: What machine code the CUDA library holds, where nvcc knows it; PTX of the last one serves newer GPUs.
-#: sm_80 runs on 8.x, sm_90a on Hopper, sm_100 on Blackwell of data centres.
+#: sm_80 runs on 8.x, sm_90a on Hopper, sm_100 on Blackwell of data centres. REFT_KERNELS_CUDA_ARCHS=90a, say,
+#: builds for those that it names, without PTX.
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 
 
@@ -111,8 +112,19 @@ def _torch_with_cuda() -> Path:
 
 
 def _gencodes(nvcc: str) -> str:
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    found = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known]
+    """nvcc's options: machine code for REFT_KERNELS_CUDA_ARCHS alone, or for CUDA_ARCHITECTURES, and PTX."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    known = [code.removeprefix("sm_") for code in listed]
+    wanted = os.environ.get("REFT_KERNELS_CUDA_ARCHS", "")
+    if wanted:
+        chosen = wanted.split(",")
+        if all(re.fullmatch(r"([89]|1\d)\da?", arch) and arch.rstrip("a") in known for arch in chosen):
+            return " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in chosen)
+        raise SystemExit(
+            f"REFT_KERNELS_CUDA_ARCHS: must be architectures from 80 on that nvcc knows, with commas between "
+            f"(90a, or {','.join(CUDA_ARCHITECTURES)}), was {wanted!r}; {nvcc} knows {', '.join(known)}"
+        )
+    found = [arch for arch in CUDA_ARCHITECTURES if arch.rstrip("a") in known]
     if not found:
         raise CannotBuild(f"an nvcc that knows one of {', '.join(CUDA_ARCHITECTURES)}")
     codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in found]
@@ -167,8 +179,9 @@ def _ninja_file(library: Library, compiler: str, torch: Path, folder: Path) -> s
         linker = f"{nvcc} -cudart static"
         # --fmad=false: products are fused where the kernels say so, or a row's bits would depend on
         # which kernel it went through.
+        flags = f"-O3 -std=c++17 --fmad=false --threads 0 {os.environ.get('NVCCFLAGS', '')}"
         cuda = [
-            f"nvcc = {nvcc} -O3 -std=c++17 --fmad=false --threads 0 {_gencodes(nvcc)}",
+            f"nvcc = {nvcc} {flags} {_gencodes(nvcc)}",
             "rule cuda",
             "  command = $nvcc -Xcompiler -fPIC,-fvisibility=hidden -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",

@@ -166,7 +166,9 @@ cudaStream_t current_stream(const Tensor& h) {
 }
 
 void launched(const char* error, const char* kernel) {
-  STD_TORCH_CHECK(error == nullptr, "the CUDA kernel ", kernel, " was not launched: ", error);
+  STD_TORCH_CHECK(error == nullptr, "the CUDA kernel ", kernel, " was not launched: ", error,
+                  " (the failure of a kernel before it is reported here, too; with "
+                  "CUDA_LAUNCH_BLOCKING=1 it is reported where it arose)");
 }
 
 // Runs one of the forward kernels on h's device and current stream.
@@ -227,6 +229,8 @@ Tensor intervene_norm_(Tensor h, const Tensor& down, const Tensor& up, const Ten
   // Which rows the plan names stands on the device; that it can't name all can be seen here.
   STD_TORCH_CHECK(call.positions >= call.row_count, "rows: must name each of h's ", call.row_count,
                   " rows, were ", call.positions);
+  STD_TORCH_CHECK(call.tile_count >= (call.row_count + kTile - 1) / kTile, "tiles: must cover h's ",
+                  call.row_count, " rows, at most ", kTile, " each, were ", call.tile_count);
   Tensor out = contiguous_like(h);
   call.norm = {scale, offset, out.mutable_data_ptr(), static_cast<float>(eps),
                static_cast<int32_t>(norm)};

@@ -12,6 +12,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <limits>
+
 namespace reft::cuda {
 
 __device__ inline float bits_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -141,13 +143,18 @@ struct Chip {
   bool clusters;  // of thread blocks
 };
 
+// What the library was built for, in rising order. Code for an older chip that runs on a newer one
+// has no meeting of a cluster in it.
+constexpr int kBuiltFor[] = {__CUDA_ARCH_LIST__};
+constexpr bool kBuiltWithClusters = kBuiltFor[sizeof(kBuiltFor) / sizeof(int) - 1] >= 900;
+
 inline Chip current_chip() {
   int device = 0, major = 0;
   Chip chip{1, false};
   if (cudaGetDevice(&device) == cudaSuccess) {
     cudaDeviceGetAttribute(&chip.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    chip.clusters = major >= 9;
+    chip.clusters = kBuiltWithClusters && major >= 9;
   }
   return chip;
 }
@@ -156,9 +163,14 @@ template <class... Arguments>
 const char* launch(void (*kernel)(Arguments...), const Launch& how, Arguments... arguments) {
   cudaError_t error = cudaSuccess;
   if (how.shared > 48 * 1024) {
+    const int64_t most = std::numeric_limits<int>::max();
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(how.shared));
+                                 static_cast<int>(how.shared < most ? how.shared : most));
+    if (error == cudaErrorInvalidValue) {
+      cudaGetLastError();
+      return "d is too large for the shared memory of a block on this GPU";
+    }
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
