@@ -1,17 +1,22 @@
 """A small fixed set of calls of the CUDA kernels, for compute-sanitizer: python bench/sanitize_cases.py
 
-Every form once: rows and tiles, one unit of d a block and several, aligned and not, all dtypes, few and
-many rows, padding, ranks beyond what is kept; forward, with and without the norm that follows, and backward.
-Values are compared with the reference backend, so that a run proves that the kernels ran. Exit status 1 if
-any is wrong.
+Every form once: rows and tiles (8 and 16 rows at once), one unit of d a block and several, aligned and not,
+all dtypes, padding, ranks beyond what is kept; forward, with and without the norm that follows, and backward.
+Everything but our kernels runs on the CPU: the GPU copies and computes nothing else. Values are compared
+with the reference backend, so that a run proves that the kernels ran.
+
+Each case is announced before it begins. The last line is "N of N cases, 0 wrong results" where all is well.
+Exit status 1 if a result is wrong, 3 if --seconds (of all cases together) did not suffice for all.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import pathlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -20,79 +25,137 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from reft_kernels import ops  # noqa: E402
 from reft_kernels.plan import Plan  # noqa: E402
 
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.float32),
-]
-WIDTHS = (512, 1024, 5120, 1031)  # one block, a cluster, several units a block, unaligned
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+#: One block, a cluster of two, one whose blocks have several units each, unaligned.
+WIDTHS = (512, 1024, 5120, 1031)
 RANKS = (8, 3, 70)
-ROWS = 37
-NORM = ops.Norm.CENTRED | ops.Norm.ROUND
+
+#: Rows of each segment; −1 is padding, and some rows belong to nobody. The host takes 16 rows at once where
+#: tiles have more than 4 on average, the empty tile counted in, else 8.
+MANY = [[*range(25), -1], [25, 30], [33]]
+FEW = [[*range(3), -1], [4], [6]]
+
+#: Of what `run` returns.
+NAMES = ("h", "normed h", "norm", "dh", "ddown", "dup", "dbias")
 
 
-def tensors(dtypes: tuple[torch.dtype, torch.dtype], width: int) -> tuple:
-    generator = torch.Generator().manual_seed(width)
-    h = torch.randn(ROWS, width, generator=generator).to("cuda", dtypes[0])
-    size = sum(RANKS)
-    down, up = (torch.randn(2, size, width, generator=generator) / width**0.5).to("cuda", dtypes[1])
-    bias = torch.randn(size, generator=generator).cuda()
+class Case(NamedTuple):
+    dtype: torch.dtype
+    pool: torch.dtype
+    width: int
+    rows: list[list[int]]
+
+    def __str__(self) -> str:
+        many = "many rows" if self.rows is MANY else "few rows"
+        return f"{self.dtype} with {self.pool}, d={self.width}, {many}"
+
+
+def cases() -> list[Case]:
+    """What serves a decode step comes first."""
+    same = [
+        Case(dtype, dtype, width, rows) for dtype in (BF16, HALF) for width in WIDTHS for rows in (FEW, MANY)
+    ]
+    return same + [
+        Case(*dtypes, width, MANY) for dtypes in ((BF16, FLOAT), (FLOAT, FLOAT)) for width in WIDTHS
+    ]
+
+
+class Inputs(NamedTuple):
+    """On the CPU."""
+
+    h: torch.Tensor
+    grad: torch.Tensor
+    pool: list[torch.Tensor]
+    plan: Plan
+    covering: list[torch.Tensor]  # rows and tiles that name every row of h, and spans
+    weights: list[torch.Tensor | None]
+    norm: int
+
+
+def inputs(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(case.width)
+    count, size = 3 + max(max(mine) for mine in case.rows), sum(RANKS)
+    h, grad = torch.randn(2, count, case.width, generator=generator).to(case.dtype)
+    down, up = (torch.randn(2, size, case.width, generator=generator) / case.width**0.5).to(case.pool)
+    bias = torch.randn(size, generator=generator)
     kind = torch.arange(size, dtype=torch.int32) % 9
     kind[::5] |= ops.NO_PRODUCT
-    first = [sum(RANKS[:i]) for i in range(len(RANKS))]
-    # The first segment has many rows, and one place of padding; some rows belong to nobody.
-    rows = [[*range(25), -1], [25, 30], [33]]
-    plan = Plan(*(t.cuda() for t in _tables(rows, list(zip(first, RANKS)))))
-    return h, (down.contiguous(), up.contiguous(), bias, kind.cuda()), plan
+    firsts = [sum(RANKS[:i]) for i in range(len(RANKS))]
+    plan = Plan(*_tables(case.rows, list(zip(firsts, RANKS))))
+    weight, shift = (torch.randn(2, case.width, generator=generator) + 1).to(case.dtype)
+    centred = case.rows is MANY
+    return Inputs(
+        h,
+        grad,
+        [down, up, bias, kind],
+        plan,
+        _covering(plan, count),
+        [weight, shift if centred else None],
+        ops.Norm.CENTRED | ops.Norm.ROUND if centred else ops.Norm.RMS,
+    )
 
 
-def _tables(rows: list[list[int]], spans: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+def _tables(rows: list[list[int]], spans: list[tuple[int, int]]) -> list[torch.Tensor]:
     flat, tiles, offsets = [], [], [0]
     for segment, mine in enumerate(rows):
         tiles += [(segment, len(flat) + at, min(16, len(mine) - at)) for at in range(0, len(mine), 16)]
         flat += mine
         offsets.append(len(flat))
     tiles.append((0, 0, 0))
-    return tuple(torch.tensor(it, dtype=torch.int32) for it in (flat, tiles, spans, offsets))
+    return [torch.tensor(it, dtype=torch.int32) for it in (flat, tiles, spans, offsets)]
 
 
-def run(backend: str, h: torch.Tensor, pool: Sequence[torch.Tensor], plan: Plan) -> list[torch.Tensor]:
-    edited = h.clone()
-    ops.INTERVENE_[backend](edited, *pool, *plan[:3])
-    normed, weights = h.clone(), h[:2] + 1
-    every_row = ops.INTERVENE_NORM_[backend](normed, *pool, *covering(plan, len(h)), *weights, 1e-6, NORM)
-    hs = h[plan.rows.clamp(min=0).long()]
-    gradients = ops.INTERVENE_BACKWARD[backend](edited, hs, *pool, *plan, True, True)
-    return [edited, normed, every_row, *gradients]
-
-
-def covering(plan: Plan, count: int) -> list[torch.Tensor]:
+def _covering(plan: Plan, count: int) -> list[torch.Tensor]:
     """The plan's tables with all other rows of h in tiles that edit nothing."""
     used = set(plan.rows.tolist())
     rest = [row for row in range(count) if row not in used]
     start = len(plan.rows)
     tiles = [(-1, start + at, min(16, len(rest) - at)) for at in range(0, len(rest), 16)]
-    more = (torch.tensor(it, dtype=torch.int32).to(plan.rows) for it in (rest, tiles))
+    more = (torch.tensor(it, dtype=torch.int32) for it in (rest, tiles))
     return [*(torch.cat(pair) for pair in zip(plan[:2], more)), plan.spans]
 
 
+def run(backend: str, it: Inputs, to: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    """The ops' results, in the order of NAMES. `to` copies an input to where the backend takes it."""
+    pool, plan = [to(t) for t in it.pool], [to(t) for t in it.plan]
+    edited, normed = to(it.h), to(it.h)
+    ops.INTERVENE_[backend](edited, *pool, *plan[:3])
+    weight, shift = (None if t is None else to(t) for t in it.weights)
+    covering = [to(t) for t in it.covering]
+    every_row = ops.INTERVENE_NORM_[backend](normed, *pool, *covering, weight, shift, 1e-6, it.norm)
+    hs = to(it.h[it.plan.rows.clamp(min=0).long()])
+    gradients = ops.INTERVENE_BACKWARD[backend](to(it.grad), hs, *pool, *plan, True, True)
+    return [edited, normed, every_row, *gradients]
+
+
+def compare(case: Case) -> int:
+    """The number of wrong results."""
+    it, wrong = inputs(case), 0
+    results = [result.cpu() for result in run("native", it, lambda t: t.to("cuda"))]
+    wanted = run("reference", it, torch.clone)
+    for name, got, want in zip(NAMES, results, wanted):
+        # By norms: one wrong row or column of a case is orders of magnitude beyond this.
+        error = ((got.double() - want.double()).norm() / want.double().norm()).item()
+        if not error < (1e-5 if got.dtype is FLOAT and case.dtype is FLOAT else 2e-2):
+            wrong += 1
+            print(f"WRONG {name} of {case}: relative error {error:.3g}", flush=True)
+    return wrong
+
+
 def main() -> int:
-    wrong = 0
-    for dtypes, width in itertools.product(DTYPES, WIDTHS):
-        h, pool, plan = tensors(dtypes, width)
-        results = [result.cpu() for result in run("native", h, pool, plan)]
-        # On the CPU: on the GPU there is to be nothing else to look at.
-        wanted = run("reference", h.cpu(), [t.cpu() for t in pool], Plan(*(t.cpu() for t in plan)))
-        names = ("h", "normed h", "norm", "dh", "ddown", "dup", "dbias")
-        for name, got, want in zip(names, results, wanted):
-            # By norms: one wrong row or column of a case is orders of magnitude beyond this.
-            error = ((got.double() - want.double()).norm() / want.double().norm()).item()
-            if not error < (1e-5 if got.dtype is torch.float32 and h.dtype is torch.float32 else 2e-2):
-                wrong += 1
-                print(f"WRONG {name} {dtypes} d={width}: relative error {error:.3g}")
-    print(f"{len(DTYPES) * len(WIDTHS)} cases, {wrong} wrong results")
-    return 1 if wrong else 0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many")
+    limit = parser.parse_args().seconds
+    begun, done, wrong = time.monotonic(), 0, 0
+    for case in cases():
+        seconds = time.monotonic() - begun
+        if seconds > limit:
+            break
+        print(f"{seconds:6.1f} s  {case}", flush=True)
+        wrong += compare(case)
+        done += 1
+    print(f"{done} of {len(cases())} cases, {wrong} wrong results", flush=True)
+    return 1 if wrong else 0 if done == len(cases()) else 3
 
 
 if __name__ == "__main__":
