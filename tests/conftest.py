@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 
@@ -37,6 +38,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+def pytest_runtest_teardown() -> None:
+    """What a kernel did wrong is its own test's failure, and leaves CUDA of no use to this process.
+
+    So a worker of xdist ends here, and another one takes over.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            time.sleep(1)  # what was reported so far is on its way
+            os._exit(1)
+        raise
 
 
 # Session scope, so that hypothesis may run many examples within one use of the fixture.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from support.cases import same_bits
@@ -123,6 +126,33 @@ def test_replay_of_the_edit_with_its_norm(fused: str, count: int) -> None:
     graph.replay()
     expected = run(before)
     assert same_bits(captured.h, before) and same_bits(out, expected)
+
+
+#: Kernels are loaded when they are first launched; here that is in a capture, and more than 48 KB of shared
+#: memory is asked for there.
+FIRST_LAUNCH = """
+import torch
+import reft_kernels as rk
+pool = rk.Pool(512, torch.bfloat16, "cuda", capacity=16000)
+row = torch.ones(1, 512)
+span = pool.add(rk.Fold(row, row, torch.ones(1), torch.zeros(1, dtype=torch.int32)))
+plan = rk.make_plan([(span, [0, 2])], "cuda")
+h = torch.zeros(3, 512, dtype=torch.bfloat16, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with rk.backend("native"), torch.cuda.graph(graph):
+    rk.functional.intervene_(h, pool, plan)
+assert not h.any()
+graph.replay()
+assert (h[[0, 2]] == 1).all() and not h[1].any()
+"""
+
+
+def test_first_launch_of_native_in_a_capture() -> None:
+    reason = rk.ops.why_not("native", "cuda")
+    if reason is not None:
+        pytest.skip(f"native: {reason}")
+    done = subprocess.run([sys.executable, "-c", FIRST_LAUNCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_compiled_with_graphs(fused: str) -> None:

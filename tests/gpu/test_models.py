@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from support.adapters import mixed_adapters
 from support.models import batch_of, make_model
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import reft_kernels as rk
 
@@ -89,6 +92,26 @@ def test_static_cache_with_a_compiled_decode_step(
     expected = bare.generate(**batch, max_new_tokens=STEPS, do_sample=False)
     assert idle == expected[:, batch["input_ids"].shape[1] :].tolist()
     assert _tokens(model, OTHERS, cache_implementation="static") == on_cpu["others"]
+
+
+def _on_the_gpu(model, **inputs) -> Counter:
+    """How often each kernel and each copy runs in a forward."""
+    with torch.no_grad():
+        model(**inputs)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+            model(**inputs)
+            torch.cuda.synchronize()
+    return Counter(event.name for event in trace.events() if event.device_type is DeviceType.CUDA)
+
+
+def test_an_idle_forward_runs_what_the_bare_model_runs(fused: str) -> None:
+    """The same kernels and copies, as often. So a graph captured of it has no node of ours."""
+    batch = _batch("cuda")
+    bare = _on_the_gpu(make_model().to("cuda"), **batch)
+    model = _patched("cuda")
+    assert bare and _on_the_gpu(model, **batch, adapter_names=["__base__"] * len(LENGTHS)) == bare
+    assert _on_the_gpu(model, **batch, adapter_names=NAMES).total() > bare.total()
 
 
 def test_training_step_is_the_cpus(fused: str, full_precision: None) -> None:
