@@ -12,6 +12,13 @@ from .. import models
 from .base import Runner, Setup, System, Unable, quiet
 
 
+def pyreft_missing() -> str | None:
+    for package in ("pyreft", "pyvene"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed (pip install --no-deps pyreft pyvene)"
+    return None
+
+
 def imported() -> Any:
     """pyreft, without what pyvene prints as it is imported. Raises Unable."""
     try:
@@ -81,10 +88,7 @@ class Pyreft(System):
     name = "pyreft"
 
     def why_not(self, setup):
-        for package in ("pyreft", "pyvene"):
-            if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed (pip install --no-deps pyreft pyvene)"
-        return None
+        return pyreft_missing()
 
     def build(self, setup):
         return PyreftRunner(setup)

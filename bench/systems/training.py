@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from .. import models
 from .base import Setup, System, quiet
 from .lora import peft_missing
 from .pyreft import imported as imported_pyreft
-from .pyreft import interventions
+from .pyreft import interventions, pyreft_missing
 
 BASELINE, CONTROL = "one vector", "one vector (A/A)"
 
@@ -150,10 +149,7 @@ class Pyreft(System):
     name = "pyreft"
 
     def why_not(self, setup):
-        for package in ("pyreft", "pyvene"):
-            if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed (pip install --no-deps pyreft pyvene)"
-        return None
+        return pyreft_missing()
 
     def build(self, setup):
         return PyreftTrainee(setup)

@@ -15,9 +15,9 @@ from support import oracle
 from support.calls import NormOf, in_place, norm_of, normed_in_place
 from support.cases import (
     DTYPES,
+    USUAL,
     Case,
     Segment,
-    Spec,
     bits,
     build,
     check,
@@ -29,23 +29,6 @@ from torch import Tensor
 
 import reft_kernels as rk
 from reft_kernels.ops import INTERVENE_NORM_, NO_PRODUCT, Norm
-
-BASE = Spec(
-    seed=5,
-    dtypes=(torch.float32, torch.float32),
-    d=24,
-    lead=(3, 4),
-    row_pad=0,
-    offset=0,
-    ranks=(2, 0, 5),
-    gaps=(1, 0, 2),
-    shared=(False, False, False),
-    count=12,
-    density=0.6,
-    ragged=False,
-    plain=False,
-    scale=1.0,
-)
 
 
 def tame(case: Case) -> Case:
@@ -80,7 +63,7 @@ def test_equals_the_formula(backend: str, device: str) -> None:
 @pytest.mark.parametrize("norm", range(1 + sum(Norm)))
 def test_every_norm_with_and_without_shift(backend: str, device: str, norm: int) -> None:
     for seed, dtypes in enumerate(DTYPES):
-        case = tame(build(dataclasses.replace(BASE, seed=seed, dtypes=dtypes), device))
+        case = tame(build(dataclasses.replace(USUAL, seed=seed, dtypes=dtypes), device))
         weight, shift = torch.randn(2, 24, generator=torch.Generator().manual_seed(9)).to(case.h)
         for it in (None, shift):
             assert_equals_oracle(case, backend, NormOf(weight, it, 1e-6, norm))
@@ -213,7 +196,7 @@ def test_where_things_lie_does_not_matter(backend: str, device: str) -> None:
 def test_thread_counts_give_the_same_bits(backend: str, device: str, dtype: torch.dtype) -> None:
     if device != "cpu" or interpreted(backend, device):
         pytest.skip("no thread of torch's takes part")
-    spec = dataclasses.replace(BASE, d=1024, count=600, lead=(600,), dtypes=(dtype, dtype))
+    spec = dataclasses.replace(USUAL, d=1024, count=600, lead=(600,), dtypes=(dtype, dtype))
     case, threads, outs = tame(build(spec, device)), torch.get_num_threads(), []
     try:
         for count in (1, 2):

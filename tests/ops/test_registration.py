@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from support.calls import backward, gathered, gradient_like, norm_of
-from support.cases import Case, Spec, build, same_bits
+from support.cases import USUAL, Case, Spec, build, same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reft_kernels as rk
@@ -15,30 +15,14 @@ from reft_kernels.ops import INTERVENE, INTERVENE_, INTERVENE_BACKWARD, INTERVEN
 from reft_kernels.plan import Plan, make_plan
 from reft_kernels.pool import Fold, Pool
 
-BASE = Spec(
-    seed=5,
-    dtypes=(torch.float32, torch.float32),
-    d=24,
-    lead=(3, 4),
-    row_pad=0,
-    offset=0,
-    ranks=(2, 0, 5),
-    gaps=(1, 0, 2),
-    shared=(False, False, False),
-    count=12,
-    density=0.8,
-    ragged=False,
-    plain=False,
-    scale=1.0,
-)
 SPECS = {
-    "float32": BASE,
+    "float32": USUAL,
     "strided bfloat16": dataclasses.replace(
-        BASE, dtypes=(torch.bfloat16, torch.bfloat16), row_pad=8, ragged=True
+        USUAL, dtypes=(torch.bfloat16, torch.bfloat16), row_pad=8, ragged=True
     ),
-    "float16, float32 pool": dataclasses.replace(BASE, dtypes=(torch.float16, torch.float32)),
-    "no rows": dataclasses.replace(BASE, lead=(0,), count=0),
-    "no segments": dataclasses.replace(BASE, ranks=(), gaps=(), shared=()),
+    "float16, float32 pool": dataclasses.replace(USUAL, dtypes=(torch.float16, torch.float32)),
+    "no rows": dataclasses.replace(USUAL, lead=(0,), count=0),
+    "no segments": dataclasses.replace(USUAL, ranks=(), gaps=(), shared=()),
 }
 
 

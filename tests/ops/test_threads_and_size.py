@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
 import torch
 from support.calls import backward, gradient_like, in_place
-from support.cases import Spec, build, interpreted, same_bits
+from support.cases import USUAL, Spec, build, interpreted, same_bits
 
 from reft_kernels.ops import INTERVENE_
 
 
 def _spec(seed: int) -> Spec:
-    return Spec(
+    return dataclasses.replace(
+        USUAL,
         seed=seed,
         dtypes=(torch.bfloat16, torch.bfloat16),
         d=64 + 8 * seed,
         lead=(18,),
-        row_pad=0,
-        offset=0,
         ranks=(4, 2, 9),
         gaps=(0, 1, 0),
-        shared=(False, False, False),
         count=18,
-        density=0.8,
-        ragged=False,
-        plain=False,
-        scale=1.0,
     )
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from support import model_oracle as oracle
-from support.adapters import mixed_adapters, random_adapter
+from support.adapters import patch_with_mixed, random_adapter
 from support.models import LAYERS, batch_of, make_model, row_alone
 
 import reft_kernels as rk
@@ -19,9 +19,7 @@ WIDTH = 32
 @pytest.fixture
 def model():
     model = make_model()
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(WIDTH).items():
-        reft.add_adapter(name, adapter)
+    patch_with_mixed(model)
     return model
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from support import model_oracle as oracle
-from support.adapters import mixed_adapters, random_adapter
+from support.adapters import patch_with_mixed, random_adapter
 from support.models import batch_of, make_model, row_alone
 
 import reft_kernels as rk
@@ -23,9 +23,7 @@ NAMES = ["everywhere", "untied"]
 
 def patched(seed=0):
     model = make_model(seed=seed)
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(WIDTH).items():
-        reft.add_adapter(name, adapter)
+    patch_with_mixed(model)
     return model
 
 
@@ -49,9 +47,7 @@ def test_hooks_of_others_see_the_edit_and_stay(batch):
     model = make_model()
     seen = {}
     early = model.model.layers[1].register_forward_hook(lambda m, a, o: seen.__setitem__("early", o))
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(WIDTH).items():
-        reft.add_adapter(name, adapter)
+    patch_with_mixed(model)
     late = model.model.layers[1].register_forward_hook(lambda m, a, o: seen.__setitem__("late", o.clone()))
     out = logits(model, batch)
     with torch.no_grad():
@@ -190,9 +186,7 @@ def test_lora_on_the_same_model(order, batch):
     else:
         inner = make_model()
         model = peft.get_peft_model(inner, config)
-        reft = rk.patch(inner)
-        for name, adapter in mixed_adapters(WIDTH).items():
-            reft.add_adapter(name, adapter)
+        patch_with_mixed(inner)
     peft.set_peft_model_state_dict(model, weights)
     model.eval(), bare.eval()
     with torch.no_grad():
@@ -354,9 +348,7 @@ def test_half_precision_models_and_pools(dtype, batch):
     errors = []
     for pool_dtype in (None, torch.float32):
         model = make_model().to(dtype)
-        reft = rk.patch(model, pool_dtype=pool_dtype)
-        for name, adapter in mixed_adapters(WIDTH).items():
-            reft.add_adapter(name, adapter)
+        reft = patch_with_mixed(model, pool_dtype=pool_dtype)
         assert next(iter(reft._registry.pools.values())).dtype == (pool_dtype or dtype)
         assert next(reft.adapters["tied"].parameters()).dtype == torch.float32
         seen = batch["attention_mask"].bool()
@@ -388,9 +380,7 @@ def test_accelerates_offload_hooks(batch, tmp_path):
     want = logits(patched(), batch)
     model = make_model()
     accelerate.cpu_offload(model, execution_device="cpu")
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(WIDTH).items():
-        reft.add_adapter(name, adapter)
+    patch_with_mixed(model)
     torch.testing.assert_close(logits(model, batch), want)
     rk.unpatch(model)
     torch.testing.assert_close(model(**batch).logits, make_model()(**batch).logits)

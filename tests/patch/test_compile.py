@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import model_oracle as oracle
-from support.adapters import mixed_adapters
+from support.adapters import patch_with_mixed
 from support.models import batch_of, make_model, row_alone
 from transformers import CompileConfig
 
@@ -20,13 +20,6 @@ STEPS = 5
 
 
 fusing = pytest.mark.parametrize("fuse_norm", [False, True], ids=["norms apart", "norms fused"])
-
-
-def add_adapters(model, fuse_norm=False):
-    reft = rk.patch(model, fuse_norm=fuse_norm)
-    for name, adapter in mixed_adapters(model.config.hidden_size).items():
-        reft.add_adapter(name, adapter)
-    return reft
 
 
 def compiled_tokens(model, batch, **kwargs):
@@ -58,7 +51,7 @@ def test_compiled_decode_step_through_patching_and_changing_adapters(fuse_norm):
     batch = batch_of(LENGTHS)
     nothing = ["__base__"] * 3
     assert compiled_tokens(model, batch) == expected(bare, {}, batch, nothing)  # compiled before the patch
-    reft = add_adapters(model, fuse_norm)
+    reft = patch_with_mixed(model, fuse_norm=fuse_norm)
     reft.set_adapter(None)
     adapters = dict(reft.adapters)
     for names in (
@@ -83,7 +76,7 @@ def test_decode_steps_do_not_recompile_for_other_rows_of_the_same_adapters(fuse_
     from torch._dynamo.utils import counters
 
     model = make_model()
-    add_adapters(model, fuse_norm)
+    patch_with_mixed(model, fuse_norm=fuse_norm)
     batch = batch_of(LENGTHS)
     compiled_tokens(model, batch, adapter_names=["everywhere", "generated", "everywhere"])
     compiled_tokens(model, batch, adapter_names=["everywhere", "everywhere", "generated"])
@@ -105,7 +98,7 @@ def test_a_model_that_its_user_compiles(when, fuse_norm):
     if compiled is not None:
         with torch.no_grad():
             compiled(**batch)
-    add_adapters(model, fuse_norm)
+    patch_with_mixed(model, fuse_norm=fuse_norm)
     if compiled is None:
         compiled = torch.compile(model, backend="aot_eager")
     for given in (names, ["__base__"] * 3, names[::-1]):
@@ -121,7 +114,7 @@ def test_a_compiled_forward_method():
     """`model.forward = torch.compile(model.forward)` wraps ours; unpatching leaves a working model."""
     model, bare = make_model(), make_model()
     batch = batch_of(LENGTHS)
-    reft = add_adapters(model)
+    reft = patch_with_mixed(model)
     model.forward = torch.compile(model.forward, backend="aot_eager")
     with torch.no_grad():
         got = model(**batch, adapter_names=["everywhere"] * 3).logits
@@ -134,7 +127,7 @@ def test_a_compiled_forward_method():
 def test_a_compiled_step_reads_the_pool_where_it_lies():
     """Inputs that are not static are copied before every replay of a CUDA graph: small tables may be."""
     model = make_model()
-    add_adapters(model)
+    patch_with_mixed(model)
     static: dict[str, bool] = {}
 
     def backend(graph, inputs):

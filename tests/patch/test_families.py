@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from support import model_oracle as oracle
-from support.adapters import mixed_adapters
+from support.adapters import patch_with_mixed
 from support.models import FAMILIES, batch_of, make_model, row_alone
 
 import reft_kernels as rk
@@ -26,9 +26,7 @@ def family(request):
 def patched(family):
     """(a patched model with adapters, the same model bare)."""
     model, bare = make_model(family), make_model(family)
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(model.config.hidden_size).items():
-        reft.add_adapter(name, adapter)
+    patch_with_mixed(model)
     return model, bare
 
 
@@ -99,9 +97,7 @@ def test_unpatch_gives_the_model_back(family):
     before = contents(model)
     with torch.no_grad():
         want = model(**batch).logits
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(model.config.hidden_size).items():
-        reft.add_adapter(name, adapter)
+    patch_with_mixed(model)
     with torch.no_grad():
         assert not torch.equal(model(**batch).logits, want)
     rk.unpatch(model)

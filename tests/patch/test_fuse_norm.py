@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from support.adapters import mixed_adapters
+from support.adapters import patch_with_mixed
 from support.models import FAMILIES, LAYERS, batch_of, make_model
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -24,10 +24,7 @@ NAMES = ["everywhere", "tied", "__base__", "generated"]
 
 def patched(fuse: bool, family: str = "llama", dtype: torch.dtype = torch.float32):
     model = make_model(family).to(dtype)
-    reft = rk.patch(model, fuse_norm=fuse)
-    for name, adapter in mixed_adapters(model.config.hidden_size).items():
-        reft.add_adapter(name, adapter)
-        reft.adapters[name].trainable = False
+    reft = patch_with_mixed(model, fuse_norm=fuse)
     reft.set_adapter(None)
     return model
 

@@ -7,10 +7,8 @@ import copy
 import pytest
 import torch
 from support import model_oracle as oracle
-from support.adapters import mixed_adapters
+from support.adapters import mixed_adapters, patch_with_mixed
 from support.models import VOCABULARY, batch_of, make_model, row_alone
-
-import reft_kernels as rk
 
 pytestmark = pytest.mark.models
 LENGTHS = [8, 3, 6, 5]
@@ -21,9 +19,7 @@ STEPS = 5
 @pytest.fixture(scope="module")
 def patched():
     model, bare = make_model(), make_model()
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(model.config.hidden_size).items():
-        reft.add_adapter(name, adapter)
+    patch_with_mixed(model)
     return model, bare
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from support import model_oracle as oracle
-from support.adapters import mixed_adapters, random_adapter
+from support.adapters import mixed_adapters, patch_with_mixed, random_adapter
 from support.models import batch_of, make_model, row_alone
 from transformers import GenerationConfig
 
@@ -21,9 +21,7 @@ WIDTH = 32
 @pytest.fixture
 def model():
     model = make_model()
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(WIDTH).items():
-        reft.add_adapter(name, adapter)
+    patch_with_mixed(model)
     return model
 
 
@@ -274,9 +272,7 @@ def test_sliding_windows(family, cache):
         for module in one.modules():
             if getattr(module, "sliding_window", None):
                 module.sliding_window = 4
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(WIDTH).items():
-        reft.add_adapter(name, adapter)
+    reft = patch_with_mixed(model)
     batch = batch_of([9, 6])
     names = ["untied", "everywhere"]
     got = tokens(model, batch, adapter_names=names, cache_implementation=cache)
@@ -287,9 +283,7 @@ def test_sliding_windows(family, cache):
 
 def test_continuous_batching_takes_adapters_that_need_no_prompt():
     model = make_model()
-    reft = rk.patch(model)
-    for name, adapter in mixed_adapters(model.config.hidden_size).items():
-        reft.add_adapter(name, adapter)
+    reft = patch_with_mixed(model)
     prompts = [[5, 6, 7, 8], [9, 10]]
     for name in ("tied", "generated"):
         reft.set_adapter(name)

@@ -32,3 +32,11 @@ def mixed_adapters(width: int, n_layers: int = 3) -> dict[str, rk.Adapter]:
         name: random_adapter(config, width, n_layers, 0.3, seed)
         for seed, (name, config) in enumerate(configs.items())
     }
+
+
+def patch_with_mixed(model: torch.nn.Module, **options: object) -> rk.Reft:
+    """rk.patch(model, **options), and `mixed_adapters` on it."""
+    reft = rk.patch(model, **options)
+    for name, adapter in mixed_adapters(model.config.hidden_size).items():
+        reft.add_adapter(name, adapter)
+    return reft

@@ -58,6 +58,25 @@ class Spec:
     scale: float
 
 
+#: A small case with all that is usual in it, to be changed where a test needs something else.
+USUAL = Spec(
+    seed=5,
+    dtypes=(torch.float32, torch.float32),
+    d=24,
+    lead=(3, 4),
+    row_pad=0,
+    offset=0,
+    ranks=(2, 0, 5),
+    gaps=(1, 0, 2),
+    shared=(False, False, False),
+    count=12,
+    density=0.7,
+    ragged=False,
+    plain=False,
+    scale=1.0,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     first: int
