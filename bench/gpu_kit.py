@@ -93,8 +93,14 @@ def _together(steps: list[Step], deadline: float) -> None:
         thread.join()
 
 
-def build_steps() -> list[Step]:
+#: What to build for, by the major number of a GPU's capability; of others all that setup.py knows.
+ARCHITECTURES = {"8": "80", "9": "90a", "10": "100"}
+
+
+def build_steps(capability: str) -> list[Step]:
     environment = {"REFT_KERNELS_BUILD_CUDA": "1"}
+    if capability.split(".")[0] in ARCHITECTURES:
+        environment["REFT_KERNELS_CUDA_ARCHS"] = ARCHITECTURES[capability.split(".")[0]]
     return [Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 150, environment)]
 
 
@@ -267,7 +273,7 @@ def main() -> int:
     steps: list[Step] = []
     with tempfile.TemporaryDirectory() as name:
         scratch = pathlib.Path(name)
-        builds = build_steps() if "build" in parts else []
+        builds = build_steps(facts["gpu"]["capability"]) if "build" in parts else []
         # What needs no quiet machine runs side by side.
         checks = test_steps(folder) if "test" in parts else []
         checks += sanitize_steps() if "sanitize" in parts else []

@@ -35,9 +35,16 @@ def test_nothing_begins_after_the_deadline() -> None:
     assert step.status is None and "not begun" in step.output
 
 
+@pytest.mark.parametrize(("capability", "built"), [("9.0", "90a"), ("8.6", "80"), ("12.0", None)])
+def test_built_for_the_gpu_that_is_there(capability: str, built: str | None) -> None:
+    (step,) = gpu_kit.build_steps(capability)
+    assert step.environment["REFT_KERNELS_BUILD_CUDA"] == "1"
+    assert step.environment.get("REFT_KERNELS_CUDA_ARCHS") == built
+
+
 def test_the_parts_fit_in_the_time() -> None:
     """Longest build, longest check (they run side by side), and the rest is for the benchmarks."""
-    build = sum(step.limit for step in gpu_kit.build_steps())
+    build = sum(step.limit for step in gpu_kit.build_steps("9.0"))
     checks = max(step.limit for step in [*gpu_kit.test_steps(gpu_kit.ROOT), *gpu_kit.sanitize_steps()])
     assert build + checks < gpu_kit.LIMIT - 120 and gpu_kit.LIMIT < 9 * 60
 
