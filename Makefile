@@ -7,18 +7,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)/transformers-oldest
 WORKERS ?= 2
+# Which versions are installed; requirements/oldest.txt has the oldest that are supported.
+CONSTRAINTS ?= constraints.txt
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS)
 # The tests run in $(WORKERS) processes; more threads in each would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 checksum = $(firstword $(shell cat $(1) | cksum))
 CPP_SOURCES := $(sort $(shell find csrc python_bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu*'))
 
-BASE_STAMP := $(VENV)/stamp-base-$(call checksum,constraints.txt pyproject.toml setup.py)
-TEST_STAMP := $(VENV)/stamp-test-$(call checksum,constraints.txt pyproject.toml setup.py requirements/*)
-NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,constraints.txt setup.py $(CPP_SOURCES))
+BASE_STAMP := $(VENV)/stamp-base-$(call checksum,$(CONSTRAINTS) pyproject.toml setup.py)
+TEST_STAMP := $(VENV)/stamp-test-$(call checksum,$(CONSTRAINTS) pyproject.toml setup.py requirements/*)
+NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,$(CONSTRAINTS) setup.py $(CPP_SOURCES))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow lint format bench clean
