@@ -1,4 +1,8 @@
 // The scheduler of the emulated threads, and the calls that Python makes through ctypes.
+#include <algorithm>
+#include <numeric>
+#include <random>
+
 #include "device.cuh"
 
 namespace reft::cuda {
@@ -12,10 +16,33 @@ namespace {
 
 constexpr int64_t kStack = 64 * 1024;
 
+uint64_t order = 0;
+std::mt19937_64 chance;
+
+// Who runs next, each until it waits for others: all by their numbers, or one warp, which may get
+// far ahead, its threads in any order.
+void fill_turns(std::vector<int>& turns, int threads) {
+  turns.clear();
+  if (order == 0) {
+    turns.resize(threads);
+    std::iota(turns.begin(), turns.end(), 0);
+    return;
+  }
+  const int first = static_cast<int>(chance() % (threads / 32)) * 32;
+  for (int times = 1 + static_cast<int>(chance() % 16); times > 0; --times) {
+    for (int lane = 0; lane < 32; ++lane) turns.push_back(first + lane);
+    std::shuffle(turns.end() - 32, turns.end(), chance);
+  }
+}
+
 void enter() {
   machine.body();
   Fiber* self = machine.now;
   self->done = true;
+  // What a block leaves behind is not there for others to read.
+  if (machine.blocks[self->in_cluster].gone + 1 == machine.threads) {
+    memset(machine.shared[self->in_cluster].get(), 0xff, machine.shared_bytes);
+  }
   // A thread that has returned no longer keeps the others from meeting.
   for (Group* group : {&warp_group(), &machine.blocks[self->in_cluster], &machine.cluster}) {
     ++group->gone;
@@ -33,6 +60,7 @@ void run_cluster(const Launch& how, int64_t first_block, int64_t column) {
   Machine& m = machine;
   const int count = how.cluster * how.threads;
   m.threads = how.threads;
+  m.shared_bytes = how.shared;
   m.fibers.assign(count, Fiber{});
   while (static_cast<int>(m.stacks.size()) < count) m.stacks.emplace_back(new char[kStack]);
   m.shared.clear();
@@ -51,7 +79,9 @@ void run_cluster(const Launch& how, int64_t first_block, int64_t column) {
     fiber.block = {first_block + fiber.in_cluster, column};
   }
   for (volatile int left = count; left > 0;) {
-    for (volatile int i = 0; i < count; ++i) {
+    fill_turns(m.turns, count);
+    for (volatile size_t turn = 0; turn < m.turns.size(); ++turn) {
+      const int i = m.turns[turn];
       Fiber& fiber = m.fibers[i];
       if (fiber.done) continue;
       m.now = &fiber;
@@ -64,7 +94,7 @@ void run_cluster(const Launch& how, int64_t first_block, int64_t column) {
         makecontext(&fiber.context, enter, 0);
         setcontext(&fiber.context);
       }
-      if (m.fibers[i].done) left = left - 1;
+      if (m.fibers[m.turns[turn]].done) left = left - 1;
     }
   }
 }
@@ -91,6 +121,11 @@ static Plan plan_of(const Tables& t) {
 // multiprocessors 0: of a chip without clusters.
 static void emulate(int multiprocessors) {
   emulated_chip = {multiprocessors > 0 ? multiprocessors : 1, multiprocessors > 0};
+}
+
+extern "C" void emulated_order(uint64_t seed) {
+  order = seed;
+  chance.seed(seed);
 }
 
 // norm.out null: without the norm. Returns the blocks of a cluster.

@@ -1,7 +1,7 @@
 // Runs the kernels of csrc/cuda on a CPU: a fiber for each thread of a cluster of blocks, barriers,
-// shuffles and tensor-core products by their definitions. Slow, and blind to races and timing: it
-// shows that the indices, masks and layouts are right. Takes the place of what device.cuh has for
-// nvcc.
+// shuffles and tensor-core products by their definitions. Slow, and blind to memory orders and
+// timing: it shows that the indices, masks, layouts and barriers are right. Takes the place of what
+// device.cuh has for nvcc.
 #pragma once
 
 #include <math.h>
@@ -46,11 +46,13 @@ struct Exchange {
 
 struct Machine {
   std::vector<Fiber> fibers;
+  std::vector<int> turns;  // who runs next, each until it waits for others
   std::vector<std::unique_ptr<char[]>> stacks, shared;
   std::vector<Exchange> exchanges;
   std::vector<Group> warps, blocks;
   Group cluster;
   int threads;
+  int64_t shared_bytes;
   Fiber* now;
   jmp_buf scheduler;
   std::function<void()> body;

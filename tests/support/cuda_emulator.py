@@ -65,6 +65,10 @@ class Emulated:
         self.multiprocessors = MANY
         self.cluster = 0  # blocks of one, in the last forward
 
+    def shuffle_threads(self, seed: int) -> None:
+        """One warp runs on, then another, their threads in any order; 0: all in turn, by their numbers."""
+        self._library.emulated_order(ctypes.c_uint64(seed))
+
     @staticmethod
     def _tables(pool, rows, tiles, spans, offsets=None) -> Tables:
         pointers = (_pointer(t) for t in (*pool, rows, tiles, spans, offsets))
