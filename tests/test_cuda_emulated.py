@@ -89,6 +89,14 @@ def test_the_norms_rounding(dtype: torch.dtype, emulated) -> None:
     _module("test_norm").test_rounding_before_the_weight_is_llamas(NAME, "cpu", dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("d", "r"), [(64, 1), (1000, 16)])
+def test_rms_error_with_sums_that_are_cut(dtype: torch.dtype, d: int, r: int, emulated) -> None:
+    """The emulator adds as the least precise tensor cores do."""
+    emulated.multiprocessors = cuda_emulator.MANY
+    _module("test_accuracy").test_rms_error_beside_the_unfused_sequence(NAME, "cpu", dtype, d, r)
+
+
 #: Of a chip: so few that a cluster gets fewer blocks than it could, and 0 for one without clusters.
 CHIPS = (cuda_emulator.MANY, 6, 3, 2, 1, 0)
 
