@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from support.adapters import mixed_adapters
+from support.adapters import patch_with_mixed, random_adapter
 from support.models import batch_of, make_model
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -26,9 +26,7 @@ norms = pytest.mark.parametrize("fuse_norm", [False, True], ids=["norms apart", 
 
 def _patched(device: str, fuse_norm: bool = False):
     model = make_model().to(device)
-    reft = rk.patch(model, fuse_norm=fuse_norm)
-    for name, adapter in mixed_adapters(model.config.hidden_size).items():
-        reft.add_adapter(name, adapter)
+    patch_with_mixed(model, fuse_norm=fuse_norm)
     return model
 
 
@@ -92,6 +90,28 @@ def test_static_cache_with_a_compiled_decode_step(
     expected = bare.generate(**batch, max_new_tokens=STEPS, do_sample=False)
     assert idle == expected[:, batch["input_ids"].shape[1] :].tolist()
     assert _tokens(model, OTHERS, cache_implementation="static") == on_cpu["others"]
+
+
+def test_a_pool_that_grows_under_a_captured_step(fused: str, full_precision: None) -> None:
+    """The graph read the pool where it lay; after it has moved, the step reads it where it lies now."""
+    large = rk.ReftConfig(r=24, layers="all", positions="all")
+    generated = []
+    for device, backend, options in (
+        ("cpu", "reference", {}),
+        ("cuda", fused, {"cache_implementation": "static"}),
+    ):
+        torch._dynamo.reset()
+        model = _patched(device)
+        with rk.backend(backend):
+            found = [_tokens(model, NAMES, **options)]
+            (pool,) = model.reft._registry.pools.values()
+            address = pool.down.data_ptr()
+            model.reft.add_adapter("large", random_adapter(large, pool.width, scale=0.3))
+            found.append(_tokens(model, ["large", *NAMES[1:]], **options))
+            found.append(_tokens(model, NAMES, **options))
+        assert pool.down.data_ptr() != address
+        generated.append(found)
+    assert generated[0] == generated[1]
 
 
 def _on_the_gpu(model, **inputs) -> Counter:
