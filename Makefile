@@ -65,7 +65,7 @@ gpu: ## prove the kernels on this machine's GPU in under 9 minutes: build, tests
 gpu-test: ## the first part of that: the tests that need a GPU
 	$(GPU_KIT) --parts build,test
 
-gpu-sanitize: ## the second: memcheck, racecheck and initcheck on a small set of calls
+gpu-sanitize: ## the second: compute-sanitizer's four tools on a small set of calls
 	$(GPU_KIT) --parts build,sanitize
 
 gpu-bench: ## the third: what the kernels and the edit of a model cost on this GPU

@@ -9,7 +9,7 @@ bench/results/gpu-<name of the GPU>, with -models or -sweeps after it.
     environment.json    machine, versions, commit; exit status and seconds of each step
     log.txt             the last lines of what each step said, with the compiler's report
     junit-*.xml         tests of the native kernels, and of the other backends
-    sanitizer.txt       memcheck, racecheck and initcheck on bench/sanitize_cases.py
+    sanitizer.txt       memcheck, racecheck, initcheck and synccheck on bench/sanitize_cases.py
     kernels.json, overhead.json, models.json, sweeps.json, train.json    as `reft-bench` writes them
     report.md           their tables, and what was reached of the targets
 
@@ -47,19 +47,23 @@ LOG_BYTES = 2_000_000
 
 @dataclasses.dataclass
 class Step:
-    """A command, how long it may take, and what became of it (status None: it ran out of time)."""
+    """A command, how long it may take, and what became of it (status None: it ran out of time).
+
+    must_say: what stands in its output if it did its work; a tool may end with 0 where its program never ran.
+    """
 
     name: str
     command: list[str]
     limit: float
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    must_say: str = ""
     status: int | None = None
     seconds: float = 0.0
     output: str = ""
 
     @property
     def passed(self) -> bool:
-        return self.status == 0
+        return self.status == 0 and self.must_say in self.output
 
     def run(self, deadline: float) -> None:
         limit = min(self.limit, deadline - time.monotonic())
@@ -98,7 +102,8 @@ ARCHITECTURES = {"8": "80", "9": "90a", "10": "100"}
 
 
 def build_steps(capability: str) -> list[Step]:
-    environment = {"REFT_KERNELS_BUILD_CUDA": "1"}
+    # With the lines of the sources, which the sanitizer names.
+    environment = {"REFT_KERNELS_BUILD_CUDA": "1", "NVCCFLAGS": "-lineinfo"}
     if capability.split(".")[0] in ARCHITECTURES:
         environment["REFT_KERNELS_CUDA_ARCHS"] = ARCHITECTURES[capability.split(".")[0]]
     return [Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 150, environment)]
@@ -120,13 +125,22 @@ def sanitize_steps() -> list[Step]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     # Each tensor an allocation of its own, so that a step beyond its end is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    script = [PYTHON, str(ROOT / "bench" / "sanitize_cases.py")]
-    return [
-        Step(
-            f"sanitizer {check}", [tool, "--tool", check, "--error-exitcode", "9", *script], 150, environment
+    script = [PYTHON, str(ROOT / "bench" / "sanitize_cases.py"), "--seconds", "110"]
+    # Our kernels alone (a part of their mangled names): torch's would take most of the time.
+    options = "--error-exitcode 9 --target-processes application-only --launch-timeout 0 --print-limit 20 "
+    options += "--kernel-name kns=4reft4cuda"
+    steps = []
+    for number, check in enumerate(("memcheck", "racecheck", "initcheck", "synccheck")):
+        # Side by side, they would meet at one port.
+        command = [tool, "--tool", check, *options.split(), "--port", str(49152 + 100 * number)]
+        if check == "memcheck":
+            command += ["--report-api-errors", "no"]  # torch asks for what may fail; our launches are checked
+        steps.append(
+            Step(
+                f"sanitizer {check}", [*command, *script], 150, environment, "24 of 24 cases, 0 wrong results"
+            )
         )
-        for check in ("memcheck", "racecheck", "initcheck")
-    ]
+    return steps
 
 
 #: Arguments of `reft-bench kernels`: the rows of DESIGN's targets, then the widths and dtypes around them.

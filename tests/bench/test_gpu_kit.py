@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -27,6 +28,23 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(capsys: pytest.Capt
     assert "begun" in hangs.output and "it broke" in fails.output and "fine" in works.output
     said = capsys.readouterr().out
     assert "hangs: out of time" in said and "fails: FAILED" in said and "works: passed" in said
+
+
+def test_a_tool_that_never_ran_its_program_has_not_passed() -> None:
+    for says, passed in (("3 of 3 cases", True), ("no program", False)):
+        step = python("tool", f"print({says!r})")
+        step.must_say = "3 of 3 cases"
+        step.run(time.monotonic() + 60)
+        assert step.status == 0 and step.passed == passed
+
+
+def test_the_sanitizers_wait_for_every_case() -> None:
+    spec = importlib.util.spec_from_file_location("cases", gpu_kit.ROOT / "bench" / "sanitize_cases.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    count = len(script.cases())
+    for step in gpu_kit.sanitize_steps():
+        assert step.must_say == f"{count} of {count} cases, 0 wrong results"
 
 
 def test_nothing_begins_after_the_deadline() -> None:
