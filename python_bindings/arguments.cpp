@@ -13,14 +13,6 @@
 namespace reft {
 namespace {
 
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  }
-  return text + "]";
-}
-
 void check_tensor(const Tensor& tensor, const char* name, int64_t dim, int64_t last) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": must be on the CPU, as h is");
   STD_TORCH_CHECK(tensor.dim() == dim && (last < 0 || tensor.size(dim - 1) == last), name,
@@ -55,47 +47,11 @@ void check_apart(const Rows& h, const Region& region) {
 
 }  // namespace
 
-bool row_stride(const Tensor& h, int64_t* stride) {
-  const int64_t last = h.dim() - 1, d = h.size(last);
-  *stride = d;
-  if (h.numel() == 0) return true;
-  if (d > 1 && h.stride(last) != 1) return false;
-  int64_t rows = 1;
-  for (int64_t i = last - 1; i >= 0; --i) {
-    const int64_t size = h.size(i);
-    if (size == 1) continue;
-    if (rows == 1) {
-      *stride = h.stride(i);
-    } else if (h.stride(i) != *stride * rows) {
-      return false;
-    }
-    rows *= size;
-  }
-  return true;
-}
-
-Dtype float_dtype(const Tensor& tensor, const char* name) {
-  const ScalarType dtype = tensor.scalar_type();
-  switch (dtype) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, name,
-                      ": dtype must be Float, BFloat16 or Half in the native backend, was ",
-                      torch::headeronly::toString(dtype),
-                      dtype == ScalarType::Double ? "; the reference backend takes Double" : "");
-  }
-}
-
 Rows readable_rows(const Tensor& tensor, const char* name, Tensor* holder) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": must be on the CPU");
   STD_TORCH_CHECK(tensor.dim() >= 1, name, ": must be [..., d], had no dimension");
   Rows rows;
-  rows.dtype = float_dtype(tensor, name);
+  rows.dtype = float_dtype<Dtype>(tensor, name);
   rows.d = tensor.size(tensor.dim() - 1);
   rows.count = rows.d ? tensor.numel() / rows.d : 0;
   *holder = tensor;
@@ -110,7 +66,7 @@ Rows readable_rows(const Tensor& tensor, const char* name, Tensor* holder) {
 Rows writable_rows(const Tensor& h) {
   STD_TORCH_CHECK(h.dim() >= 1, "h: must be [..., d], had no dimension");
   Rows rows;
-  rows.dtype = float_dtype(h, "h");
+  rows.dtype = float_dtype<Dtype>(h, "h");
   rows.d = h.size(h.dim() - 1);
   rows.count = rows.d ? h.numel() / rows.d : 0;
   STD_TORCH_CHECK(
@@ -132,7 +88,7 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
   check_tensor(down, "down", 2, h.d);
   check_tensor(up, "up", 2, h.d);
   out.pool_rows = down.size(0);
-  out.pool.dtype = float_dtype(down, "down");
+  out.pool.dtype = float_dtype<Dtype>(down, "down");
   STD_TORCH_CHECK(out.pool.dtype == h.dtype || out.pool.dtype == Dtype::f32,
                   "down: dtype must be h's or Float, was ",
                   torch::headeronly::toString(down.scalar_type()));
@@ -200,7 +156,7 @@ RowNorm check_norm(const Tensor& weight, const std::optional<Tensor>& shift, dou
                    int64_t norm, const Rows& h) {
   const auto data = [&](const Tensor& tensor, const char* name) {
     check_tensor(tensor, name, 1, h.d);
-    STD_TORCH_CHECK(float_dtype(tensor, name) == h.dtype, name, ": dtype must be h's, was ",
+    STD_TORCH_CHECK(float_dtype<Dtype>(tensor, name) == h.dtype, name, ": dtype must be h's, was ",
                     torch::headeronly::toString(tensor.scalar_type()));
     const Region region{name, tensor.const_data_ptr(), h.d * size_of(h.dtype)};
     check_apart(h, region);

@@ -2,16 +2,12 @@
 // and what is allowed. The contract is the docstring of reft_kernels/ops/schema.py.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 
 #include "intervene.h"
+#include "tensors.h"
 
 namespace reft {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The rows of a tensor [..., d]: `count` of them, each of d contiguous elements.
 struct Rows {
@@ -20,13 +16,6 @@ struct Rows {
   int64_t d;
   Dtype dtype;
 };
-
-// Whether the leading dimensions of h collapse to rows with one stride and the last one is
-// contiguous; if so, that stride is set.
-bool row_stride(const Tensor& h, int64_t* stride);
-
-// float32, bfloat16 or float16; an error that names the reference backend for float64.
-Dtype float_dtype(const Tensor& tensor, const char* name);
 
 // Rows for reading: a copy is made (and kept in `holder`) where the strides do not allow otherwise.
 Rows readable_rows(const Tensor& tensor, const char* name, Tensor* holder);

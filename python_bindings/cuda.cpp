@@ -17,36 +17,10 @@
 #include <tuple>
 
 #include "intervene.h"
+#include "tensors.h"
 
 namespace reft::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  }
-  return text + "]";
-}
-
-Dtype float_dtype(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(
-          false, name, ": dtype must be Float, BFloat16 or Half in the native backend, was ",
-          torch::headeronly::toString(tensor.scalar_type()),
-          tensor.scalar_type() == ScalarType::Double ? "; the reference backend takes Double" : "");
-  }
-}
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
@@ -57,31 +31,11 @@ struct Rows {
   Dtype dtype;
 };
 
-// Whether the leading dimensions collapse to rows with one stride and the last one is contiguous.
-bool row_stride(const Tensor& h, int64_t* stride) {
-  const int64_t last = h.dim() - 1, d = h.size(last);
-  *stride = d;
-  if (h.numel() == 0) return true;
-  if (d > 1 && h.stride(last) != 1) return false;
-  int64_t rows = 1;
-  for (int64_t i = last - 1; i >= 0; --i) {
-    const int64_t size = h.size(i);
-    if (size == 1) continue;
-    if (rows == 1) {
-      *stride = h.stride(i);
-    } else if (h.stride(i) != *stride * rows) {
-      return false;
-    }
-    rows *= size;
-  }
-  return true;
-}
-
 Rows rows_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) > 0, name,
                   ": must be [..., d] with d >= 1, shape was ", shape_of(tensor));
   Rows rows;
-  rows.dtype = float_dtype(tensor, name);
+  rows.dtype = float_dtype<Dtype>(tensor, name);
   rows.d = tensor.size(tensor.dim() - 1);
   rows.count = tensor.numel() / rows.d;
   STD_TORCH_CHECK(
@@ -133,7 +87,7 @@ void check_apart(const Rows& h, const Tensor& other, int64_t element, const char
 // Checks everything against rows like h and fills what forward and backward share.
 template <class Call>
 void fill(Call* call, const Tensor& h, const Rows& view, const Tensors& t) {
-  const Dtype pool = float_dtype(t.down, "down");
+  const Dtype pool = float_dtype<Dtype>(t.down, "down");
   STD_TORCH_CHECK(pool == view.dtype || pool == Dtype::f32,
                   "down: dtype must be h's or Float, was ",
                   torch::headeronly::toString(t.down.scalar_type()));
