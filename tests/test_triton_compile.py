@@ -11,11 +11,11 @@ import subprocess
 import sys
 
 import pytest
-from support.triton_compile import Variant
+from support.triton_compile import Variant, request
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-SCRIPT = pathlib.Path(__file__).parent / "support" / "triton_compile.py"
+SUPPORT = pathlib.Path(__file__).parent / "support"
 ROOT = pathlib.Path(__file__).parents[1]
 
 KERNELS = ("forward", "norm", "layer_norm", "rows", "pool", "pool_parts", "add")
@@ -31,6 +31,9 @@ DTYPES = (
 #: The least that a block may have on a GPU of compute capability 8.0 or more (8.6 and 8.9).
 SHARED = 99 * 1024
 
+#: Before Triton 3.8 a product of 32-bit operands had 16 terms at least.
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+
 QUICK = [
     *(
         Variant(kernel, "bfloat16", "bfloat16", arch)
@@ -42,6 +45,7 @@ QUICK = [
     Variant("add", "bfloat16", "bfloat16", 90),
     Variant("norm", "bfloat16", "bfloat16", 90),
     Variant("layer_norm", "bfloat16", "bfloat16", 80, 8192),
+    *(Variant("forward", *dtypes, 90, old=True) for dtypes in (DTYPES[0], *DTYPES[2:4])),
 ]
 
 
@@ -53,31 +57,37 @@ def _all() -> list[Variant]:
         "rows": [(True, True), (True, False), (False, True)],
         "pool": [(True, True)],
     }
-    return [
+    made = [
         Variant(kernel, *dtypes, arch, d, need, aligned)
         for kernel, dtypes, arch in itertools.product(KERNELS, DTYPES, ARCHS)
         for d, aligned in (shapes if arch == 90 else shapes[:1])
         for need in needs.get(kernel, [(True, True)])
     ]
+    forward = [variant for variant in made if variant.kernel in ("forward", "norm")]
+    return made + [dataclasses.replace(variant, old=True) for variant in forward]
 
 
 SLOW = [variant for variant in _all() if variant not in QUICK]
 
 
-def _compiled(variants: list[Variant]) -> dict[Variant, dict]:
-    """Results of all variants, by two processes."""
+def _environment() -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    return environment
+
+
+def _compiled(variants: list[Variant]) -> dict[Variant, dict]:
+    """Results of all variants, by two processes."""
     results = {}
     workers = []
     for part in (variants[::2], variants[1::2]):
         worker = subprocess.Popen(
-            [sys.executable, str(SCRIPT)],
+            [sys.executable, str(SUPPORT / "triton_compile.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=_environment(),
         )
         worker.stdin.write(json.dumps([dataclasses.asdict(variant) for variant in part]))
         worker.stdin.close()
@@ -101,7 +111,10 @@ def slow() -> dict[Variant, dict]:
 
 
 def _check(variant: Variant, made: dict) -> None:
-    assert made["local"] == made["stack"] == made["local_accesses"] == 0, made
+    if OLD and variant.h == "float32" and not variant.aligned:
+        assert made["stack"] <= 40, made  # a few registers of ranks above 8, outside of the loops over d
+    else:
+        assert made["local"] == made["stack"] == made["local_accesses"] == 0, made
     assert made["shared"] <= SHARED, made
     assert made["atomics"] == 0, made
     # What the norm reads must have been written: its one store is the only one beyond the barrier.
@@ -123,3 +136,23 @@ def test_compiles_without_spills(variant: Variant, quick: dict[Variant, dict]) -
 @pytest.mark.parametrize("variant", SLOW, ids=str)
 def test_every_variant_compiles_without_spills(variant: Variant, slow: dict[Variant, dict]) -> None:
     _check(variant, slow[variant])
+
+
+def test_every_batch_launches_the_kernels_that_are_compiled_here() -> None:
+    """One of each, whatever the sizes of the batch; with the arguments and options that the variants have."""
+    command = [sys.executable, str(SUPPORT / "triton_launch.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    assert done.returncode == 0, done.stderr
+    launched = json.loads(done.stdout)
+    kinds = {
+        "intervene_kernel": ["forward"],
+        "intervene_norm_kernel": ["norm"],
+        "rows_kernel": ["rows"],
+        "pool_kernel": ["pool", "pool_parts"],
+        "add_kernel": ["add"],
+    }
+    wanted = {}
+    for name, variants in kinds.items():
+        requests = [request(Variant(kernel, "bfloat16", "bfloat16", 90)) for kernel in variants]
+        wanted[name] = [list(asked[1:4]) for asked in requests]
+    assert {name.rpartition(".")[2]: asked for name, asked in launched.items()} == wanted

@@ -136,6 +136,19 @@ def test_mixed_ranks_equal_the_reference(dtypes, d: int) -> None:
             assert not got[~call.used].any(), f"{what} of pool rows that nobody used"
 
 
+@pytest.mark.parametrize("d", [33, 130, 272])
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3]], ids=["float32", "bfloat16", "mixed"])
+def test_the_form_of_old_tritons_equals_the_reference(
+    dtypes, d: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of 16 terms at rank ≤ 8, which take two parts of a block at once; whichever Triton this is."""
+    monkeypatch.setattr(launch, "LEAST_TERMS", 16)
+    call = Call([(2, 1, 2), (3, 3, 18), (7, 8, 3), (16, 8, 1)], d, dtypes, padding=3)
+    assert_near(call.forward(), call.forward("reference"), "h")
+    h, _, _ = call.forward_and_norm()
+    assert torch.equal(h, call.forward())
+
+
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3]], ids=["float32", "bfloat16", "mixed"])
 def test_ranks_of_many_chunks_and_beyond_all_forms(dtypes) -> None:
     """Forward in chunks of 32 up to 256, then row by row; backward row by row above 64."""
@@ -146,8 +159,14 @@ def test_ranks_of_many_chunks_and_beyond_all_forms(dtypes) -> None:
         assert_near(got, want, what)
 
 
-@pytest.mark.parametrize("rank", [8, 33, 65, 257])
-def test_a_row_alone_has_the_bits_that_it_has_in_a_tile(rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "terms"),
+    [(8, launch.LEAST_TERMS), (8, 16), *((rank, launch.LEAST_TERMS) for rank in (33, 65, 257))],
+)
+def test_a_row_alone_has_the_bits_that_it_has_in_a_tile(
+    rank: int, terms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "LEAST_TERMS", terms)
     call = Call([(3, rank, 2)], 70, DTYPES[1], rows_of_h=2)
     together = call.forward()
     dh = call.backward(need_pool=False)[0]

@@ -6,6 +6,7 @@ run with TRITON_INTERPRET unset, which the tests' own process has set.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +28,35 @@ class Variant:
     d: int = 4096
     need: tuple[bool, bool] = (True, True)  # need_h, need_pool of the kernel "rows"
     aligned: bool = True  # addresses and row strides divisible by 16
+    old: bool = False  # as Triton before 3.8 would have it: no product of fewer than 16 terms
 
     def __str__(self) -> str:
         need = "" if all(self.need) else "-dh" if self.need[0] else "-pool"
         aligned = "" if self.aligned else "-unaligned"
-        return f"{self.kernel}{need}-{self.h}-{self.pool}-sm_{self.arch}-d{self.d}{aligned}"
+        old = "-old" if self.old else ""
+        return f"{self.kernel}{need}-{self.h}-{self.pool}-sm_{self.arch}-d{self.d}{aligned}{old}"
 
 
-def compile_variant(variant: Variant) -> dict:
-    """Resources (registers, stack and local bytes a thread, shared bytes) and load widths of a variant."""
+@contextlib.contextmanager
+def _old_triton(old: bool):
+    """Refuses what Triton before 3.8 does, and launches as there; or changes nothing."""
+    from triton.backends.nvidia import compiler
+
+    from reft_kernels.ops.triton_ops import launch
+
+    def least(target):
+        return lambda a, b: (1, 1, 16)
+
+    if not old:
+        yield
+        return
+    with mock.patch.object(compiler, "min_dot_size", least), mock.patch.object(launch, "LEAST_TERMS", 16):
+        yield
+
+
+def request(variant: Variant) -> tuple:
+    """What is compiled: (kernel, signature, constants, arguments divisible by 16, options)."""
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from reft_kernels.ops.triton_ops import kernels_backward, kernels_forward, kernels_norm, launch
     from reft_kernels.ops.triton_ops.blocks import BATCH_SIZES, BATCH_TABLES
@@ -74,16 +92,24 @@ def compile_variant(variant: Variant) -> dict:
         options |= {"CENTRED": True, "PLUS_ONE": False, "ROUND": False}
     signature = {name: "constexpr" if name in options else types[name] for name in kernel.arg_names}
     free = {*options, *BATCH_SIZES, *BATCH_TABLES}
-    divisible = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(kernel.arg_names)
-        if variant.aligned and name not in {*free, "eps"}
-    }
-    compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=divisible),
-        target=GPUTarget("cuda", variant.arch, 32),
-        options=compiler,
-    )
+    divisible = [name for name in kernel.arg_names if variant.aligned and name not in {*free, "eps"}]
+    return kernel, signature, options, divisible, compiler
+
+
+def compile_variant(variant: Variant) -> dict:
+    """Resources (registers, stack and local bytes a thread, shared bytes) and load widths of a variant."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    with _old_triton(variant.old):
+        kernel, signature, constants, divisible, options = request(variant)
+        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+            target=GPUTarget("cuda", variant.arch, 32),
+            options=options,
+        )
     # Barriers that the kernel asks for; those that shared memory needs come later.
     beyond = re.split(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"])[1:]
     return {

@@ -117,9 +117,9 @@ def stages(budget, width, block, bytes_of_a_column):
 
 
 @triton.jit
-def tile_rows(rows, start, count, n_rows, HEIGHT: tl.constexpr):
-    """The first HEIGHT rows of a tile and which of them are real (not padding, not beyond h)."""
-    lane = tl.arange(0, HEIGHT)
+def tile_rows(rows, start, count, n_rows, HEIGHT: tl.constexpr, COPIES: tl.constexpr = 1):
+    """The first HEIGHT rows of a tile, COPIES times, and which are real (not padding, not beyond h)."""
+    lane = tl.arange(0, HEIGHT * COPIES) % HEIGHT
     row = tl.load(rows + start + lane, mask=lane < count, other=-1)
     return row.to(tl.int64), (row >= 0) & (row < n_rows)
 

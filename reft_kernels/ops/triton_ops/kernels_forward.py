@@ -47,10 +47,19 @@ _CHUNKS = tl.constexpr(8)
 
 
 @triton.jit
+def _on_the_diagonal(v, PARTS: tl.constexpr):
+    """v [T, R] to [PARTS T, PARTS R]: (v 0; 0 v)."""
+    part = tl.arange(0, PARTS)
+    same = part[:, None, None, None] == part[None, None, :, None]
+    return tl.reshape(tl.where(same, v[None, :, None, :], 0.0), (PARTS * v.shape[0], PARTS * v.shape[1]))
+
+
+@triton.jit
 def _edit_by_products(
     h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
     D: tl.constexpr, HEIGHT: tl.constexpr, RANK: tl.constexpr, CHUNKS: tl.constexpr, DOWN_BLOCK: tl.constexpr,
-    UP_BLOCK: tl.constexpr, SLICES: tl.constexpr, SHARED: tl.constexpr, FULL: tl.constexpr,
+    UP_BLOCK: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, SHARED: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     row, valid = tile_rows(rows, start, count, n_rows, HEIGHT)  # [T]
     h_rows = h + (row * row_stride)[:, None]
@@ -61,35 +70,53 @@ def _edit_by_products(
 
     vs = tl.zeros((CHUNKS, HEIGHT, RANK), tl.float32)
     WIDTH: tl.constexpr = DOWN_BLOCK // SLICES
-    within = tl.arange(0, SLICES)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]  # [S, 1, B / S]
+    slices = tl.arange(0, SLICES)[:, None, None] * WIDTH
+    x_col = slices + tl.arange(0, WIDTH)[None, None, :]  # [S, 1, B / S]
+    d_col = slices + tl.arange(0, WIDTH)[None, :, None]  # [S, B / S, 1]
     for chunk in range(chunks):
         pool_row = first + chunk * RANK + lane
         live = chunk * RANK + lane < rank
         has_down, c, code = pool_range(bias, kind, pool_row, live)  # [R]
-        down_rows = down + (pool_row * D)[None, :, None]
+        down_rows = down + (pool_row * D)[None, None, :]
         z = tl.zeros((SLICES, HEIGHT, RANK), tl.float32)
-        for begin in tl.range(0, D, DOWN_BLOCK, num_stages=stages(SHARED, D, DOWN_BLOCK, COLUMN)):
-            col = begin + within
-            x = tl.load(h_rows[None] + col, mask=valid[None, :, None] & (col < D), other=0.0)  # [S, T, B / S]
-            d = tl.load(down_rows + col, mask=has_down[None, :, None] & (col < D), other=0.0)  # [S, R, B / S]
-            z = product(x, tl.permute(d, (0, 2, 1)), z, FULL)
+        end = D
+        if bytes_of(down) == 2:
+            # Nothing to read where no row has a D. And LLVM unrolls a loop of known length, which at the 128
+            # registers of 16-bit pools (of float32 ones it does no harm) spills.
+            end = D * tl.max(has_down.to(tl.int32), 0)
+        for begin in tl.range(0, end, DOWN_BLOCK, num_stages=stages(SHARED, D, DOWN_BLOCK, COLUMN)):
+            inside = valid[None, :, None] & (begin + x_col < D)
+            x = tl.load(h_rows[None] + begin + x_col, mask=inside, other=0.0)  # [S, T, B / S]
+            there = has_down[None, None, :] & (begin + d_col < D)
+            d = tl.load(down_rows + begin + d_col, mask=there, other=0.0)  # [S, B / S, R]
+            z = product(x, d, z, FULL)
         v = activated(pre_activation(tl.sum(z, 0), has_down, c), code, live)  # [T, R]
         vs = tl.where(number == chunk, v[None], vs)
 
+    # The parts of a block lie below each other, h [parts T, B / parts] and U [parts R, B / parts].
+    if PARTS > 1:
+        row, valid = tile_rows(rows, start, count, n_rows, HEIGHT, PARTS)
+        h_rows = h + (row * row_stride)[:, None]
+    PART: tl.constexpr = UP_BLOCK // PARTS
+    h_col = (tl.arange(0, PARTS * HEIGHT) // HEIGHT * PART)[:, None] + tl.arange(0, PART)[None, :]
+    u_lane = tl.arange(0, PARTS * RANK) % RANK
+    u_col = (tl.arange(0, PARTS * RANK) // RANK * PART)[:, None] + tl.arange(0, PART)[None, :]
     # One loop over blocks and the chunks of each, so that loads never wait for a block to end.
-    total = tl.zeros((HEIGHT, UP_BLOCK), tl.float32)
+    total = tl.zeros((PARTS * HEIGHT, PART), tl.float32)
     for step in tl.range(0, tl.cdiv(D, UP_BLOCK) * chunks, num_stages=stages(SHARED, D, UP_BLOCK, COLUMN)):
         chunk = step % chunks
         is_last = chunk == chunks - 1
-        col = step // chunks * UP_BLOCK + tl.arange(0, UP_BLOCK)[None, :]
-        inside = valid[:, None] & (col < tl.where(is_last, D, 0))
-        x = tl.load(h_rows + col, mask=inside, other=0.0)  # [T, B]
-        up_rows = up + ((first + chunk * RANK + lane) * D)[:, None]
-        live = chunk * RANK + lane < rank
-        u = tl.load(up_rows + col, mask=live[:, None] & (col < D), other=0.0)  # [R, B]
+        begin = step // chunks * UP_BLOCK
+        inside = valid[:, None] & (begin + h_col < tl.where(is_last, D, 0))
+        x = tl.load(h_rows + begin + h_col, mask=inside, other=0.0)
+        up_rows = up + ((first + chunk * RANK + u_lane) * D)[:, None]
+        live = chunk * RANK + u_lane < rank
+        u = tl.load(up_rows + begin + u_col, mask=live[:, None] & (begin + u_col < D), other=0.0)
         v = tl.sum(tl.where(number == chunk, vs, 0.0), 0)
+        if PARTS > 1:
+            v = _on_the_diagonal(v, PARTS)
         total = product(v, u, total, FULL)
-        tl.store(h_rows + col, rounded(x.to(tl.float32) + total, x.dtype), mask=inside)
+        tl.store(h_rows + begin + h_col, rounded(x.to(tl.float32) + total, x.dtype), mask=inside)
         total = tl.where(is_last, 0.0, total)
 
 
@@ -126,7 +153,7 @@ def tile_entry(tiles, tile):
 @triton.jit
 def edit_tile(
     h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
-    D: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
+    D: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr,
     ALONE: tl.constexpr, SHARED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Edits the rows of one tile. Both kernels come here, so an edited row has the same bits from either."""
@@ -138,23 +165,23 @@ def edit_tile(
         if (count == 1) & ALONE:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, 1, _CHUNK, _CHUNKS, BLOCK // 2, BLOCK // 2, SLICES, SHARED, FULL,
+                D, 1, _CHUNK, _CHUNKS, BLOCK // 2, BLOCK // 2, 1, SLICES, SHARED, FULL,
             )  # fmt: skip
         else:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, _TILE, _CHUNK, _CHUNKS, BLOCK // 2, BLOCK // 4, SLICES, SHARED, FULL,
+                D, _TILE, _CHUNK, _CHUNKS, BLOCK // 2, BLOCK // 4, 1, SLICES, SHARED, FULL,
             )  # fmt: skip
     elif rank > 0:
         if (count == 1) & ALONE:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, 1, _NARROW, 1, BLOCK, BLOCK, SLICES, SHARED, FULL,
+                D, 1, _NARROW, 1, BLOCK, BLOCK, PARTS, SLICES, SHARED, FULL,
             )  # fmt: skip
         else:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, _TILE, _NARROW, 1, BLOCK, BLOCK, SLICES, SHARED, FULL,
+                D, _TILE, _NARROW, 1, BLOCK, BLOCK, PARTS, SLICES, SHARED, FULL,
             )  # fmt: skip
 
 
@@ -171,7 +198,8 @@ def intervene_kernel(
     D: tl.constexpr,
     WHOLE: tl.constexpr,  # D rounded up to a power of two
     BLOCK: tl.constexpr,  # columns of d at a time at rank ≤ 8, a part of it beyond
-    SLICES: tl.constexpr,  # of a block, one for each warp
+    PARTS: tl.constexpr,  # of a block in v U at rank ≤ 8, one product for all
+    SLICES: tl.constexpr,  # of a block in D h, one for each warp
     ALONE: tl.constexpr,  # whether a row alone in its tile has a form of its own
     SHARED: tl.constexpr,  # bytes of blocks in flight
     FULL: tl.constexpr,
@@ -180,5 +208,5 @@ def intervene_kernel(
     if (count > 0) & (segment >= 0):
         edit_tile(
             h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
-            D, WHOLE, BLOCK, SLICES, ALONE, SHARED, FULL,
+            D, WHOLE, BLOCK, PARTS, SLICES, ALONE, SHARED, FULL,
         )  # fmt: skip

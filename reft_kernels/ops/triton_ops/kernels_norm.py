@@ -48,6 +48,7 @@ def intervene_norm_kernel(
     D: tl.constexpr,
     WHOLE: tl.constexpr,  # D rounded up to a power of two
     BLOCK: tl.constexpr,  # as in intervene_kernel, for the same bits
+    PARTS: tl.constexpr,
     SLICES: tl.constexpr,
     ALONE: tl.constexpr,
     SHARED: tl.constexpr,
@@ -59,7 +60,7 @@ def intervene_norm_kernel(
         if segment >= 0:
             edit_tile(
                 h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
-                D, WHOLE, BLOCK, SLICES, ALONE, SHARED, FULL,
+                D, WHOLE, BLOCK, PARTS, SLICES, ALONE, SHARED, FULL,
             )  # fmt: skip
         col = tl.arange(0, WHOLE)
         inside = col < D

@@ -16,6 +16,9 @@ from .kernels_backward import add_kernel, pool_kernel, rows_kernel
 from .kernels_forward import intervene_kernel
 from .kernels_norm import intervene_norm_kernel
 
+#: Terms that a product of 32-bit operands must have. Before Triton 3.8 as many as one of 16-bit operands.
+LEAST_TERMS = 16 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 8
+
 _interpreter = threading.Lock()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,7 +47,9 @@ def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> di
     # Two blocks of 8 warps fit a multiprocessor at 128 registers; float32, odd and very wide rows need more.
     fits = not options["FULL"] and warps == 8 and d <= 8192 and d % 16 == 0
     options.update(num_warps=warps, SLICES=warps, maxnreg=128 if fits else 255)
-    options.update(BLOCK=warps * _pick(options["FULL"], h_dtype is not pool_dtype, (32, 32, 64)))
+    # Rows that can't be read 16 bytes at a time take twice the registers.
+    wide = not options["FULL"] and h_dtype is pool_dtype and d % 16 == 0
+    options.update(BLOCK=warps * (64 if wide else 32), PARTS=LEAST_TERMS // 8)
     options.update(WHOLE=triton.next_power_of_2(d), ALONE=not hip, SHARED=74 * 1024)
     if hip:
         del options["maxnreg"]
@@ -82,7 +87,7 @@ def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
 
 def add_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `add_kernel`."""
-    return {"D": d, "BLOCK": 1024, "num_warps": 4}
+    return {"D": d, "BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def pool_splits(n: int, n_pool: int, d: int) -> int:
