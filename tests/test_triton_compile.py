@@ -50,18 +50,12 @@ QUICK = [
 
 
 def _all() -> list[Variant]:
-    """What launch code can ask for: dtypes, what needs a gradient, 4 and 8 warps, odd d and odd addresses."""
+    """What launch code can ask for: dtypes, 4 and 8 warps, odd d and odd addresses."""
     shapes = [(4096, True), (8192, True), (64, True), (4100, False), (33, False)]
-    needs = {
-        "forward": [(True, True)],
-        "rows": [(True, True), (True, False), (False, True)],
-        "pool": [(True, True)],
-    }
     made = [
-        Variant(kernel, *dtypes, arch, d, need, aligned)
+        Variant(kernel, *dtypes, arch, d, aligned)
         for kernel, dtypes, arch in itertools.product(KERNELS, DTYPES, ARCHS)
         for d, aligned in (shapes if arch == 90 else shapes[:1])
-        for need in needs.get(kernel, [(True, True)])
     ]
     forward = [variant for variant in made if variant.kernel in ("forward", "norm")]
     return made + [dataclasses.replace(variant, old=True) for variant in forward]
@@ -111,8 +105,8 @@ def slow() -> dict[Variant, dict]:
 
 
 def _check(variant: Variant, made: dict) -> None:
-    if OLD and variant.h == "float32" and not variant.aligned:
-        assert made["stack"] <= 40, made  # a few registers of ranks above 8, outside of the loops over d
+    if OLD and (variant.d < 128 or variant.h == "float32" and not variant.aligned):
+        assert made["stack"] <= 40, made  # a few registers, outside of the loops over d
     else:
         assert made["local"] == made["stack"] == made["local_accesses"] == 0, made
     assert made["shared"] <= SHARED, made
@@ -123,7 +117,7 @@ def _check(variant: Variant, made: dict) -> None:
     # With 8 warps, blocks of float32 are too small.
     if variant.aligned and (variant.h != "float32" or variant.d <= 4096):
         assert made["loads_of_16_bytes"] > 0, made
-    if variant.aligned and "pool" not in variant.kernel and variant.kernel != "add" and variant.need[0]:
+    if variant.aligned and "pool" not in variant.kernel and variant.kernel != "add":
         assert made["stores_of_16_bytes"] > 0, made
 
 

@@ -26,15 +26,13 @@ class Variant:
     pool: str
     arch: int  # compute capability, 90 for 9.0
     d: int = 4096
-    need: tuple[bool, bool] = (True, True)  # need_h, need_pool of the kernel "rows"
     aligned: bool = True  # addresses and row strides divisible by 16
     old: bool = False  # as Triton before 3.8 would have it: no product of fewer than 16 terms
 
     def __str__(self) -> str:
-        need = "" if all(self.need) else "-dh" if self.need[0] else "-pool"
         aligned = "" if self.aligned else "-unaligned"
         old = "-old" if self.old else ""
-        return f"{self.kernel}{need}-{self.h}-{self.pool}-sm_{self.arch}-d{self.d}{aligned}{old}"
+        return f"{self.kernel}-{self.h}-{self.pool}-sm_{self.arch}-d{self.d}{aligned}{old}"
 
 
 @contextlib.contextmanager
@@ -75,7 +73,8 @@ def request(variant: Variant) -> tuple:
     types |= dict.fromkeys(("down", "up", "ddown", "dup"), short[variant.pool])
     types |= dict.fromkeys(("bias", "dbias", "p_kept", "v_kept"), "*fp32")
     types |= dict.fromkeys(("kind", *BATCH_TABLES), "*i32")
-    types |= dict.fromkeys((*BATCH_SIZES, "row_stride", "grad_stride"), "i32")
+    flags = ("norm", "need_h", "need_pool")
+    types |= dict.fromkeys((*BATCH_SIZES, *flags, "row_stride", "grad_stride"), "i32")
 
     types |= dict.fromkeys(("parts_d", "parts_u", "parts_c"), "*fp32")
     if variant.kernel == "pool_parts":
@@ -84,15 +83,13 @@ def request(variant: Variant) -> tuple:
     options = options_of(getattr(torch, variant.h), getattr(torch, variant.pool), variant.d)
     for_ptx = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
     compiler = {name: options.pop(name) for name in for_ptx if name in options}
-    if variant.kernel == "rows":
-        options |= {"NEED_H": variant.need[0], "NEED_POOL": variant.need[1]}
-    elif variant.kernel == "norm":  # Llama's
-        options |= {"shift": None, "CENTRED": False, "PLUS_ONE": False, "ROUND": True}
+    if variant.kernel == "norm":  # RMS
+        options |= {"shift": None, "CENTRED": False}
     elif variant.kernel == "layer_norm":
-        options |= {"CENTRED": True, "PLUS_ONE": False, "ROUND": False}
+        options |= {"CENTRED": True}
     signature = {name: "constexpr" if name in options else types[name] for name in kernel.arg_names}
-    free = {*options, *BATCH_SIZES, *BATCH_TABLES}
-    divisible = [name for name in kernel.arg_names if variant.aligned and name not in {*free, "eps"}]
+    free = {*options, *flags, *BATCH_SIZES, *BATCH_TABLES, "eps"}
+    divisible = [name for name in kernel.arg_names if variant.aligned and name not in free]
     return kernel, signature, options, divisible, compiler
 
 
@@ -146,5 +143,4 @@ def _inspect(cubin: bytes) -> dict:
 
 if __name__ == "__main__":
     for entry in json.load(sys.stdin):
-        entry["need"] = tuple(entry["need"])
         print(json.dumps(compile_variant(Variant(**entry))), flush=True)

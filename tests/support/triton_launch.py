@@ -70,8 +70,10 @@ def _call(n: int) -> None:
     )
     spans = ints(3, rank).view(1, 2)
     launch.intervene_(h, *pool, rows, tiles, spans)
-    launch.intervene_norm_(h, *pool, rows, tiles, spans, h[0].clone(), None, 1e-5, int(Norm.ROUND))
-    launch.intervene_backward(h, h.clone(), *pool, rows, tiles, spans, ints(0, n), True, True)
+    for norm in (Norm.RMS, Norm.PLUS_ONE, Norm.ROUND, Norm.PLUS_ONE | Norm.ROUND):
+        launch.intervene_norm_(h, *pool, rows, tiles, spans, h[0].clone(), None, 1e-5, int(norm))
+    for need in ((True, True), (True, False), (False, True)):
+        launch.intervene_backward(h, h.clone(), *pool, rows, tiles, spans, ints(0, n), *need)
 
 
 if __name__ == "__main__":

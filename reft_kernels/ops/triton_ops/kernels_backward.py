@@ -72,8 +72,7 @@ def _slope_times(z, w, code, live):
 @triton.jit
 def _rows_by_products(
     grad, dh, hs, down, up, bias, kind, p_kept, v_kept, rows, start, count, first, rank, n_rows, grad_stride,
-    NEED_H: tl.constexpr, NEED_POOL: tl.constexpr,
-    D: tl.constexpr, RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, UP_BLOCK: tl.constexpr,
+    need_h, need_pool, D: tl.constexpr, RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, UP_BLOCK: tl.constexpr,
     STAGES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     row, valid = tile_rows(rows, start, count, n_rows, _TILE)  # [16]
@@ -90,12 +89,12 @@ def _rows_by_products(
     )  # fmt: skip
     z = pre_activation(z, has_down, c)
     p = _slope_times(z, w, code, live)
-    if NEED_POOL:
+    if need_pool != 0:
         kept = place * _KEPT + r[None, :]
         keep = valid[:, None] & live[None, :]
         tl.store(p_kept + kept, p, mask=keep)
         tl.store(v_kept + kept, activated(z, code, live), mask=keep)
-    if NEED_H:
+    if need_h != 0:
         p = tl.where(has_down[None, :], p, 0.0)
         dh_rows = dh + (row * D)[:, None]
         for begin in tl.range(0, D, UP_BLOCK, num_stages=STAGES):
@@ -131,7 +130,9 @@ def _rows_by_rows(
             tl.store(dh + row * D + col, rounded(total, g.dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
+@triton.jit(
+    do_not_specialize=(*BATCH_SIZES, "need_h", "need_pool"), do_not_specialize_on_alignment=BATCH_TABLES
+)
 def rows_kernel(
     grad,  # [n_rows, D], rows grad_stride apart
     dh,  # [n_rows, D] contiguous, a copy of grad; its edited rows are written
@@ -144,8 +145,8 @@ def rows_kernel(
     spans,  # [S, 2]
     n_rows,
     grad_stride,
-    NEED_H: tl.constexpr,
-    NEED_POOL: tl.constexpr,
+    need_h,  # 0 or 1
+    need_pool,
     D: tl.constexpr,
     WHOLE: tl.constexpr,
     DOWN_BLOCK: tl.constexpr,  # columns of d at a time in D h and U g, at rank ≤ 16; half of it at rank ≤ 64
@@ -166,14 +167,14 @@ def rows_kernel(
     if rank <= 16:
         _rows_by_products(
             grad, dh, hs, down, up, bias, kind, p_kept, v_kept, rows, start, count, first, rank, n_rows,
-            grad_stride, NEED_H, NEED_POOL, D, 16, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
+            grad_stride, need_h, need_pool, D, 16, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
         )  # fmt: skip
     elif rank <= 64:
         _rows_by_products(
             grad, dh, hs, down, up, bias, kind, p_kept, v_kept, rows, start, count, first, rank, n_rows,
-            grad_stride, NEED_H, NEED_POOL, D, 64, DOWN_BLOCK // 2, UP_BLOCK // 2, STAGES, FULL,
+            grad_stride, need_h, need_pool, D, 64, DOWN_BLOCK // 2, UP_BLOCK // 2, STAGES, FULL,
         )  # fmt: skip
-    elif NEED_H:
+    elif need_h != 0:
         _rows_by_rows(
             grad, dh, hs, down, up, bias, kind, rows, start, count, first, rank, n_rows, grad_stride, D, WHOLE
         )

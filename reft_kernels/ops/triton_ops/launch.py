@@ -68,6 +68,8 @@ def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `rows_kernel`."""
     options = _common(h_dtype, d)
     down, up = _pick(options["FULL"], h_dtype is not pool_dtype, ((16, 64), (64, 64), (64, 128)))
+    if d % 16:
+        down, up = min(down, 32), 64
     options.update(WHOLE=triton.next_power_of_2(d), DOWN_BLOCK=down, UP_BLOCK=up, STAGES=4)
     options["num_warps"] = 4 if d <= 4096 else 8  # the row form holds d in registers
     if torch.version.hip is None:
@@ -212,8 +214,7 @@ def intervene_norm_(h, down, up, bias, kind, rows, tiles, spans, weight, shift, 
     with _on(h.device):
         intervene_norm_kernel[(tiles.shape[0],)](
             h, out, weight, shift, down, up, bias, kind, rows, tiles, spans, h.numel() // d, stride, eps,
-            bool(norm & Norm.CENTRED), bool(norm & Norm.PLUS_ONE), bool(norm & Norm.ROUND),
-            **norm_options(h.dtype, down.dtype, d),
+            norm, bool(norm & Norm.CENTRED), **norm_options(h.dtype, down.dtype, d),
         )  # fmt: skip
     return out
 
@@ -261,7 +262,7 @@ def intervene_backward(
     with _on(grad.device):
         rows_kernel[(tiles.shape[0],)](
             grad, dh, hs, down, up, bias, kind, kept[0], kept[1], rows, tiles, spans, n_rows, stride,
-            need_h, need_pool, **rows_options(grad.dtype, down.dtype, d),
+            int(need_h), int(need_pool), **rows_options(grad.dtype, down.dtype, d),
         )  # fmt: skip
         if need_pool:
             options, n_segments = pool_options(grad.dtype, down.dtype, d), spans.shape[0]
