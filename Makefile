@@ -90,7 +90,7 @@ $(BIN)/python:
 # torch and the tools of the build come first and by themselves. The native library has a stamp of its own.
 $(BASE_STAMP): | $(BIN)/python
 	rm -f $(VENV)/stamp-base-*
-	$(INSTALL) torch setuptools ninja
+	$(INSTALL) torch 'setuptools>=77' ninja
 	REFT_KERNELS_BUILD_NATIVE=0 $(INSTALL) --no-build-isolation --editable '.[bench,triton]'
 	touch $@
 

@@ -19,9 +19,18 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+import setuptools
+
+OLDEST_SETUPTOOLS = 77  # pyproject.toml's license is in its form
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"reft_kernels: the build needs setuptools {OLDEST_SETUPTOOLS} or later, found "
+        f"{setuptools.__version__}: pip install --upgrade setuptools"
+    )
+
+from setuptools import Extension, find_packages, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)

@@ -82,3 +82,14 @@ def test_with_a_compiler_the_wheel_carries_the_library(tmp_path):
     assert "reft_kernels/lib/reft_kernels_cpu.so" in zipfile.ZipFile(wheel).namelist()
     backend, level = try_wheel(wheel, tmp_path / "away")
     assert backend == "native" and level != "None"
+
+
+def test_an_old_setuptools_is_told_of_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        "reft_kernels: the build needs setuptools 77 or later, found 65.5.0: pip install --upgrade setuptools"
+    ]
