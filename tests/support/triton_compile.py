@@ -80,7 +80,8 @@ def request(variant: Variant) -> tuple:
     if variant.kernel == "pool_parts":
         types |= dict.fromkeys(("ddown", "dup"), "*fp32")
     types["eps"] = "fp32"
-    options = options_of(getattr(torch, variant.h), getattr(torch, variant.pool), variant.d)
+    known = {"aligned": variant.aligned} if variant.kernel == "forward" else {}
+    options = options_of(getattr(torch, variant.h), getattr(torch, variant.pool), variant.d, **known)
     for_ptx = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
     compiler = {name: options.pop(name) for name in for_ptx if name in options}
     if variant.kernel == "norm":  # RMS

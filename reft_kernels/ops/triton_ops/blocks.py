@@ -111,9 +111,12 @@ def bytes_of(pointer):
 
 
 @triton.constexpr_function
-def stages(budget, width, block, bytes_of_a_column):
-    """Stages of a loop over `width` columns, so that its blocks in flight (one fewer) fill `budget` bytes."""
-    return 1 + max(2, min(triton.cdiv(width, block), budget // (block * bytes_of_a_column)))
+def stages(budget, width, block, bytes_of_a_column, most):
+    """Stages of a loop over `width` columns: one more than blocks in flight, which fill `budget` bytes.
+
+    Each stage holds registers, so there are `most` blocks at most; all of `width`, and at least two.
+    """
+    return 1 + max(2, min(most, triton.cdiv(width, block), budget // (block * bytes_of_a_column)))
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Chosen by the rank of the pool range, so that a row's result does not depend on its batch:
 
 products (rank ≤ 256)  z = h Dᵀ over d in blocks, v = φ(z + c), then h += v U over d in blocks, by tensor
-                       cores. Rank ≤ 8 takes pool rows eight at a time; above, 32, and v of all these chunks
+                       cores. Rank ≤ 8 takes pool rows eight at a time; above, 16, and v of all these chunks
                        is kept. h is read once more than there are chunks (from L2 after the first time), the
                        pool rows once.
 rows (any rank)        one row of h at a time, kept in registers with the float32 sum, while the pool rows
@@ -42,8 +42,8 @@ from .blocks import (
 )
 
 _NARROW = tl.constexpr(8)  # the rank of most adapters
-_CHUNK = tl.constexpr(32)
-_CHUNKS = tl.constexpr(8)
+_CHUNK = tl.constexpr(16)
+_CHUNKS = tl.constexpr(16)
 
 
 @triton.jit
@@ -67,6 +67,9 @@ def _edit_by_products(
     chunks = 1 if CHUNKS == 1 else tl.cdiv(rank, RANK)
     number = tl.arange(0, CHUNKS)[:, None, None]
     COLUMN: tl.constexpr = HEIGHT * bytes_of(h) + RANK * bytes_of(down)
+    MOST: tl.constexpr = 8 if CHUNKS == 1 else 6
+    DOWN_STAGES: tl.constexpr = stages(SHARED, D, DOWN_BLOCK, COLUMN, MOST)
+    UP_STAGES: tl.constexpr = stages(SHARED, D, UP_BLOCK, COLUMN, MOST)
 
     vs = tl.zeros((CHUNKS, HEIGHT, RANK), tl.float32)
     WIDTH: tl.constexpr = DOWN_BLOCK // SLICES
@@ -84,7 +87,7 @@ def _edit_by_products(
             # Nothing to read where no row has a D. And LLVM unrolls a loop of known length, which at the 128
             # registers of 16-bit pools (of float32 ones it does no harm) spills.
             end = D * tl.max(has_down.to(tl.int32), 0)
-        for begin in tl.range(0, end, DOWN_BLOCK, num_stages=stages(SHARED, D, DOWN_BLOCK, COLUMN)):
+        for begin in tl.range(0, end, DOWN_BLOCK, num_stages=DOWN_STAGES):
             inside = valid[None, :, None] & (begin + x_col < D)
             x = tl.load(h_rows[None] + begin + x_col, mask=inside, other=0.0)  # [S, T, B / S]
             there = has_down[None, None, :] & (begin + d_col < D)
@@ -103,7 +106,7 @@ def _edit_by_products(
     u_col = (tl.arange(0, PARTS * RANK) // RANK * PART)[:, None] + tl.arange(0, PART)[None, :]
     # One loop over blocks and the chunks of each, so that loads never wait for a block to end.
     total = tl.zeros((PARTS * HEIGHT, PART), tl.float32)
-    for step in tl.range(0, tl.cdiv(D, UP_BLOCK) * chunks, num_stages=stages(SHARED, D, UP_BLOCK, COLUMN)):
+    for step in tl.range(0, tl.cdiv(D, UP_BLOCK) * chunks, num_stages=UP_STAGES):
         chunk = step % chunks
         is_last = chunk == chunks - 1
         begin = step // chunks * UP_BLOCK

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Any
 
 import torch
 import triton
@@ -35,19 +34,18 @@ def _common(h_dtype: torch.dtype, d: int) -> dict:
     return {"D": d, "FULL": full, "num_stages": 3, "enable_fp_fusion": True}
 
 
-def _pick(full: bool, mixed: bool, of: tuple) -> Any:
-    return of[0] if full else of[1] if mixed else of[2]
+def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned: bool = True) -> dict:
+    """Meta-parameters of `intervene_kernel`. docs/triton.md has the reasons.
 
-
-def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
-    """Meta-parameters of `intervene_kernel`. docs/triton.md has the reasons."""
+    `aligned`: rows of h begin at multiples of 16 bytes. It makes no difference to the sums.
+    """
     options = _common(h_dtype, d)
     hip = torch.version.hip is not None
     warps = 4 if d <= 1024 or hip else 8
-    # Two blocks of 8 warps fit a multiprocessor at 128 registers; float32, odd and very wide rows need more.
-    fits = not options["FULL"] and warps == 8 and d <= 8192 and d % 16 == 0
+    # Two blocks of 8 warps fit a multiprocessor at 128 registers; float32 and very wide rows need more, and
+    # rows that can't be read 16 bytes at a time.
+    fits = not options["FULL"] and warps == 8 and d <= 8192 and d % 16 == 0 and aligned
     options.update(num_warps=warps, SLICES=warps, maxnreg=128 if fits else 255)
-    # Rows that can't be read 16 bytes at a time take twice the registers.
     wide = not options["FULL"] and h_dtype is pool_dtype and d % 16 == 0
     options.update(BLOCK=warps * (64 if wide else 32), PARTS=LEAST_TERMS // 8)
     options.update(WHOLE=triton.next_power_of_2(d), ALONE=not hip, SHARED=74 * 1024)
@@ -67,9 +65,8 @@ def norm_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
 def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `rows_kernel`."""
     options = _common(h_dtype, d)
-    down, up = _pick(options["FULL"], h_dtype is not pool_dtype, ((16, 64), (64, 64), (64, 128)))
-    if d % 16:
-        down, up = min(down, 32), 64
+    down = 16 if options["FULL"] else 32 if d % 16 else 64
+    up = 64 if options["FULL"] or h_dtype is not pool_dtype or d % 16 else 128
     options.update(WHOLE=triton.next_power_of_2(d), DOWN_BLOCK=down, UP_BLOCK=up, STAGES=4)
     options["num_warps"] = 4 if d <= 4096 else 8  # the row form holds d in registers
     if torch.version.hip is None:
@@ -81,8 +78,9 @@ def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
 def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     """Meta-parameters of `pool_kernel`."""
     common = _common(h_dtype, d)
-    again = _pick(common["FULL"], h_dtype is not pool_dtype, (16, 32, 64))
-    # Rows of float32 that can't be read 16 bytes at a time take twice the registers.
+    again = 32 if h_dtype is not pool_dtype or d <= 64 else 64
+    # Rows that can't be read 16 bytes at a time take twice the registers.
+    again = 16 if common["FULL"] or d % 16 else again
     block = 32 if common["FULL"] and d % 16 else 64
     return common | {"ROWS": 32, "BLOCK": block, "AGAIN": again, "num_warps": 4 if common["FULL"] else 8}
 
@@ -169,7 +167,7 @@ def intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
     with _on(h.device):
         intervene_kernel[(n_tiles,)](
             h, down, up, bias, kind, rows, tiles, spans, h.numel() // d, stride,
-            **forward_options(h.dtype, down.dtype, d),
+            **forward_options(h.dtype, down.dtype, d, aligned=h.data_ptr() % 16 == 0 and stride % 16 == 0),
         )  # fmt: skip
 
 
