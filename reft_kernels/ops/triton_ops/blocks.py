@@ -23,11 +23,7 @@ LOW_RANK: int = 64
 BATCH_SIZES = ("n_rows", "n_pool", "n_segments", "n_splits")
 BATCH_TABLES = ("rows", "tiles", "spans", "offsets")
 
-#: Least K of a tl.dot of 32-bit operands. Before Triton 3.8 it was that of 16-bit ones.
-LEAST_K: int = 16 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 8
-
 _INTERPRETING = tl.constexpr(INTERPRETING)
-_LEAST_K = tl.constexpr(LEAST_K)
 _ACT_MASK = tl.constexpr(ACT_MASK)
 _NO_PRODUCT = tl.constexpr(NO_PRODUCT)
 _TILE = tl.constexpr(TILE)
@@ -39,18 +35,6 @@ def _split(a):
     high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     low = a - high
     return high, tl.where(low == low, low, 0.0)
-
-
-@triton.jit
-def _beside(a, b):
-    """[a | b]"""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
-
-
-@triton.jit
-def _above(a, b):
-    """a on top of b."""
-    return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), (2 * a.shape[0], a.shape[1]))
 
 
 @triton.jit
@@ -68,11 +52,6 @@ def product(a, b, acc, FULL: tl.constexpr):
             acc += tl.sum(a.to(tl.float32)[:, :, :, None] * b.to(tl.float32)[:, None, :, :], 2)
         else:
             acc += tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
-    elif len(a.shape) == 2 and a.shape[1] < _LEAST_K and (FULL or a.dtype == b.dtype):
-        acc = product(_beside(a, tl.zeros_like(a)), _above(b, tl.zeros_like(b)), acc, FULL)
-    elif len(a.shape) == 2 and a.shape[1] < _LEAST_K:
-        low, high = _split(a)
-        acc = tl.dot(_beside(low, high), _above(b, b).to(tl.float32), acc, input_precision="tf32")
     elif FULL:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif a.dtype == b.dtype and a.dtype != tl.float32:
