@@ -46,6 +46,7 @@ QUICK = [
     Variant("norm", "bfloat16", "bfloat16", 90),
     Variant("layer_norm", "bfloat16", "bfloat16", 80, 8192),
     *(Variant("forward", *dtypes, 90, old=True) for dtypes in (DTYPES[0], *DTYPES[2:4])),
+    *(Variant(kernel, *DTYPES[2], 90, old=True) for kernel in ("rows", "pool")),
 ]
 
 
@@ -58,8 +59,9 @@ def _all() -> list[Variant]:
         for d, aligned in (shapes if arch == 90 else shapes[:1])
     ]
     made += [Variant("forward", *dtypes, 90, aligned=False) for dtypes in DTYPES]
+    others = [variant for variant in made if variant.arch == 90 and variant.kernel in ("rows", "pool")]
     forward = [variant for variant in made if variant.kernel in ("forward", "norm")]
-    return made + [dataclasses.replace(variant, old=True) for variant in forward]
+    return made + [dataclasses.replace(variant, old=True) for variant in forward + others]
 
 
 SLOW = [variant for variant in _all() if variant not in QUICK]

@@ -149,7 +149,7 @@ def rows_kernel(
     need_pool,
     D: tl.constexpr,
     WHOLE: tl.constexpr,
-    DOWN_BLOCK: tl.constexpr,  # columns of d at a time in D h and U g, at rank ≤ 16; half of it at rank ≤ 64
+    DOWN_BLOCK: tl.constexpr,  # columns of d at a time in D h and U g, at rank ≤ 16; half (≥ 16) at rank ≤ 64
     UP_BLOCK: tl.constexpr,  # the same in p D
     STAGES: tl.constexpr,  # loads in flight, in blocks
     FULL: tl.constexpr,
@@ -172,7 +172,7 @@ def rows_kernel(
     elif rank <= 64:
         _rows_by_products(
             grad, dh, hs, down, up, bias, kind, p_kept, v_kept, rows, start, count, first, rank, n_rows,
-            grad_stride, need_h, need_pool, D, 64, DOWN_BLOCK // 2, UP_BLOCK // 2, STAGES, FULL,
+            grad_stride, need_h, need_pool, D, 64, max(DOWN_BLOCK // 2, 16), UP_BLOCK // 2, STAGES, FULL,
         )  # fmt: skip
     elif need_h != 0:
         _rows_by_rows(

@@ -68,7 +68,8 @@ def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict:
     down = 16 if options["FULL"] else 32 if d % 16 else 64
     up = 64 if options["FULL"] or h_dtype is not pool_dtype or d % 16 else 128
     options.update(WHOLE=triton.next_power_of_2(d), DOWN_BLOCK=down, UP_BLOCK=up, STAGES=4)
-    options["num_warps"] = 4 if d <= 4096 else 8  # the row form holds d in registers
+    # The row form holds d in registers, the products of float32 hold operands of 16 terms.
+    options["num_warps"] = 4 if d <= 4096 and not options["FULL"] else 8
     if torch.version.hip is None:
         # Else ptxas spills a few registers for the sake of one more block on a multiprocessor.
         options["maxnreg"] = 255
