@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from . import functional
 from .adapter import Adapter
 from .config import ReftConfig
+from .huggingface import NotPatchable, Reft, patch, unpatch
 from .ops import BackendUnavailable, backend, current_backend
-from .patch import NotPatchable, Reft, patch, unpatch
 from .plan import Plan, make_plan
 from .pool import Fold, Pool, PoolFull, Span
 from .positions import Positions

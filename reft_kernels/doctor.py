@@ -13,7 +13,7 @@ import torch
 
 from . import __version__, ops
 from .ops import native
-from .ops.backend import ENVIRONMENT
+from .ops.dispatch import ENVIRONMENT
 
 #: Name → (oldest supported version, first unsupported one or None); the same ranges as in pyproject.toml.
 SUPPORTED: dict[str, tuple[str, str | None]] = {

@@ -30,6 +30,20 @@ class Rows(NamedTuple):
     offsets: Tensor
 
 
+class SegmentRows(NamedTuple):
+    """Rows of h on the host: rows [n], those of the first segment first; counts [S], how many each has."""
+
+    rows: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, by_segment: Sequence[np.ndarray]) -> SegmentRows:
+        """From an array of rows for each segment."""
+        counts = np.fromiter((len(rows) for rows in by_segment), dtype=np.int64, count=len(by_segment))
+        rows = np.concatenate(by_segment) if len(by_segment) else np.zeros(0, dtype=np.int64)
+        return cls(rows, counts)
+
+
 class Plan(NamedTuple):
     """All that an op needs beside h and the pool. See `reft_kernels.ops.schema` for the fields."""
 
@@ -54,50 +68,58 @@ def _tiles(counts: np.ndarray, tile: np.ndarray) -> np.ndarray:
     return table
 
 
-def pack_rows(by_segment: Sequence[np.ndarray], device: torch.device | str, tile: int = TILE) -> Rows:
+def pack_rows(
+    by_segment: Sequence[np.ndarray] | SegmentRows, device: torch.device | str, tile: int = TILE
+) -> Rows:
     """Lays the rows of each segment (1-D integer arrays) into one int32 buffer on `device`, in one copy."""
-    return _pack(by_segment, len(by_segment), device, tile)
+    listed = by_segment if isinstance(by_segment, SegmentRows) else SegmentRows.of(by_segment)
+    return _pack(listed, len(listed.counts), device, tile)
 
 
-def cover(by_segment: Sequence[np.ndarray], total: int, device: torch.device | str, tile: int = TILE) -> Rows:
+def cover(
+    by_segment: Sequence[np.ndarray] | SegmentRows, total: int, device: torch.device | str, tile: int = TILE
+) -> Rows:
     """`pack_rows`, and all others of h's `total` rows in tiles of segment −1, which edit nothing.
 
     For `intervene_norm_`, which norms every row. The offsets speak of the segments alone.
     """
-    return _pack([*by_segment, _others(by_segment, total)], len(by_segment), device, tile)
+    listed = by_segment if isinstance(by_segment, SegmentRows) else SegmentRows.of(by_segment)
+    return _pack(_covering(listed, total), len(listed.counts), device, tile)
 
 
-def _others(by_segment: Sequence[np.ndarray], total: int) -> np.ndarray:
-    """The rows below `total` that no segment names."""
-    rest = np.ones(total, dtype=bool)
-    for rows in by_segment:
-        rest[rows] = False
-    return np.flatnonzero(rest)
+def _covering(listed: SegmentRows, total: int) -> SegmentRows:
+    """The same, with a last list of the rows below `total` that no segment names."""
+    unnamed = np.ones(total, dtype=bool)
+    unnamed[listed.rows] = False
+    others = np.flatnonzero(unnamed)
+    return SegmentRows(np.concatenate([listed.rows, others]), np.append(listed.counts, len(others)))
 
 
-def _pack(by_segment: Sequence[np.ndarray], segments: int, device: torch.device | str, tile: int) -> Rows:
+def _pack(listed: SegmentRows, segments: int, device: torch.device | str, tile: int) -> Rows:
     """The rows beyond the first `segments` lists have no segment (−1)."""
-    counts = np.fromiter((len(rows) for rows in by_segment), dtype=np.int64, count=len(by_segment))
-    n = int(counts.sum())
-    largest = np.full(len(by_segment), tile)
+    rows, counts = listed
+    n = len(rows)
+    largest = np.full(len(counts), tile)
     if n <= _ALONE and torch.device(device).type == "cuda":
         largest[segments:] = 1
     tiles = _tiles(counts, largest)
     tiles[tiles[:, 0] >= segments, 0] = -1
     buffer = np.empty(n + 3 * len(tiles) + segments + 1, dtype=np.int32)
-    if n:
-        np.concatenate(by_segment, out=buffer[:n], casting="unsafe")
+    buffer[:n] = rows
     middle = n + 3 * len(tiles)
     buffer[n:middle] = tiles.ravel()
     buffer[middle] = 0
     np.cumsum(counts[:segments], out=buffer[middle + 1 :])
-    data = torch.from_numpy(buffer)
-    device = torch.device(device)
-    if device.type == "cuda":
-        data = data.pin_memory().to(device, non_blocking=True)
-    elif device.type != "cpu":
-        data = data.to(device)
+    data = to_device(buffer, device)
     return Rows(data[:n], data[n:middle].view(-1, 3), data[middle:])
+
+
+def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """The array as a tensor on `device`: in one copy that the host does not wait for."""
+    data, device = torch.from_numpy(array), torch.device(device)
+    if device.type == "cuda":
+        return data.pin_memory().to(device, non_blocking=True)
+    return data if device.type == "cpu" else data.to(device)
 
 
 # No inference tensor: a table is kept, and may be trained through after a generate made it.
@@ -172,6 +194,8 @@ def make_plan(
     by_segment = [_as_rows(rows, f"entries[{number}]") for number, (_, rows) in enumerate(entries)]
     everything = np.concatenate(by_segment) if by_segment else np.zeros(0, dtype=np.int64)
     _check_distinct(everything, 2**31 if total_rows is None else total_rows, "entries")
-    rest = [_others(by_segment, total_rows)] if cover and total_rows is not None else []
-    packed = _pack([*by_segment, *rest], len(by_segment), device, TILE)
+    listed = SegmentRows.of(by_segment)
+    if cover and total_rows is not None:
+        listed = _covering(listed, total_rows)
+    packed = _pack(listed, len(by_segment), device, TILE)
     return Plan(packed.rows, packed.tiles, pack_spans([span for span, _ in entries], device), packed.offsets)

@@ -20,6 +20,13 @@ _WORDS = ("all", "prompt", "generated")
 _ALLOWED = 'a spec such as "f3+l3", "f5" or "l1", one of "all", "prompt", "generated", or a list of indices'
 
 
+def ragged_arange(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(i, j) for every i and every j below counts[i], in order: int64 [sum of counts] each."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    return which, np.arange(len(which)) - starts[which]
+
+
 @dataclasses.dataclass(frozen=True)
 class Positions:
     """A parsed position spec.
@@ -105,25 +112,39 @@ class Positions:
 
         Raises ValueError for an explicit index that the prompt lacks.
         """
-        if self.word in ("all", "prompt"):
-            return np.arange(length)
-        if self.word == "generated":
-            return np.zeros(0, dtype=np.int64)
+        return self.resolve_all(np.array([length]))[1]
+
+    def resolve_all(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`resolve` for prompts of these lengths, int64 [n], at once.
+
+        Returns (which prompt, index into it), int64 [m] each, ordered by prompt and then by index.
+        Raises ValueError for an explicit index that one of the prompts lacks.
+        """
         if self.indices is not None:
-            found = np.array(self.indices, dtype=np.int64)
-            found = np.where(found < 0, found + length, found)
-            if found.size and (found.min() < 0 or found.max() >= length):
-                raise ValueError(
-                    f"positions: {list(self.indices)} has an index outside a prompt of {length} tokens"
-                )
-            if len(np.unique(found)) != len(found):
-                raise ValueError(
-                    f"positions: {list(self.indices)} names a token twice in a prompt of {length} tokens"
-                )
-            return np.sort(found)
-        end = max(length - (self.last_position == "length-1"), 0)
-        first, last = min(self.first, end // 2), min(self.last, end // 2)
-        return np.concatenate([np.arange(first), np.arange(end - last, end)])
+            return self._resolve_indices(lengths)
+        if self.word == "generated":
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        if self.word is not None:
+            return ragged_arange(lengths)
+        end = np.maximum(lengths - (self.last_position == "length-1"), 0)
+        first, last = np.minimum(self.first, end // 2), np.minimum(self.last, end // 2)
+        which, index = ragged_arange(first + last)
+        return which, np.where(index < first[which], index, index + (end - first - last)[which])
+
+    def _resolve_indices(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        given = np.array(self.indices, dtype=np.int64)
+        found = np.sort(np.where(given < 0, given + lengths[:, None], given), axis=1)
+        outside = (found[:, 0] < 0) | (found[:, -1] >= lengths)
+        if outside.any():
+            length = int(lengths[outside.argmax()])
+            raise ValueError(f"positions: {given.tolist()} has an index outside a prompt of {length} tokens")
+        twice = (found[:, 1:] == found[:, :-1]).any(axis=1)
+        if twice.any():
+            length = int(lengths[twice.argmax()])
+            raise ValueError(
+                f"positions: {given.tolist()} names a token twice in a prompt of {length} tokens"
+            )
+        return np.repeat(np.arange(len(lengths)), len(given)), found.ravel()
 
     def to_json(self) -> str | list[int]:
         """What `parse` takes back (without last_position)."""

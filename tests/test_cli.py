@@ -14,7 +14,7 @@ import pytest
 
 from reft_kernels import checkpoint, cli, doctor, ops
 
-dispatch = importlib.import_module("reft_kernels.ops.backend")  # the name in `ops` is the context manager
+dispatch = importlib.import_module("reft_kernels.ops.dispatch")  # the name in `ops` is the context manager
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 

@@ -2,7 +2,7 @@
 
 from . import autograd, reference  # noqa: F401  (they register their implementations)
 from .autograd import InterveneInPlace
-from .backend import BackendUnavailable, backend, chosen_backend, current_backend, why_not
+from .dispatch import BackendUnavailable, backend, chosen_backend, current_backend, why_not
 from .schema import (
     ACT_MASK,
     BACKENDS,

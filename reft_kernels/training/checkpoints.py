@@ -11,7 +11,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..checkpoint import CheckpointError, native
-from ..patch import Reft
+from ..huggingface import Reft
 
 
 def reft_of(model: nn.Module) -> Reft:

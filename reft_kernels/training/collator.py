@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..patch.prompts import IGNORED_LABEL
+from ..batch.prompts import IGNORED_LABEL
 
 #: Columns with one adapter name a row.
 NAMES = ("adapter_names", "reft_adapter_names")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..patch.freezing import peft_parameters
+from ..huggingface.freezing import peft_parameters
 from . import checkpoints
 from .collator import LENGTHS, NAMES, ReftCollator
 

@@ -104,7 +104,7 @@ def test_a_pool_that_grows_under_a_captured_step(fused: str, full_precision: Non
         model = _patched(device)
         with rk.backend(backend):
             found = [_tokens(model, NAMES, **options)]
-            (pool,) = model.reft._registry.pools.values()
+            (pool,) = model.reft._store.pools.values()
             address = pool.down.data_ptr()
             model.reft.add_adapter("large", random_adapter(large, pool.width, scale=0.3))
             found.append(_tokens(model, ["large", *NAMES[1:]], **options))

@@ -14,7 +14,7 @@ import torch
 import reft_kernels as rk
 from reft_kernels import ops
 
-dispatch = importlib.import_module("reft_kernels.ops.backend")  # the name `ops.backend` is the function
+dispatch = importlib.import_module("reft_kernels.ops.dispatch")  # the name `ops.backend` is the function
 
 Q = torch.zeros(2, 4)
 

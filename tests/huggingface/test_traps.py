@@ -84,14 +84,14 @@ def test_a_stack_called_by_itself_leaves_no_plan(model):
     batch = batch_of([6, 4])
     with torch.no_grad():
         model.model(**batch, adapter_names=["everywhere"] * 2)
-        assert model.reft._state.plan is None
+        assert model.reft._runtime.plan is None
         broken = model.model.layers[2].register_forward_pre_hook(lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.model(**batch, adapter_names=["everywhere"] * 2)
         with pytest.raises(ZeroDivisionError):
             model(**batch, adapter_names=["everywhere"] * 2)
     broken.remove()
-    assert model.reft._state.plan is None and model.reft._state.depth == 0
+    assert model.reft._runtime.plan is None and model.reft._runtime.depth == 0
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -226,7 +226,7 @@ def gradients(model, batch, names):
 def dense_gradients(model, batch, names):
     """The same through eager hooks out of place: nothing of ours but the parameters."""
     model.zero_grad()
-    bare = model.reft._blocks.layers
+    bare = model.reft._runtime.blocks.layers
     adapters = [model.reft.adapters[name] for name in names]
     handles = []
     for layer, block in enumerate(bare):
@@ -349,7 +349,7 @@ def test_half_precision_models_and_pools(dtype, batch):
     for pool_dtype in (None, torch.float32):
         model = make_model().to(dtype)
         reft = patch_with_mixed(model, pool_dtype=pool_dtype)
-        assert next(iter(reft._registry.pools.values())).dtype == (pool_dtype or dtype)
+        assert next(iter(reft._store.pools.values())).dtype == (pool_dtype or dtype)
         assert next(reft.adapters["tied"].parameters()).dtype == torch.float32
         seen = batch["attention_mask"].bool()
         errors.append((logits(model, batch).float() - exact)[seen].norm() / exact[seen].norm())
@@ -434,7 +434,7 @@ def test_sites(site, family):
     with torch.no_grad():
         got = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
     assert torch.equal(embeds, kept)  # block_input of layer 0 must not write into the caller's tensor
-    from reft_kernels.patch.blocks import find_blocks, site_module
+    from reft_kernels.huggingface.blocks import find_blocks, site_module
 
     layers = find_blocks(bare).layers
 

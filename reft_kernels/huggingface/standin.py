@@ -52,7 +52,7 @@ class StandIn:
         else:
             self.module.__dict__[self.name] = self.own
 
-    def hold(self) -> bool:
+    def reattach(self) -> bool:
         """Takes its place again if it was thrown out; returns whether it was.
 
         Who takes a wrapper of theirs off by setting the class's own method on the instance (as accelerate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -14,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
+from ..batch import BASE, AdapterStore, Place, SiteKey
+from ..batch.tables import keys_of
 from ..config import ReftConfig
 from ..positions import LastPosition, Positions
-from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module, text_config
+from .blocks import Blocks, head_width, place_of, site_module, text_config
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
+from .checkpointing import forget_plans
 from .freezing import Freeze
-from .heads import Heads
-from .norms import next_norms
-from .planner import BASE, Planner
-from .recompute import forget_plans
+from .fused_norm import next_norms
+from .reading import CallReader
+from .runtime import Runtime
+from .saved_modules import Heads
 from .sites import Sites
 from .standin import StandIn
-from .state import State
-from .tables import Place, Registry, SiteKey, keys_of
 
 _CALLS = {
     "forward": Forward,
@@ -44,12 +44,6 @@ class Reft(nn.Module):
     model's state_dict: adapters are saved by `save_pretrained`, the base model by its own.
     """
 
-    _model: nn.Module
-    _blocks: Blocks
-    _sites: Sites
-    _heads: Heads
-    _planner: Planner
-
     def __init__(
         self,
         model: nn.Module,
@@ -59,33 +53,34 @@ class Reft(nn.Module):
     ) -> None:
         super().__init__()
         self._modules_of = nn.ModuleDict()
-        self._adapters: dict[str, Adapter] = {}
-        self._state = State()
-        self._registry = Registry(capacity, pool_dtype)
+        self._runtime = Runtime(model, blocks, AdapterStore(capacity, pool_dtype))
+        self._sites = Sites(self._runtime)
+        self._reader = CallReader(self._runtime, self._sites)
+        self._heads = Heads(self._runtime)
         self._freeze = Freeze()
         self._calls: list[StandIn] = []
-        # In __dict__, past nn.Module's registration: the model must not become its own descendant.
-        self.__dict__.update(
-            _model=model,
-            _blocks=blocks,
-            _planner=Planner(blocks, self._registry, self._adapters, self._state),
-            _heads=Heads(model, self._state),
-        )
-        self.__dict__["_sites"] = Sites(blocks, self._planner)
-        self._planner.hold = self._hold_sites
         self.register_load_state_dict_post_hook(_forget_missing)
+
+    @property
+    def _store(self) -> AdapterStore:
+        return self._runtime.store
+
+    @property
+    def model(self) -> nn.Module:
+        """The patched model."""
+        return self._runtime.model
 
     # Adapters --------------------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """Name → Adapter, read-only."""
-        return MappingProxyType(self._adapters)
+        return MappingProxyType(self._store.adapters)
 
     @property
     def active_adapter(self) -> str | None:
         """The adapter of calls that name none; None for the bare model."""
-        return self._planner.active
+        return self._runtime.active
 
     @torch.inference_mode(False)  # what is loaded in inference mode must be fit to train with
     def load_adapter(
@@ -128,8 +123,8 @@ class Reft(nn.Module):
         """
         self._check_name(name)
         if isinstance(adapter, ReftConfig):
-            width = head_width(self._model) if adapter.heads is not None else self._blocks.width
-            adapter = Adapter.from_config(adapter, len(self._blocks.layers), width)
+            width = head_width(self.model) if adapter.heads is not None else self._runtime.blocks.width
+            adapter = Adapter.from_config(adapter, len(self._runtime.blocks.layers), width)
         elif not isinstance(adapter, Adapter):
             raise ValueError(f"adapter: must be a ReftConfig or an Adapter, was {type(adapter).__name__}")
         self._install(name, adapter)
@@ -138,11 +133,11 @@ class Reft(nn.Module):
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not name or name == BASE:
             raise ValueError(f"name: must be a non-empty string other than {BASE!r}, was {name!r}")
-        if name in self._adapters:
+        if name in self._store.adapters:
             raise ValueError(f"name: there is an adapter {name!r} already; delete it first")
 
     def _check_fit(self, adapter: Adapter) -> None:
-        depth = len(self._blocks.layers)
+        depth = len(self._runtime.blocks.layers)
         if adapter.n_layers is not None and adapter.n_layers != depth:
             raise ValueError(
                 f"adapter: was made for a model of {adapter.n_layers} layers; this one has {depth}"
@@ -150,57 +145,55 @@ class Reft(nn.Module):
         for intervention in adapter.interventions:
             if not 0 <= intervention.layer < depth:
                 raise ValueError(f"adapter: edits layer {intervention.layer}; the model has {depth} layers")
-            wanted = head_width(self._model) if intervention.head is not None else self._blocks.width
+            wanted = head_width(self.model) if intervention.head is not None else self._runtime.blocks.width
             if intervention.width != wanted:
                 raise ValueError(
                     f"adapter: has width {intervention.width}; {intervention.site} of this model has {wanted}"
                 )
-            site_module(self._blocks.layers[intervention.layer], intervention.site)
-            heads = text_config(self._model).num_attention_heads
+            site_module(self._runtime.blocks.layers[intervention.layer], intervention.site)
+            heads = text_config(self.model).num_attention_heads
             if intervention.head is not None and intervention.head >= heads:
                 raise ValueError(f"adapter: edits head {intervention.head}; the model has {heads} heads")
-        adapter.heads.check(self._model)
-        if any(adapter is other for other in self._adapters.values()):
+        adapter.heads.check(self.model)
+        if any(adapter is other for other in self._store.adapters.values()):
             raise ValueError("adapter: is loaded under another name already; copy it (copy.deepcopy) first")
 
     def _install(self, name: str, adapter: Adapter) -> None:
         self._check_fit(adapter)
         _warn_of_bad_values(name, adapter)
-        with self._state.lock:
-            for intervention, key in zip(adapter.interventions, _keys(adapter)):
-                if key not in self._registry.places:
-                    block = self._blocks.layers[intervention.layer]
-                    self._registry.places[key] = Place(*place_of(block, self._model))
-            place = self._registry.places[next(iter(keys_of(adapter)))]
-            wanted = self._registry.pool_dtype
+        with self._runtime.lock:
+            place = self._place_of(next(iter(keys_of(adapter))))
+            wanted = self._store.pool_dtype
             if wanted not in (None, torch.float32, place.dtype):
                 raise ValueError(
                     f"pool_dtype: must be the model's ({place.dtype}) or torch.float32, was {wanted}"
                 )
             adapter.to(place.device)
-            adapter.heads.meet(self._model, adapter.trainable)
-            self._registry.lay(name, adapter)
-            self._adapters[name] = adapter
+            adapter.heads.meet(self.model, adapter.trainable)
+            self._store.add(name, adapter, self._place_of)
             self._modules_of[_module_key(name, self._modules_of)] = adapter
             if self._sites.add(keys_of(adapter)) | self._heads.add(adapter.heads.modules_by_path):
-                self._forget_compiled()
-            if len(self._adapters) == 1:
-                self._planner.active = name
+                self._runtime.forget_compiled()
+            if len(self._store.adapters) == 1:
+                self._runtime.active = name
             if adapter.trainable:
-                self._freeze.freeze(self._model, self)
+                self._freeze.freeze(self.model, self)
+
+    def _place_of(self, key: SiteKey) -> Place:
+        known = self._store.places.get(key)
+        return known or Place(*place_of(self._runtime.blocks.layers[key.layer], self.model))
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter and frees its room. Raises ValueError for an unknown name."""
         self._known(name)
-        with self._state.lock:
-            adapter = self._adapters.pop(name)
-            self._registry.remove(name)
+        with self._runtime.lock:
+            adapter = self._store.remove(name)
             for key, module in list(self._modules_of.items()):
                 if module is adapter:
                     del self._modules_of[key]
-            if self._planner.active == name:
-                self._planner.active = None
-            others = self._adapters.values()
+            if self._runtime.active == name:
+                self._runtime.active = None
+            others = self._store.adapters.values()
             self._sites.keep({key for other in others for key in keys_of(other)})
             self._heads.keep({path for other in others for path in other.heads.modules_by_path})
 
@@ -208,22 +201,22 @@ class Reft(nn.Module):
         """Makes `name` the adapter of calls that name none; None for the bare model."""
         if name is not None:
             self._known(name)
-        self._planner.active = name
+        self._runtime.active = name
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block, calls that name no adapter run the bare model."""
-        before, self._planner.active = self._planner.active, None
+        before, self._runtime.active = self._runtime.active, None
         try:
             yield
         finally:
-            self._planner.active = before if before in self._adapters else None
+            self._runtime.active = before if before in self._store.adapters else None
 
     def _known(self, name: str) -> Adapter:
-        if name not in self._adapters:
-            known = ", ".join(map(repr, self._adapters)) or "none"
+        if name not in self._store.adapters:
+            known = ", ".join(map(repr, self._store.adapters)) or "none"
             raise ValueError(f"name: there is no adapter {name!r}; loaded are {known}")
-        return self._adapters[name]
+        return self._store.adapters[name]
 
     def save_pretrained(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Saves one adapter (the active one by default) as reft_config.json and reft_model.safetensors."""
@@ -234,7 +227,7 @@ class Reft(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters train, of how many there are."""
-        everything = dict.fromkeys(self._model.parameters())
+        everything = dict.fromkeys(self.model.parameters())
         trainable = sum(p.numel() for p in everything if p.requires_grad)
         total = sum(p.numel() for p in everything)
         share = 100 * trainable / total
@@ -243,43 +236,27 @@ class Reft(nn.Module):
     # Attachment ------------------------------------------------------------------------------------------
 
     def _attach(self, fuse_norm: bool) -> None:
-        model, stack = self._model, self._blocks.stack
+        model, blocks = self.model, self._runtime.blocks
         for name, call in _CALLS.items():
             if hasattr(model, name):
-                self._calls.append(call(model, name, self._planner))
-        if stack is not model:
-            self._calls.append(StackForward(stack, "forward", self._planner))
+                self._calls.append(call(model, name, self._reader))
+        if blocks.stack is not model:
+            self._calls.append(StackForward(blocks.stack, "forward", self._reader))
         for stand_in in self._calls:
             stand_in.attach()
         if fuse_norm:
-            norms = next_norms(self._blocks, self._state)
-            self._sites.fuse(norms)
-            self._planner.norm_devices = list(
-                dict.fromkeys(norm.parameters["weight"].device for norm in norms.values())
-            )
-        self._forget_compiled()
-
-    def _hold_sites(self) -> None:
-        if self._sites.hold():
-            self._forget_compiled()
+            self._sites.fuse(next_norms(blocks, self._runtime.fused))
+        self._runtime.forget_compiled()
 
     def _detach(self) -> None:
-        for name in list(self._adapters):
+        for name in list(self._store.adapters):
             self.delete_adapter(name)
         self._sites.part_norms()
-        self._planner.norm_devices = []
         for stand_in in self._calls:
             stand_in.detach()
-        forget_plans(self._blocks)
-        self._freeze.thaw(self._model)
-        self._forget_compiled()
-
-    def _forget_compiled(self) -> None:
-        """Drops compiled code that was traced without our stand-ins."""
-        for module in (self._model, self._blocks.stack):
-            module.__dict__.pop("_compiled_call", None)
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
+        forget_plans(self._runtime)
+        self._freeze.thaw(self.model)
+        self._runtime.forget_compiled()
 
     # Its place in the model ------------------------------------------------------------------------------
 
@@ -301,11 +278,7 @@ class Reft(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def extra_repr(self) -> str:
-        return f"adapters={list(self._adapters)}, active={self.active_adapter!r}"
-
-
-def _keys(adapter: Adapter) -> list[SiteKey]:
-    return [SiteKey(i.site, i.layer, i.head) for i in adapter.interventions]
+        return f"adapters={list(self._store.adapters)}, active={self.active_adapter!r}"
 
 
 def _module_key(name: str, taken: nn.ModuleDict) -> str:
@@ -326,75 +299,3 @@ def _warn_of_bad_values(name: str, adapter: Adapter) -> None:
     for key, tensor in adapter.named_parameters():
         if not bool(torch.isfinite(tensor).all()):
             warnings.warn(f"adapter {name!r}: {key} holds NaN or Inf", stacklevel=4)
-
-
-def patch(
-    model: nn.Module,
-    capacity: int | None = None,
-    pool_dtype: torch.dtype | None = None,
-    fuse_norm: bool = False,
-) -> Reft:
-    """Lets a Hugging Face model run ReFT adapters, by changes to this instance alone.
-
-    The model keeps its class, weights and API. Its `forward` and `generate` take `adapter_names` (one name a
-    row of the batch, "__base__" for the bare model; under PEFT `reft_adapter_names`) and `prompt_lengths`.
-
-    Args:
-        model: a transformers model with decoder (or encoder) layers. Of PEFT's wrapper the model inside is
-            patched; `reft` is found on both.
-        capacity: pool rows; fixed, so that addresses stay, and a full pool is an error. None: grows.
-        pool_dtype: dtype of folded adapters; None for the model's. torch.float32 is nearer to a pyreft that
-            keeps R in float32.
-        fuse_norm: computes each norm that reads a block's output together with the edit of that output, in
-            one pass, for edited rows and others alike. For inference; off by itself where it does not agree
-            with the model's own norm within rounding, in training, and where a hook of somebody else's or
-            an edit of the next block's input comes in between.
-
-    Returns:
-        The model's `Reft`, also `model.reft`.
-
-    Raises:
-        NotPatchable: (a ValueError) no layers were found, or the model is patched already.
-    """
-    if not isinstance(model, nn.Module):
-        raise NotPatchable(f"model: must be a transformers model, was {type(model).__name__}")
-    if isinstance(getattr(model, "reft", None), Reft):
-        raise NotPatchable("model: is patched already; its adapters are at model.reft (unpatch it first)")
-    if hasattr(model, "reft"):
-        raise NotPatchable(f"model: has an attribute 'reft' of its own, a {type(model.reft).__name__}")
-    if pool_dtype is not None and pool_dtype not in (
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):
-        raise ValueError(f"pool_dtype: must be a floating dtype, was {pool_dtype}")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity: must be at least 1 pool row or None, was {capacity}")
-    if hasattr(model, "get_base_model"):
-        # PEFT's wrapper: its generate runs the model inside, so that is the one to patch.
-        return patch(model.get_base_model(), capacity, pool_dtype, fuse_norm)  # type: ignore[operator]
-    blocks = find_blocks(model)
-    if any(isinstance(module, Reft) for module in model.modules()) or isinstance(
-        blocks.stack.__dict__.get("forward"), StackForward
-    ):
-        raise NotPatchable(
-            "model: shares its layers with a model that is patched already; unpatch that first"
-        )
-    reft = Reft(model, blocks, capacity, pool_dtype)
-    model.add_module("reft", reft)
-    reft._attach(fuse_norm)
-    return reft
-
-
-def unpatch(model: nn.Module) -> nn.Module:
-    """Takes everything off that `patch` put on: the model is bit for bit what it was. Returns the model.
-
-    Raises ValueError for a model that is not patched.
-    """
-    reft = getattr(model, "reft", None)
-    if not isinstance(reft, Reft):
-        raise ValueError("model: is not patched")
-    reft._detach()
-    del reft._model.reft
-    return model

@@ -14,8 +14,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import reft_kernels as rk
+from reft_kernels.huggingface.fused_norm import NextNorm, NormForward, kind_of
 from reft_kernels.ops import Norm
-from reft_kernels.patch.norms import NextNorm, NormForward, kind_of
 
 pytestmark = pytest.mark.models
 LENGTHS = [6, 3, 5, 1]
@@ -30,7 +30,7 @@ def patched(fuse: bool, family: str = "llama", dtype: torch.dtype = torch.float3
 
 
 def norms_of(model) -> list[NextNorm]:
-    blocks = model.reft._blocks.layers
+    blocks = model.reft._runtime.blocks.layers
     found = [getattr(block.__dict__.get("forward"), "norm", None) for block in blocks]
     return [norm for norm in found if norm is not None]
 
@@ -180,7 +180,7 @@ def test_a_result_that_nobody_fetches_is_given_up():
             logits(model, batch, NAMES), logits(plain, batch, NAMES), atol=2e-5, rtol=2e-5
         )
     assert [norm.given_up for norm in norms_of(model)] == [True, False, False]
-    assert model.reft._state.waiting is None
+    assert model.reft._runtime.fused.pending is False
 
 
 def test_training_takes_the_models_own_norms():

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .blocks import Blocks, edits_input, site_module
-from .edit import edit, edit_and_norm
-from .norms import NextNorm
-from .planner import Planner
+from ..batch import BatchPlan, SiteKey, edit
+from ..batch.edit import site_of
+from .blocks import edits_input, site_module
+from .fused_norm import NextNorm, edit_and_norm
+from .runtime import Runtime
 from .standin import StandIn
-from .tables import BatchPlan, Place, SiteKey, SiteTable
 
 
 class SiteForward(StandIn):
@@ -22,15 +22,15 @@ class SiteForward(StandIn):
     norm: the norm that takes a block's output, where it is fused with the edit.
     """
 
-    def __init__(self, module: nn.Module, planner: Planner) -> None:
+    def __init__(self, module: nn.Module, runtime: Runtime) -> None:
         super().__init__(module)
-        self.planner, self.state = planner, planner.state
+        self.runtime = runtime
         self.inputs: tuple[SiteKey, ...] = ()
         self.outputs: tuple[SiteKey, ...] = ()
         self.norm: NextNorm | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self.state.plan
+        plan = self.runtime.plan
         if plan is None:
             return self.original(*args, **kwargs)
         if self.inputs:
@@ -40,13 +40,14 @@ class SiteForward(StandIn):
         if norm is None and not self.outputs:
             return output
         h = output[0] if isinstance(output, tuple) else output
-        if norm is not None and norm.stands(h, self.module.training):
-            site = self._site(self.outputs[0], h, plan) if self.outputs else None
-            self.state.waiting = (h, edit_and_norm(h, site, plan, norm), norm)
+        training = self.module.training
+        if norm is not None and norm.gives(h, training):
+            site = site_of(h, self.outputs[0], plan) if self.outputs else None
+            self.runtime.fused.offer(norm, h, edit_and_norm(h, site, plan, norm))
             return output
         edited = h
         for key in self.outputs:
-            edited = self._edit(edited, key, plan)
+            edited = edit(edited, key, plan, training)
         if edited is h:
             return output
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
@@ -61,45 +62,26 @@ class SiteForward(StandIn):
         for key in self.inputs:
             # What enters the first block may be the caller's own inputs_embeds.
             clone = key.site == "block_input" and key.layer == 0 and key in plan.sites
-            h = self._edit(h.clone() if clone else h, key, plan)
+            h = edit(h.clone() if clone else h, key, plan, self.module.training)
         if h is given:
             return args, kwargs
         if name is None:
             return (h, *args[1:]), kwargs
         return args, {**kwargs, name: h}
 
-    def _site(self, key: SiteKey, h: Tensor, plan: BatchPlan) -> SiteTable | None:
-        """What is done at a site in this forward."""
-        site = plan.sites.get(key)
-        if site is None:
-            return None
-        if h.numel() != plan.tokens * h.shape[-1]:
-            raise RuntimeError(
-                f"{key.site} of layer {key.layer}: hidden states of shape {list(h.shape)} came to a site "
-                f"that was planned for {plan.tokens} tokens; was a block called without its model?"
-            )
-        place = site.place
-        if h.dtype is not place.dtype or h.device != place.device:
-            site = self.planner.moved(key, Place(h.device, h.dtype), plan)
-        return site
-
-    def _edit(self, h: Tensor, key: SiteKey, plan: BatchPlan) -> Tensor:
-        site = self._site(key, h, plan)
-        return h if site is None else edit(h, key, site, plan, self.module.training)
-
 
 class Sites:
     """Puts stand-ins on the modules of sites, and takes them off."""
 
-    def __init__(self, blocks: Blocks, planner: Planner) -> None:
-        self.blocks, self.planner = blocks, planner
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.blocks = runtime, runtime.blocks
         self._modules: dict[nn.Module, SiteForward] = {}
         self._keys: dict[SiteKey, SiteForward] = {}
 
     def _stand_in(self, module: nn.Module) -> SiteForward:
         site = self._modules.get(module)
         if site is None:
-            site = self._modules[module] = SiteForward(module, self.planner)
+            site = self._modules[module] = SiteForward(module, self.runtime)
             site.attach()
         return site
 
@@ -127,10 +109,11 @@ class Sites:
             site.detach()
             del self._modules[site.module]
 
-    def hold(self) -> bool:
-        """Puts stand-ins back that somebody threw out; returns whether there was any."""
-        lost = [site for site in self._modules.values() if site.hold()]
-        return bool(lost)
+    def reattach(self) -> None:
+        """Puts stand-ins back that somebody threw out."""
+        lost = [site for site in self._modules.values() if site.reattach()]
+        if lost:
+            self.runtime.forget_compiled()
 
     def fuse(self, norms: dict[int, NextNorm]) -> None:
         """Fuses the norms that follow these blocks with the edits at the blocks' outputs."""
@@ -140,6 +123,7 @@ class Sites:
             if layer + 1 < len(self.blocks.layers):
                 norm.reader = self._stand_in(self.blocks.layers[layer + 1])
             norm.stand_in.attach()
+        self.runtime.fused.use(norms)
 
     def part_norms(self) -> None:
         """Undoes `fuse`."""
@@ -148,3 +132,4 @@ class Sites:
                 site.norm.stand_in.detach()
                 site.norm = None
             self._drop_idle(site)
+        self.runtime.fused.use({})

@@ -7,12 +7,37 @@ from torch import Tensor
 
 from .. import ops
 from ..plan import Rows
-from .norms import NextNorm
-from .tables import BatchPlan, SiteKey, SiteTable
+from .batch_plan import BatchPlan
+from .tables import Place, SiteKey, SiteTable
 
 
-def edit(h: Tensor, key: SiteKey, site: SiteTable, plan: BatchPlan, training: bool) -> Tensor:
-    """Applies the plan to h [..., d] at one site. Returns h itself where it was edited in place."""
+def site_of(h: Tensor, key: SiteKey, plan: BatchPlan) -> SiteTable | None:
+    """What the plan does at a site, for hidden states h [..., d]; None if nothing.
+
+    Raises RuntimeError where h has not the rows that the plan was made for.
+    """
+    site = plan.sites.get(key)
+    if site is None:
+        return None
+    if h.numel() != plan.tokens * h.shape[-1]:
+        raise RuntimeError(
+            f"{key.site} of layer {key.layer}: hidden states of shape {list(h.shape)} came to a site "
+            f"that was planned for {plan.tokens} tokens; was a block called without its model?"
+        )
+    place = site.place
+    if h.dtype is not place.dtype or h.device != place.device:
+        site = plan.move(key, Place(h.device, h.dtype))
+    return site
+
+
+def edit(h: Tensor, key: SiteKey, plan: BatchPlan, training: bool = False) -> Tensor:
+    """Applies a prepared plan to h [..., d] at one site. Returns h itself where it was edited in place.
+
+    training: whether an adapter's dropout applies.
+    """
+    site = site_of(h, key, plan)
+    if site is None:
+        return h
     if key.head is not None:
         width = site.pool.width
         heads = h.shape[-1] // width
@@ -21,24 +46,6 @@ def edit(h: Tensor, key: SiteKey, site: SiteTable, plan: BatchPlan, training: bo
         out = _edit(flat, site, rows, plan, training)
         return h if out is flat else out.reshape(h.shape)
     return _edit(h, site, plan.rows[site.slot], plan, training)
-
-
-def edit_and_norm(h: Tensor, site: SiteTable | None, plan: BatchPlan, norm: NextNorm) -> Tensor:
-    """Applies the plan to h [..., d] in place (site: None where nothing is edited), and returns h's norm."""
-    device = h.device
-    if site is None:
-        down, up, bias, kind, spans = norm.without_edit(h)
-    else:
-        if plan.stale:
-            plan.renew()
-        pool, spans = site.pool, site.spans
-        down, up, bias, kind = pool.down, pool.up, pool.bias, pool.kind
-    rows = plan.covers.get((device, site is not None)) or plan.covering(device, site is not None)
-    parameters = norm.parameters
-    return ops.INTERVENE_NORM_[plan.backends.get(device) or ops.current_backend(device)](
-        h, down, up, bias, kind, rows.rows, rows.tiles, spans,
-        parameters["weight"], parameters.get("bias"), norm.eps, norm.kind,
-    )  # fmt: skip
 
 
 def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: bool) -> Tensor:
@@ -58,8 +65,8 @@ def _edit_differentiable(
     # Never the pool itself, not for frozen adapters either: it may be renewed or grown before backward runs.
     # Under reentrant checkpointing each block has a backward of its own, so folds can't be shared there.
     shared = {} if plan.recomputing else plan.folds
-    down, up, bias, kind, spans = site.live_pool(shared, torch.promote_types(h.dtype, torch.float32))
-    arguments = (h, down, up, bias, kind, rows.rows, rows.tiles, spans, rows.offsets)
+    live, spans = site.live_pool(shared, torch.promote_types(h.dtype, torch.float32))
+    arguments = (h, *live, rows.rows, rows.tiles, spans, rows.offsets)
     # A view can't be edited in place under reentrant checkpointing, nor a leaf that wants a gradient at all;
     # a compiler makes its own choice of buffers.
     if h._is_view() or (h.is_leaf and h.requires_grad) or torch.compiler.is_compiling():

@@ -1,9 +1,9 @@
 """The norm that reads a block's output, fused with the edit of that output.
 
 The next block's first norm must read all of h anyhow, so one launch writes both the edited rows and the
-norm of every row; the norm then finds its result waiting. That h is the very tensor that the launch saw is
-checked each time, and a fusion whose result nobody fetched is given up: what the model computes never
-depends on a guess about its structure.
+norm of every row. The block offers the norm's result, and the norm takes it. That h is the very tensor that
+the launch saw is checked each time, and a fusion whose result nobody took is abandoned: what the model
+computes never depends on a guess about its structure.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
+from ..batch import BatchPlan
+from ..batch.tables import SiteTable
 from ..ops import Norm
 from ..ops.reference import normed
 from .blocks import Blocks
 from .standin import StandIn
-from .state import State
 
 #: What the norms of model families are, in the order in which they are tried.
 _KINDS = (Norm.RMS | Norm.ROUND, Norm.RMS, Norm.PLUS_ONE, Norm.CENTRED)
@@ -25,19 +27,66 @@ _KINDS = (Norm.RMS | Norm.ROUND, Norm.RMS, Norm.PLUS_ONE, Norm.CENTRED)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class NormForward(StandIn):
-    """The norm's forward: fetches the result that waits, if it is of this very tensor."""
+class FusedNorms:
+    """The fused norms of one model, and the result that is on its way from a block to its norm.
 
-    def __init__(self, module: nn.Module, state: State) -> None:
+    by_layer: layer → the norm that reads its output. devices: where they are; while there are any, no
+    forward is idle.
+    """
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, NextNorm] = {}
+        self.devices: list[torch.device] = []
+        self._offered: tuple[Tensor, Tensor, NextNorm] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_offered": None}
+
+    def use(self, norms: dict[int, NextNorm]) -> None:
+        self.by_layer = norms
+        self.devices = list(dict.fromkeys(norm.parameters["weight"].device for norm in norms.values()))
+
+    @property
+    def pending(self) -> bool:
+        """Whether a result was offered that nobody took yet."""
+        return self._offered is not None
+
+    def offer(self, norm: NextNorm, h: Tensor, result: Tensor) -> None:
+        """Leaves the norm of h for `norm` to take. What was offered before and not taken is abandoned."""
+        self.abandon()
+        self._offered = (h, result, norm)
+
+    def take(self, stand_in: NormForward, h: Tensor) -> Tensor | None:
+        """The result that was offered to this norm, if it is of this very tensor."""
+        offered = self._offered
+        if offered is None or offered[2].stand_in is not stand_in:
+            return None
+        self._offered = None
+        return offered[1] if offered[0] is h else None
+
+    def abandon(self) -> None:
+        """Gives the fusion up for good whose result was offered and not taken."""
+        if self._offered is not None:
+            self._offered[2].given_up = True
+            self._offered = None
+
+    def forget(self) -> None:
+        """Drops an offer without a verdict: the forward failed on its way."""
+        self._offered = None
+
+
+class NormForward(StandIn):
+    """The norm's forward: takes the result that was offered for this very tensor, or computes it."""
+
+    def __init__(self, module: nn.Module, fused: FusedNorms) -> None:
         super().__init__(module)
-        self.state = state
+        self.fused = fused
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        waiting = self.state.waiting
-        if waiting is not None and len(args) == 1 and not kwargs and waiting[2].stand_in is self:
-            self.state.waiting = None
-            if waiting[0] is args[0]:
-                return waiting[1]
+        if self.fused._offered is not None and len(args) == 1 and not kwargs:
+            result = self.fused.take(self, args[0])
+            if result is not None:
+                return result
         return self.original(*args, **kwargs)
 
 
@@ -45,26 +94,22 @@ class NextNorm:
     """The norm that reads the output of `block`.
 
     reader: stands for the block whose norm it is (None: the norm of the whole stack). given_up: nobody
-    fetched its result.
+    took its result.
     """
 
-    def __init__(self, block: nn.Module, norm: nn.Module, kind: Norm, eps: float, state: State) -> None:
+    def __init__(self, block: nn.Module, norm: nn.Module, kind: Norm, eps: float, fused: FusedNorms) -> None:
         self.block, self.norm, self.kind, self.eps = block, norm, int(kind), eps
         self.parameters: dict[str, Any] = norm._parameters
-        self.stand_in = NormForward(norm, state)
+        self.stand_in = NormForward(norm, fused)
         self.reader: Any = None
-        self.state = state
         self.given_up = False
         self.nothing: tuple[Tensor, ...] | None = None
 
-    def stands(self, h: Tensor, training: bool) -> bool:
+    def gives(self, h: Tensor, training: bool) -> bool:
         """Whether the fused op gives this forward's norm: nothing that could change h comes in between.
 
         Of the module and the call alone, never of the batch.
         """
-        left = self.state.waiting
-        if left is not None:
-            left[2].given_up, self.state.waiting = True, None
         weight, norm, reader = self.parameters["weight"], self.norm, self.reader
         return (
             not self.given_up
@@ -87,6 +132,24 @@ class NextNorm:
             bias = torch.empty(0, dtype=torch.float32, device=h.device)
             self.nothing = (rows, rows, bias, torch.empty(0, **ints), torch.empty(0, 2, **ints))
         return self.nothing
+
+
+def edit_and_norm(h: Tensor, site: SiteTable | None, plan: BatchPlan, norm: NextNorm) -> Tensor:
+    """Applies the plan to h [..., d] in place (site: None where nothing is edited), and returns h's norm."""
+    device = h.device
+    if site is None:
+        down, up, bias, kind, spans = norm.without_edit(h)
+    else:
+        if plan.stale:
+            plan.renew()
+        pool, spans = site.pool, site.spans
+        down, up, bias, kind = pool.down, pool.up, pool.bias, pool.kind
+    rows = plan.covers.get((device, site is not None)) or plan.covering(device, site is not None)
+    parameters = norm.parameters
+    return ops.INTERVENE_NORM_[plan.backends.get(device) or ops.current_backend(device)](
+        h, down, up, bias, kind, rows.rows, rows.tiles, spans,
+        parameters["weight"], parameters.get("bias"), norm.eps, norm.kind,
+    )  # fmt: skip
 
 
 def _weight(norm: nn.Module) -> Tensor:
@@ -148,7 +211,7 @@ def kind_of(norm: nn.Module) -> Norm | None:
     return _KINDS[best] if errors[best] <= (8 if x.dtype is torch.float32 else 2) * step else None
 
 
-def next_norms(blocks: Blocks, state: State) -> dict[int, NextNorm]:
+def next_norms(blocks: Blocks, fused: FusedNorms) -> dict[int, NextNorm]:
     """Layer → the norm that reads its output, for all that could be fused."""
     found: dict[int, NextNorm] = {}
     known: dict[tuple, Norm | None] = {}
@@ -163,5 +226,5 @@ def next_norms(blocks: Blocks, state: State) -> dict[int, NextNorm]:
             known[key] = kind_of(norm)
         kind = known[key]
         if kind is not None and eps is not None:
-            found[layer] = NextNorm(block, norm, kind, eps, state)
+            found[layer] = NextNorm(block, norm, kind, eps, fused)
     return found

@@ -165,7 +165,7 @@ def test_the_mask_is_inferred_from_pad_tokens_as_generate_does(model):
 def refuses(model, batch, match, error=ValueError, **kwargs):
     with pytest.raises(error, match=match):
         logits(model, batch, **kwargs)
-    assert model.reft._state.plan is None and model.reft._state.depth == 0
+    assert model.reft._runtime.plan is None and model.reft._runtime.depth == 0
 
 
 def test_bad_names(model, batch):
@@ -232,7 +232,7 @@ def test_a_full_pool_is_an_error_and_changes_nothing(batch):
     reft = rk.patch(model, capacity=8)
     reft.add_adapter("fits", random_adapter(rk.ReftConfig(r=2, positions="all"), WIDTH))
     before = logits(model, batch)
-    pool = next(iter(reft._registry.pools.values()))
+    pool = next(iter(reft._store.pools.values()))
     address = pool.down.data_ptr()
     with pytest.raises(rk.PoolFull, match="capacity"):
         reft.add_adapter("does not", random_adapter(rk.ReftConfig(r=1, positions="all"), WIDTH))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
 from ..adapter.heads import by_rows
-from .prompts import Selection
+from ..batch import Selection
+from .runtime import Runtime
 from .standin import StandIn
-from .state import State
 
 
 class Share(NamedTuple):
@@ -23,9 +22,9 @@ class Share(NamedTuple):
     rows: Tensor
 
 
-def share_heads(selection: Selection, owners: Mapping[str, Adapter], repeat: int) -> dict[str, list[Share]]:
+def share_modules(selection: Selection, repeat: int) -> dict[str, list[Share]]:
     """Path of a module → its shares, for the modules of which an adapter of the batch has a copy."""
-    copies = {name: adapter.heads.modules_by_path for name, adapter in owners.items()}
+    copies = {name: adapter.heads.modules_by_path for name, adapter in selection.owners.items()}
     paths = dict.fromkeys(path for modules in copies.values() for path in modules)
     shares: dict[str, list[Share]] = {}
     for path in paths:
@@ -43,14 +42,14 @@ def share_heads(selection: Selection, owners: Mapping[str, Adapter], repeat: int
 class HeadForward(StandIn):
     """Stands for the `forward` of the model's module at `path`: each row goes through its adapter's copy."""
 
-    def __init__(self, module: nn.Module, path: str, state: State) -> None:
+    def __init__(self, module: nn.Module, path: str, runtime: Runtime) -> None:
         super().__init__(module)
-        self.path, self.state = path, state
+        self.path, self.runtime = path, runtime
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self.state.plan
-        shares = None if plan is None else plan.heads.get(self.path)
+        plan = self.runtime.plan
+        shares = None if plan is None else plan.saved_modules.get(self.path)
         if not shares:
             return self.original(*args, **kwargs)
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
@@ -71,15 +70,15 @@ class HeadForward(StandIn):
 class Heads:
     """Puts stand-ins on the modules of which adapters have copies, and takes them off."""
 
-    def __init__(self, model: nn.Module, state: State) -> None:
-        self.model, self.state = model, state
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
         self._stand_ins: dict[str, HeadForward] = {}
 
     def add(self, paths: Iterable[str]) -> bool:
         """Attaches what is not there yet; returns whether there was any such."""
         new = [path for path in paths if path not in self._stand_ins]
         for path in new:
-            self._stand_ins[path] = HeadForward(self.model.get_submodule(path), path, self.state)
+            self._stand_ins[path] = HeadForward(self.runtime.model.get_submodule(path), path, self.runtime)
             self._stand_ins[path].attach()
         return bool(new)
 

@@ -6,24 +6,23 @@ from typing import Any
 
 import torch
 
-from .blocks import Blocks
-from .state import State
+from .runtime import Runtime
 
 
 class Recompute:
     """A block's gradient-checkpointing function that runs the block again under the plan of its forward."""
 
-    def __init__(self, state: State, original: Any) -> None:
-        self.state, self.original = state, original
+    def __init__(self, runtime: Runtime, original: Any) -> None:
+        self.runtime, self.original = runtime, original
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        plan = self.state.plan
+        plan = self.runtime.plan
         without_grad: list[bool] = []  # of the first run: true for the reentrant kind
 
         def run(*inner: Any, **inner_kwargs: Any) -> Any:
             again = bool(without_grad)
             without_grad.append(not torch.is_grad_enabled())
-            with self.state.using(plan):
+            with self.runtime.using(plan):
                 if plan is not None:
                     plan.recomputing = again and without_grad[0]
                 try:
@@ -35,17 +34,17 @@ class Recompute:
         return self.original(run, *args, **kwargs)
 
 
-def keep_plans(blocks: Blocks, state: State) -> None:
+def keep_plans(runtime: Runtime) -> None:
     """Wraps what gradient checkpointing calls, again after every time that it was enabled."""
-    for block in blocks.layers:
+    for block in runtime.blocks.layers:
         function = block.__dict__.get("_gradient_checkpointing_func")
         if function is not None and not isinstance(function, Recompute):
-            block.__dict__["_gradient_checkpointing_func"] = Recompute(state, function)
+            block.__dict__["_gradient_checkpointing_func"] = Recompute(runtime, function)
 
 
-def forget_plans(blocks: Blocks) -> None:
+def forget_plans(runtime: Runtime) -> None:
     """Undoes `keep_plans`."""
-    for block in blocks.layers:
+    for block in runtime.blocks.layers:
         function = block.__dict__.get("_gradient_checkpointing_func")
         if isinstance(function, Recompute):
             block.__dict__["_gradient_checkpointing_func"] = function.original

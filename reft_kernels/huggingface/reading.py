@@ -1,162 +1,118 @@
-"""From a call's arguments to its plan: names checked, prompts read, selection resolved, rows packed."""
+"""From a call of a Hugging Face model to its plan: names, prompts, which columns a forward covers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .. import ops
-from ..adapter import Adapter
-from .blocks import Blocks
-from .heads import share_heads
-from .prompts import Prompts, Selection, read_prompts, select
-from .state import GenerateScope, State, read_cache_length
-from .tables import BatchPlan, Place, Registry, SiteKey, SiteTable
-
-#: The name of the bare model in a list of adapter names, as in PEFT.
-BASE = "__base__"
+from ..batch import BatchPlan, Prompts, Selection, read_prompts
+from .runtime import GenerateScope, Runtime, read_cache_length
+from .saved_modules import share_modules
+from .sites import Sites
 
 
-def _nothing() -> None:
-    pass
+class _Batch(NamedTuple):
+    """What a forward is given, as far as plans care."""
+
+    tokens: Tensor
+    size: int
+    length: int
 
 
-class Planner:
-    """Makes the plans of one patched model."""
+class CallReader:
+    """Reads the arguments of a patched model's calls, and makes their plans."""
 
-    def __init__(
-        self, blocks: Blocks, registry: Registry, adapters: dict[str, Adapter], state: State
-    ) -> None:
-        self.blocks, self.registry, self.adapters, self.state = blocks, registry, adapters, state
-        self.active: str | None = None
-        #: Called for every new plan: sees to it that the sites are attached.
-        self.hold: Callable[[], None] = _nothing
-        #: Devices of the norms that are fused with edits. Where there are any, no forward is idle.
-        self.norm_devices: list[torch.device] = []
+    def __init__(self, runtime: Runtime, sites: Sites) -> None:
+        self.runtime, self.sites, self.planner = runtime, sites, runtime.planner
 
     # Names -----------------------------------------------------------------------------------------------
 
     def names(self, given: Any, batch: int) -> tuple[str | None, ...]:
         """One adapter a row, None for the bare model. given: None takes the active adapter for all rows."""
         if given is None:
-            return (self.active,) * batch
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            raise ValueError(f"adapter_names: must be a list with one name a row, was {given!r}")
-        if len(given) != batch:
-            raise ValueError(f"adapter_names: has {len(given)} names for a batch of {batch} rows")
-        for name in given:
-            if name != BASE and name not in self.adapters:
-                known = ", ".join(map(repr, [*self.adapters, BASE]))
-                raise ValueError(f"adapter_names: there is no adapter {name!r}; known are {known}")
-        return tuple(None if name == BASE else name for name in given)
-
-    def _groups(self, name: str):
-        return self.adapters[name].groups
-
-    def _select(self, names: Sequence[str | None], prompts: Prompts) -> tuple[Selection, dict[str, Adapter]]:
-        owners = {name: self.adapters[name] for name in names if name is not None}
-        return select(names, prompts, self._groups), owners
-
-    def _needs_prompt(self, names: Sequence[str | None]) -> bool:
-        return any(
-            group.needs_prompt
-            for name in dict.fromkeys(names)
-            if name is not None
-            for group in self._groups(name)
-        )
+            return (self.runtime.active,) * batch
+        return self.planner.check_names(given, batch)
 
     def check_packed(self, name: str) -> None:
         """Refuses calls that pack requests into one row while the active adapter depends on the prompt."""
-        if self.active is not None and self._needs_prompt([self.active]):
+        active = self.runtime.active
+        if active is not None and self.planner.needs_prompt([active]):
             raise ValueError(
                 f"{name}: packs requests into one row, where prompts can't be told apart, and adapter "
-                f"{self.active!r} depends on the prompt; use generate, or an adapter with positions 'all'"
+                f"{active!r} depends on the prompt; use generate, or an adapter with positions 'all'"
             )
 
     # Plans -----------------------------------------------------------------------------------------------
 
-    def _plan(
-        self, selection: Selection, owners: dict[str, Adapter], start: int, length: int, batch: int
-    ) -> BatchPlan | None:
+    def _plan(self, selection: Selection, start: int, length: int, batch: int) -> BatchPlan | None:
         repeat, rest = divmod(batch, selection.batch)
         if rest:
             raise RuntimeError(
                 f"a forward has {batch} rows, which is no multiple of the {selection.batch} prompts"
             )
-        by_segment = selection.window(start, length, repeat)
-        heads = share_heads(selection, owners, repeat)
-        if by_segment is None:
-            if not heads:
-                return self.idle(batch * length)
-            by_segment = [np.zeros(0, dtype=np.int64)] * len(selection.segments)
-        for name, adapter in owners.items():
-            if self.adapters.get(name) is not adapter:
-                raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
-        table = self.registry.table(selection.segments, self.adapters)
-        return self._prepared(BatchPlan(table, by_segment, batch * length, heads))
+        plan = self.planner.plan(selection, start, length, batch, share_modules(selection, repeat))
+        return self.idle(batch * length) if plan is None else self._prepared(plan)
 
     def idle(self, tokens: int) -> BatchPlan | None:
         """The plan of a forward that edits nothing: none, or one that only norms."""
-        if not self.norm_devices:
-            return None
-        table = self.registry.table((), self.adapters)
-        return self._prepared(BatchPlan(table, [], tokens, {}))
+        return self._prepared(self.planner.idle(tokens)) if self.runtime.fused.devices else None
 
     def _prepared(self, plan: BatchPlan) -> BatchPlan:
         """Makes what compiled code can't make when it runs, and says now if a backend can't run."""
-        self.hold()
-        for device in dict.fromkeys([*plan.table.devices, *self.norm_devices]):
+        self.sites.reattach()
+        plan.prepare()
+        for device in self.runtime.fused.devices:
             plan.backends[device] = ops.current_backend(device)
-        for device in self.norm_devices:
             plan.covering(device, edited=False)
             if plan.sites:
                 plan.covering(device, edited=True)
         return plan
 
-    def moved(self, key: SiteKey, place: Place, plan: BatchPlan) -> SiteTable:
-        """Hidden states of another device or dtype than expected: lays the site's adapters there."""
-        self.registry.replace(key, place, self.adapters)
-        plan.table = self.registry.table(plan.table.segments, self.adapters)
-        plan.sites = plan.table.sites
-        plan.add_devices()
-        plan.backends[place.device] = ops.current_backend(place.device)
-        return plan.sites[key]
+    # Forward ---------------------------------------------------------------------------------------------
 
     def forward(self, call: dict[str, Any], given: Any, prompt_lengths: Any) -> BatchPlan | None:
         """The plan of a forward outside generate (or of a second model call inside it, as in guidance)."""
-        bare = given is None and self.active is None and self.state.scope is None
-        if bare and not self.norm_devices:
+        scope = self.runtime.scope
+        bare = given is None and self.runtime.active is None and scope is None
+        if bare and not self.runtime.fused.devices:
             return None
-        tokens = call.get("input_ids")
-        if tokens is None:
-            tokens = call.get("inputs_embeds")
-        if tokens is None:
-            tokens = call.get("hidden_states")
-        if not isinstance(tokens, Tensor):
+        batch = _batch_of(call)
+        if batch is None:
             if bare:
                 return None
             raise ValueError("the call has neither input_ids nor inputs_embeds, so rows can't be told")
-        batch, length = tokens.shape[:2]
-        if bare:
-            return self.idle(batch * length)
-        scope = self.state.scope
-        if given is None and scope is not None:
-            copies, rest = divmod(batch, len(scope.names))
-            if rest:
-                raise RuntimeError(
-                    f"a forward has {batch} rows, no multiple of generate's {len(scope.names)} prompts"
-                )
-            names = tuple(name for name in scope.names for _ in range(copies))
-        else:
-            names = self.names(given, batch)
-        if not any(names):
-            return self.idle(batch * length)
+        names = None if bare else self._forward_names(given, batch.size)
+        if names is None or not any(names):
+            return self.idle(batch.size * batch.length)
         start = read_cache_length(call.get("past_key_values"), call.get("cache_position"))
-        needs_prompt = self._needs_prompt(names)
+        prompts = self._forward_prompts(call, names, batch, start, given, prompt_lengths)
+        return self._plan(self.planner.select(names, prompts), start, batch.length, batch.size)
+
+    def _forward_names(self, given: Any, batch: int) -> tuple[str | None, ...]:
+        scope = self.runtime.scope
+        if given is not None or scope is None:
+            return self.names(given, batch)
+        copies, rest = divmod(batch, len(scope.names))
+        if rest:
+            raise RuntimeError(
+                f"a forward has {batch} rows, no multiple of generate's {len(scope.names)} prompts"
+            )
+        return tuple(name for name in scope.names for _ in range(copies))
+
+    def _forward_prompts(
+        self,
+        call: dict[str, Any],
+        names: Sequence[str | None],
+        batch: _Batch,
+        start: int,
+        given: Any,
+        prompt_lengths: Any,
+    ) -> Prompts:
+        needs_prompt = self.planner.needs_prompt(names)
         mask = call.get("attention_mask")
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
             if needs_prompt and start == 0:
@@ -169,10 +125,10 @@ class Planner:
         if needs_prompt and isinstance(positions, Tensor) and start == 0:
             _refuse_packed(positions, mask)
         labels = call.get("labels") if needs_prompt else None
+        scope = self.runtime.scope
         if scope is not None and given is None and call.get("past_key_values") is None:
-            prompt_lengths = scope.lengths_aside(batch, length, prompt_lengths, mask)
-        prompts = read_prompts(batch, start, length, mask, prompt_lengths, labels)
-        return self._plan(*self._select(names, prompts), start, length, batch)
+            prompt_lengths = scope.lengths_aside(batch.size, batch.length, prompt_lengths, mask)
+        return read_prompts(batch.size, start, batch.length, mask, prompt_lengths, labels)
 
     # Generate --------------------------------------------------------------------------------------------
 
@@ -183,7 +139,7 @@ class Planner:
         ids = inputs if inputs is not None else call.get("input_ids")
         embeds = call.get("inputs_embeds")
         tokens = embeds if embeds is not None else ids
-        outer = self.state.scope
+        outer = self.runtime.scope
         batch = tokens.shape[0] if isinstance(tokens, Tensor) else 1
         seen = 0
         cache = call.get("past_key_values")
@@ -191,10 +147,10 @@ class Planner:
             seen = read_cache_length(cache, None)
         if outer is not None and given is None and outer.goes_on_in(ids):
             # A generate inside generate (assisted decoding by the model's own layers) goes on with the same.
-            return GenerateScope(outer.names, outer.selection, outer.owners, seen, ids)
+            return GenerateScope(outer.names, outer.selection, seen, ids)
         names = self.names(given, batch)
         if not any(names):
-            return GenerateScope(names, None, {}, seen, ids)
+            return GenerateScope(names, None, seen, ids)
         width = tokens.shape[1] if isinstance(tokens, Tensor) else 1
         mask = call.get("attention_mask")
         if mask is None and isinstance(ids, Tensor) and embeds is None:
@@ -203,8 +159,8 @@ class Planner:
             width = mask.shape[1]  # only the new tokens were passed, the mask tells of the cached ones too
         elif isinstance(mask, Tensor) and mask.dim() != 2:
             raise ValueError(f"attention_mask: must be 2-D in generate, had shape {list(mask.shape)}")
-        prompts: Prompts = read_prompts(batch, 0, width, mask, prompt_lengths)
-        return GenerateScope(names, *self._select(names, prompts), seen, ids)
+        prompts = read_prompts(batch, 0, width, mask, prompt_lengths)
+        return GenerateScope(names, self.planner.select(names, prompts), seen, ids)
 
     def generate(self, scope: GenerateScope, start: int, length: int, batch: int) -> BatchPlan | None:
         """The plan of one of generate's own forwards, over columns [start, start + length)."""
@@ -213,11 +169,20 @@ class Planner:
             return self.idle(batch * length)
         if length == 1 and start >= selection.width:
             # Decode steps are all alike: made once, and again only if adapters or the backend change.
-            key = (batch, self.registry.version, ops.chosen_backend())
+            key = (batch, self.runtime.store.version, ops.chosen_backend())
             if scope.decode is None or scope.decode[0] != key:
-                scope.decode = (key, self._plan(selection, scope.owners, start, 1, batch))
+                scope.decode = (key, self._plan(selection, start, 1, batch))
             return scope.decode[1]
-        return self._plan(selection, scope.owners, start, length, batch)
+        return self._plan(selection, start, length, batch)
+
+
+def _batch_of(call: dict[str, Any]) -> _Batch | None:
+    """The tensor that says how many rows and columns a forward has; None where there is none."""
+    for name in ("input_ids", "inputs_embeds", "hidden_states"):
+        tokens = call.get(name)
+        if tokens is not None:
+            return _Batch(tokens, *tokens.shape[:2]) if isinstance(tokens, Tensor) else None
+    return None
 
 
 def _inferred_mask(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor | None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .planner import Planner
-from .recompute import keep_plans
+from ..batch import BatchPlan
+from .checkpointing import keep_plans
+from .reading import CallReader
+from .runtime import GenerateScope, Pending, cache_length
 from .standin import StandIn
-from .state import GenerateScope, Pending, cache_length
-from .tables import BatchPlan
 
 #: Keyword arguments of ours that the wrappers take out of a call.
 NAMES = ("reft_adapter_names", "adapter_names")
@@ -31,9 +31,9 @@ def take_names(kwargs: dict[str, Any]) -> Any:
 class _Call(StandIn):
     """Stands for a method of the model."""
 
-    def __init__(self, module: nn.Module, name: str, planner: Planner) -> None:
+    def __init__(self, module: nn.Module, name: str, reader: CallReader) -> None:
         super().__init__(module, name)
-        self.planner, self.state = planner, planner.state
+        self.reader, self.runtime = reader, reader.runtime
         self.names = self.parameters()
 
     @torch.compiler.disable
@@ -41,40 +41,39 @@ class _Call(StandIn):
         """The plan of this forward; takes our own arguments out of kwargs."""
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
         call = {**dict(zip(self.names, args)), **kwargs} if args else kwargs
-        scope = self.state.scope
+        scope = self.runtime.scope
         if scope is not None and names is None:
             pending, scope.pending = scope.pending, None
             if pending is not None and pending.cache is call.get("past_key_values"):
                 return pending.plan
         if torch.is_grad_enabled():
-            keep_plans(self.planner.blocks, self.state)
-        return self.planner.forward(call, names, lengths)
+            keep_plans(self.runtime)
+        return self.reader.forward(call, names, lengths)
 
     # Under torch.compile this frame runs as plain Python, and the model's own forward below it is compiled.
     @torch.compiler.disable(recursive=False)
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        state = self.state
-        with state.lock:
-            before = state.plan
-            state.depth += 1
-            state.prepared = False
+        runtime = self.runtime
+        with runtime.lock:
+            before = runtime.plan
+            runtime.depth += 1
+            runtime.prepared = False
             try:
-                state.plan = self._plan(args, kwargs)
+                runtime.plan = self._plan(args, kwargs)
                 result = self.original(*args, **kwargs)
-                if state.waiting is not None:
-                    state.waiting[2].given_up = True
+                runtime.fused.abandon()
                 return result
             finally:
-                state.depth -= 1
-                state.plan = before if state.depth else None
-                state.waiting = None
+                runtime.depth -= 1
+                runtime.plan = before if runtime.depth else None
+                runtime.fused.forget()
 
 
 class Forward(_Call):
     """The model's forward: takes our keyword arguments, makes the plan, holds the lock."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.prepared and torch.compiler.is_compiling():
+        if self.runtime.prepared and torch.compiler.is_compiling():
             return self.original(*args, **kwargs)  # generate's compiled decode step: the plan is made
         return self._run(args, kwargs)
 
@@ -83,8 +82,8 @@ class StackForward(_Call):
     """The forward of the stack of blocks: makes the plan where the model's forward was passed by."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.state
-        if state.depth or (state.prepared and torch.compiler.is_compiling()):
+        runtime = self.runtime
+        if runtime.depth or (runtime.prepared and torch.compiler.is_compiling()):
             return self.original(*args, **kwargs)
         return self._run(args, kwargs)
 
@@ -97,7 +96,7 @@ class PrepareInputs(_Call):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.original(*args, **kwargs)
-        scope = self.state.scope
+        scope = self.runtime.scope
         if scope is None:
             return inputs
         cache = inputs.get("past_key_values")
@@ -105,13 +104,13 @@ class PrepareInputs(_Call):
         if getattr(cache, "is_compileable", False):
             # The next step may be compiled code, which takes no lock and makes no plan of its own: both are
             # had here, and the lock is kept until this generate ends.
-            scope.hold(self.state.lock)
-            self.state.plan, self.state.prepared = plan, True
+            scope.keep_lock(self.runtime.lock)
+            self.runtime.plan, self.runtime.prepared = plan, True
         scope.pending = Pending(cache, plan)
         return inputs
 
     def _plan_of(self, scope: GenerateScope, inputs: dict[str, Any], cache: Any) -> BatchPlan | None:
-        if scope.selection is None and not self.planner.norm_devices:
+        if scope.selection is None and not self.runtime.fused.devices:
             return None
         tokens = inputs.get("inputs_embeds")
         if tokens is None:
@@ -121,7 +120,7 @@ class PrepareInputs(_Call):
         if start is None:
             start = scope.seen
         scope.seen = start + length
-        return self.planner.generate(scope, start, length, batch)
+        return self.reader.generate(scope, start, length, batch)
 
 
 class Generate(_Call):
@@ -131,8 +130,8 @@ class Generate(_Call):
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
         inputs = args[0] if args else kwargs.get("inputs")
         call = {**kwargs, "generation_config": args[1]} if len(args) > 1 else kwargs
-        scope = self.planner.open_scope(self.module, inputs, call, names, lengths)
-        with self.state.generating(scope):
+        scope = self.reader.open_scope(self.module, inputs, call, names, lengths)
+        with self.runtime.generating(scope):
             return self.original(*args, **kwargs)
 
 
@@ -144,5 +143,5 @@ class ContinuousBatching(_Call):
             raise ValueError(
                 f"{self.name}: takes no adapter names or prompt lengths; use set_adapter, or generate"
             )
-        self.planner.check_packed(self.name)
+        self.reader.check_packed(self.name)
         return self.original(*args, **kwargs)

@@ -1,26 +1,22 @@
-"""What a patched model knows while it runs: the plan of the forward under way, and who asked for what.
-
-One `State` a model, shared by its stand-ins. The plan is not thread-local: under gradient checkpointing
-blocks are run again in autograd's own threads. A lock makes the forwards of two threads take turns.
-"""
+"""What the parts of a patched model share while it runs, and what a call of generate is about."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
-from .prompts import Selection
-from .tables import BatchPlan
+from ..batch import AdapterStore, BatchPlan, Planner, Selection
+from .blocks import Blocks
+from .fused_norm import FusedNorms
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ..adapter import Adapter
-    from .norms import NextNorm
 
 
 class Pending(NamedTuple):
@@ -34,7 +30,6 @@ class GenerateScope:
     """One call of generate.
 
     names: one a prompt, None for the bare model. selection: what they edit; None when that is nothing.
-    owners: the adapters behind the names, as they were when generate began.
     seen: columns that went through the model so far (for caches that don't say so on the host).
     tokens: the prompts' ids [batch, width], where there are any.
     """
@@ -43,16 +38,15 @@ class GenerateScope:
         self,
         names: tuple[str | None, ...],
         selection: Selection | None,
-        owners: dict[str, Adapter],
         seen: int,
         tokens: Tensor | None = None,
     ) -> None:
-        self.names, self.selection, self.owners, self.seen = names, selection, owners, seen
+        self.names, self.selection, self.seen = names, selection, seen
         self.tokens = tokens
         self._aside: tuple[int, int, list[int]] | None = None
         self.pending: Pending | None = None
         self.decode: tuple[tuple, BatchPlan | None] | None = None
-        self._held: Any = None
+        self._lock: Any = None
 
     def goes_on_in(self, ids: Any) -> bool:
         """Whether a generate inside this one has the same prompts, or their continuations."""
@@ -77,52 +71,70 @@ class GenerateScope:
         self._aside = (batch, length, counts)
         return None
 
-    def hold(self, lock: Any) -> None:
+    def keep_lock(self, lock: Any) -> None:
         """Keeps the model to this generate until it ends."""
-        if self._held is None:
+        if self._lock is None:
             lock.acquire()
-            self._held = lock
+            self._lock = lock
+
+    @property
+    def keeps_lock(self) -> bool:
+        return self._lock is not None
 
     def close(self) -> None:
-        if self._held is not None:
-            self._held.release()
+        if self._lock is not None:
+            self._lock.release()
 
 
 class _Scopes(threading.local):
     def __init__(self) -> None:
-        self.stack: list[tuple[State, GenerateScope]] = []
+        self.stack: list[tuple[Runtime, GenerateScope]] = []
 
 
 _scopes = _Scopes()
 
 
-class State:
-    """See the module. plan: of the forward under way, None when there is nothing to do in it.
+class Runtime:
+    """What is shared by a model's `Reft`, its stand-ins and what reads its calls. One a patched model.
 
-    waiting: (h, its norm, whose it is), from a block's output to the norm that reads it.
+    No module, so that the model does not become its own descendant. The plan is not thread-local: under
+    gradient checkpointing blocks are run again in autograd's own threads. A lock makes the forwards of two
+    threads take turns.
+
+    Attributes:
+        active: the adapter of calls that name none; None for the bare model.
+        plan: of the forward under way, None when there is nothing to do in it.
+        prepared: whether generate has made the plan of the forward to come.
+        depth: forwards of the model under way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, blocks: Blocks, store: AdapterStore) -> None:
+        self.model, self.blocks, self.store = model, blocks, store
+        self.planner = Planner(store)
+        self.fused = FusedNorms()
+        self.active: str | None = None
+        self._rest()
+
+    def _rest(self) -> None:
+        """Nothing is under way."""
         self.plan: BatchPlan | None = None
-        self.waiting: tuple[Tensor, Tensor, NextNorm] | None = None
-        self.prepared = False  # generate has made the plan of the forward to come
-        self.depth = 0  # forwards of the model under way
+        self.prepared = False
+        self.depth = 0
         self.lock = threading.RLock()
 
-    def __getstate__(self) -> dict:
-        return {}  # deepcopy and pickle of a patched model: nothing is under way in the copy
+    def __getstate__(self) -> dict[str, Any]:
+        under_way = ("plan", "prepared", "depth", "lock")
+        return {name: value for name, value in self.__dict__.items() if name not in under_way}
 
-    def __setstate__(self, _: dict) -> None:
-        self.__init__()  # type: ignore[misc]
-
-    def __reduce__(self):
-        return (State, ())
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._rest()
 
     @property
     def scope(self) -> GenerateScope | None:
         """The innermost generate of this model in this thread."""
-        for state, scope in reversed(_scopes.stack):
-            if state is self:
+        for runtime, scope in reversed(_scopes.stack):
+            if runtime is self:
                 return scope
         return None
 
@@ -133,7 +145,7 @@ class State:
             yield
         finally:
             _scopes.stack.pop()
-            if scope._held is not None:
+            if scope.keeps_lock:
                 self.plan, self.prepared = None, False
             scope.close()
 
@@ -146,6 +158,13 @@ class State:
                 yield
             finally:
                 self.plan = before
+
+    def forget_compiled(self) -> None:
+        """Drops compiled code that was traced without our stand-ins."""
+        for module in (self.model, self.blocks.stack):
+            module.__dict__.pop("_compiled_call", None)
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
 
 
 def cache_length(cache: object, cache_position: Tensor | None) -> int | None:

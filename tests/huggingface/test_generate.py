@@ -224,7 +224,7 @@ def _edit_at(model, adapter, index):
 def test_a_decode_step_that_edits_nothing_has_no_plan(patched, monkeypatch):
     """Prompt-only adapters: no op is called, no row packed after the prefill."""
     from reft_kernels import ops
-    from reft_kernels.patch import tables
+    from reft_kernels.batch import batch_plan as tables
 
     model, _ = patched
     calls, packs = [], []
@@ -238,7 +238,7 @@ def test_a_decode_step_that_edits_nothing_has_no_plan(patched, monkeypatch):
 
 
 def test_decode_steps_share_one_plan(patched, monkeypatch):
-    from reft_kernels.patch import tables
+    from reft_kernels.batch import batch_plan as tables
 
     model, _ = patched
     packs = []

@@ -1,0 +1,28 @@
+"""From a batch to what an op takes: which tokens are prompt, what each adapter edits, where it lies.
+
+What every front door stands on: the patch of Hugging Face models, and serving stacks. Knows no model and no
+library of models. docs/engine.md shows an engine's loop on it.
+"""
+
+from .batch_plan import BatchPlan
+from .edit import edit
+from .planner import BASE, Planner
+from .prompts import Prompts, read_prompts
+from .selection import Segment, Selection, select
+from .store import AdapterStore
+from .tables import Place, SiteKey
+
+__all__ = [
+    "BASE",
+    "AdapterStore",
+    "BatchPlan",
+    "Place",
+    "Planner",
+    "Prompts",
+    "Segment",
+    "Selection",
+    "SiteKey",
+    "edit",
+    "read_prompts",
+    "select",
+]

@@ -1,0 +1,133 @@
+"""`BatchPlan`: all that the sites of a model need in one forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import ops
+from ..plan import Rows, SegmentRows, cover, pack_rows
+from ..pool import Fold
+from .tables import Place, SiteKey, SiteTable, Table
+
+if TYPE_CHECKING:
+    from ..adapter import Intervention
+    from .store import AdapterStore
+
+
+class BatchPlan:
+    """The rows of one forward by segment, beside the table that says what each segment does at each site.
+
+    Making one writes nothing; `prepare` does what must be done before a forward runs under it.
+
+    Args:
+        store: whose adapters are meant.
+        table: of the segments.
+        by_segment: rows of h by segment.
+        tokens: rows of h in this forward.
+        saved_modules: whatever a front door wants to find again beside the plan, by a module's path.
+
+    Attributes:
+        sites: the table's. rows: for each device of the table. backends: of each device.
+        recomputing: whether a block is being run again under reentrant checkpointing.
+        folds: with autograd, the folds of adapters that want a gradient, made once a forward for all layers.
+        stale: whether the pools may hold trainable adapters as they were. A step with autograd reads no pool,
+            so they are renewed only once something does.
+    """
+
+    __slots__ = (
+        "backends",
+        "by_segment",
+        "covers",
+        "folds",
+        "head_rows_by_key",
+        "recomputing",
+        "rows",
+        "saved_modules",
+        "sites",
+        "stale",
+        "store",
+        "table",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        table: Table,
+        by_segment: SegmentRows,
+        tokens: int,
+        saved_modules: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.store, self.table, self.sites, self.tokens = store, table, table.sites, tokens
+        self.saved_modules = saved_modules or {}
+        self.backends: dict[torch.device, str] = {}
+        self.by_segment = by_segment
+        self.rows: list[Rows] = [pack_rows(by_segment, device) for device in table.devices]
+        self.head_rows_by_key: dict[tuple[int, int, int], Rows] = {}
+        self.covers: dict[tuple[torch.device, bool], Rows] = {}
+        self.recomputing = False
+        self.folds: dict[Intervention, Fold] = {}
+        self.stale = table.trainable
+
+    def prepare(self) -> None:
+        """What compiled code can't do when it runs: chooses backends, renews pools or makes live folds.
+
+        Raises BackendUnavailable if the backend that was asked for can't run.
+        """
+        for device in self.table.devices:
+            self.backends[device] = ops.current_backend(device)
+        if not torch.is_grad_enabled():
+            if self.stale:
+                self.renew()
+            return
+        # Asked each time, as PEFT and users freeze as they go.
+        for adapter in self.table.adapters.values():
+            if any(one.wants_grad for one in adapter.interventions):
+                self.folds.update(zip(adapter.interventions, adapter.folds()))
+
+    def trains(self, site: SiteTable) -> bool:
+        """Whether something at the site wants a gradient."""
+        return bool(self.folds) and any(one in self.folds for one in site.interventions)
+
+    def renew(self) -> None:
+        """Makes the pools what the parameters are now."""
+        self.store.refresh(self.table.adapters)
+        self.stale = False
+
+    def move(self, key: SiteKey, place: Place) -> SiteTable:
+        """Hidden states of another device or dtype than expected: lays the site's adapters there."""
+        self.store.move(key, place)
+        self.table = self.store.table(self.table.segments)
+        self.sites = self.table.sites
+        self.rows = [pack_rows(self.by_segment, device) for device in self.table.devices]
+        self.head_rows_by_key.clear()
+        self.backends[place.device] = ops.current_backend(place.device)
+        return self.sites[key]
+
+    def covering(self, device: torch.device, edited: bool) -> Rows:
+        """Rows that name all of h: those of the plan and the others, or (edited: False) all as unedited."""
+        key = (device, edited)
+        if key not in self.covers:
+            rows = cover(self.by_segment, self.tokens, device) if edited else _unedited(self.tokens, device)
+            self.covers[key] = rows
+        return self.covers[key]
+
+    def head_rows(self, slot: int, head: int, heads: int) -> Rows:
+        """The rows of one head in h.view(-1, head width)."""
+        key = (slot, head, heads)
+        if key not in self.head_rows_by_key:
+            rows, tiles, offsets = self.rows[slot]
+            self.head_rows_by_key[key] = Rows(rows * heads + head, tiles, offsets)
+        return self.head_rows_by_key[key]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it is kept, whoever asks first
+def _unedited(tokens: int, device: torch.device) -> Rows:
+    nothing = np.zeros(0, dtype=np.int64)
+    return cover(SegmentRows(nothing, nothing), tokens, device)

@@ -1,0 +1,125 @@
+"""From a batch's adapter names and prompts to its plan. What every front door stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..plan import SegmentRows
+from .batch_plan import BatchPlan
+from .prompts import Prompts
+from .selection import Selection, select
+from .store import AdapterStore
+
+#: The name of the bare model in a list of adapter names, as in PEFT.
+BASE = "__base__"
+
+
+class Planner:
+    """Makes the plans for the adapters of one store."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self.store = store
+
+    def check_names(self, given: Any, batch: int) -> tuple[str | None, ...]:
+        """One adapter a row, None for the bare model. Raises ValueError that names `adapter_names`."""
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise ValueError(f"adapter_names: must be a list with one name a row, was {given!r}")
+        if len(given) != batch:
+            raise ValueError(f"adapter_names: has {len(given)} names for a batch of {batch} rows")
+        names = tuple(None if name == BASE else name for name in given)
+        self._check_known(names)
+        return names
+
+    def _check_known(self, names: Sequence[str | None]) -> None:
+        for name in names:
+            if name is not None and name not in self.store.adapters:
+                known = ", ".join(map(repr, [*self.store.adapters, BASE]))
+                raise ValueError(f"adapter_names: there is no adapter {name!r}; known are {known}")
+
+    def needs_prompt(self, names: Sequence[str | None]) -> bool:
+        """Whether what these adapters edit depends on which tokens are prompt."""
+        return any(
+            group.needs_prompt
+            for name in dict.fromkeys(names)
+            if name is not None
+            for group in self.store.groups(name)
+        )
+
+    def select(self, names: Sequence[str | None], prompts: Prompts) -> Selection:
+        """What the adapters of a batch's rows edit in its prompts and after them. See `selection.select`.
+
+        Raises ValueError for an unknown name, too.
+        """
+        self._check_known(names)
+        selection = select(names, prompts, self.store.groups)
+        selection.owners = {name: self.store.adapters[name] for name in names if name is not None}
+        return selection
+
+    def plan(
+        self,
+        selection: Selection,
+        start: int,
+        length: int,
+        batch: int,
+        saved_modules: Mapping[str, Any] | None = None,
+    ) -> BatchPlan | None:
+        """The plan of a forward over columns [start, start + length) of a rectangular batch.
+
+        batch: rows of h's batch, a multiple of the selection's (beams). None if nothing is edited, unless
+        there are saved modules to run. Nothing is prepared yet (`BatchPlan.prepare`).
+
+        Raises ValueError where an adapter of the selection was deleted or replaced since.
+        """
+        by_segment = selection.window(start, length, batch // selection.batch)
+        return self._plan(selection, by_segment, batch * length, saved_modules)
+
+    def step(
+        self, selection: Selection, starts: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray
+    ) -> BatchPlan | None:
+        """The plan of an engine's step over a flat batch: of request i the tokens starts[i] … starts[i] +
+        counts[i] − 1 of its sequence, request after request, in the order of the selection's names.
+
+        A prefill, a chunk of one and a decode step are all the same. The selection is one of
+        `Prompts.unpadded`. The plan is prepared. None if nothing is edited.
+
+        Raises ValueError for another number of requests than the selection's, or a negative number.
+        """
+        first, many = np.asarray(starts, dtype=np.int64), np.asarray(counts, dtype=np.int64)
+        for name, array in (("starts", first), ("counts", many)):
+            if array.shape != (selection.batch,):
+                raise ValueError(
+                    f"{name}: must have one entry for each of the {selection.batch} requests, "
+                    f"had shape {list(array.shape)}"
+                )
+            if array.size and array.min() < 0:
+                raise ValueError(f"{name}: must be 0 or more, found {array.min()}")
+        plan = self._plan(selection, selection.chunks(first, many), int(many.sum()), None)
+        if plan is not None:
+            plan.prepare()
+        return plan
+
+    def _plan(
+        self,
+        selection: Selection,
+        by_segment: SegmentRows | None,
+        tokens: int,
+        saved_modules: Mapping[str, Any] | None,
+    ) -> BatchPlan | None:
+        if by_segment is None:
+            if not saved_modules:
+                return None
+            nothing = np.zeros(0, dtype=np.int64)
+            by_segment = SegmentRows(nothing, np.zeros(len(selection.segments), dtype=np.int64))
+        for name, adapter in selection.owners.items():
+            if self.store.adapters.get(name) is not adapter:
+                raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
+        table = self.store.table(selection.segments)
+        return BatchPlan(self.store, table, by_segment, tokens, saved_modules)
+
+    def idle(self, tokens: int) -> BatchPlan:
+        """The plan of a forward that edits nothing, for one whose norms are fused with edits."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return BatchPlan(self.store, self.store.table(()), SegmentRows(nothing, nothing), tokens)

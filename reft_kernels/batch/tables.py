@@ -1,0 +1,117 @@
+"""What a site hands to the op under one set of segments: its pool, and each segment's range in it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import pack_spans
+from ..pool import Fold, Pool, Span
+from .selection import Segment
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter, Intervention
+
+
+class SiteKey(NamedTuple):
+    """Where an edit happens in a model. head: None, or the index of an attention head."""
+
+    site: str
+    layer: int
+    head: int | None = None
+
+    @classmethod
+    def of(cls, intervention: Intervention) -> SiteKey:
+        return cls(intervention.site, intervention.layer, intervention.head)
+
+
+class Place(NamedTuple):
+    """What hidden states at a site look like."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def keys_of(adapter: Adapter) -> Iterable[SiteKey]:
+    """The sites that an adapter edits."""
+    return dict.fromkeys(SiteKey.of(intervention) for intervention in adapter.interventions)
+
+
+class LivePool(NamedTuple):
+    """What an op takes of a pool, with autograd: a fold's rows [P, …], and spans [S, 2] into them."""
+
+    rows: Fold
+    spans: Tensor
+
+
+class SiteTable:
+    """One site under one set of segments.
+
+    pool: where its interventions lie. spans: each segment's range there, [S, 2] int32 on the pool's device.
+    slot: index into a plan's rows (one for each device). place: of its hidden states.
+    """
+
+    __slots__ = ("_interventions", "_live", "_who", "place", "pool", "slot", "spans")
+
+    def __init__(
+        self,
+        pool: Pool,
+        spans: Tensor,
+        slot: int,
+        place: Place,
+        who: Callable[[], list[Intervention | None]],
+    ) -> None:
+        self.pool, self.spans, self.slot, self.place = pool, spans, slot, place
+        self._who = who
+        self._interventions: list[Intervention | None] | None = None
+        self._live: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def interventions(self) -> list[Intervention | None]:
+        """For each segment the one that edits here, or None. (Training asks; inference does not.)"""
+        if self._interventions is None:
+            self._interventions = self._who()
+        return self._interventions
+
+    def live_pool(self, shared: Mapping[Intervention, Fold], dtype: torch.dtype) -> LivePool:
+        """A pool made of this site's interventions alone, in segment order, that autograd sees through.
+
+        shared: folds that were made already. dtype: of down, up and bias.
+        """
+        device = self.place.device
+        folds = [shared.get(i) or i.fold() for i in self.interventions if i is not None]
+        if self._live is None:
+            ranks = [0 if i is None else i.pool_rows for i in self.interventions]
+            firsts = itertools.accumulate(ranks, initial=0)
+            kinds = torch.cat([fold.kind for fold in folds])
+            spans = [Span(first, rank) for first, rank in zip(firsts, ranks)]
+            self._live = (pack_spans(spans, device), kinds.to(device))
+        spans_table, kind = self._live
+        if len(folds) == 1:
+            parts = [folds[0].down, folds[0].up, folds[0].bias]
+        else:
+            parts = [torch.cat([getattr(fold, name) for fold in folds]) for name in ("down", "up", "bias")]
+        down, up, bias = (part.to(device, dtype) for part in parts)
+        return LivePool(Fold(down, up, bias, kind), spans_table)
+
+
+class Table:
+    """The sites of one set of segments; changes only when the set of adapters does.
+
+    adapters: those of the segments, by name. devices: of the sites' hidden states.
+    """
+
+    __slots__ = ("adapters", "devices", "segments", "sites", "version")
+
+    def __init__(self, segments: tuple[Segment, ...], adapters: dict[str, Adapter], version: int) -> None:
+        self.segments, self.adapters, self.version = segments, adapters, version
+        self.sites: dict[SiteKey, SiteTable] = {}
+        self.devices: list[torch.device] = []
+
+    @property
+    def trainable(self) -> bool:
+        return any(adapter.trainable for adapter in self.adapters.values())

@@ -1,0 +1,129 @@
+"""Which rows of h each segment takes: every forward's rows, against the rule token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reft_kernels import Positions
+from reft_kernels.batch import Prompts, Selection, read_prompts, select
+
+SPECS = {
+    "untied": ("f2", "l3"),
+    "tied": ("f3+l1",),
+    "everywhere": ("all",),
+    "generated": ("generated",),
+    "prompt": ("prompt",),
+    "listed": ([0, -1],),
+}
+GROUPS = {name: tuple(Positions.parse(spec) for spec in specs) for name, specs in SPECS.items()}
+
+names = st.lists(st.sampled_from([*SPECS, None]), min_size=1, max_size=6)
+
+
+def lists(found, segments) -> dict:
+    """Rows by segment, as sets; {} for a forward without edits."""
+    if found is None:
+        return {}
+    split = np.split(found.rows, np.cumsum(found.counts)[:-1])
+    assert len(split) == len(segments) and found.counts.sum() == len(found.rows)
+    result = {}
+    for segment, rows in zip(segments, split):
+        assert len(set(rows.tolist())) == len(rows)
+        if len(rows):
+            result[segment] = set(rows.tolist())
+    return result
+
+
+def edits(positions: Positions, token: int, prompt: int) -> bool:
+    """Whether token number `token` of a row is edited, with a prompt of `prompt` tokens."""
+    if token >= prompt:
+        return positions.generated
+    return token in positions.resolve(prompt).tolist()
+
+
+@st.composite
+def grids(draw):
+    """Rows of a padded batch: names, mask [batch, width] with 2 tokens at least, prompt lengths."""
+    chosen = draw(names)
+    width = draw(st.integers(2, 9))
+    mask = torch.zeros(len(chosen), width, dtype=torch.long)
+    lengths = []
+    for row in mask:
+        tokens = sorted(draw(st.sets(st.integers(0, width - 1), min_size=2, max_size=width)))
+        row[tokens] = 1
+        lengths.append(draw(st.integers(2, len(tokens))))
+    return chosen, mask, lengths
+
+
+@given(grids(), st.integers(0, 9), st.integers(1, 12), st.integers(1, 3))
+def test_a_window_of_a_padded_batch(grid, start: int, length: int, repeat: int) -> None:
+    chosen, mask, lengths = grid
+    width = mask.shape[1]
+    selection = select(chosen, read_prompts(len(chosen), 0, width, mask, lengths), GROUPS.__getitem__)
+    want: dict = {}
+    for row, name in enumerate(chosen):
+        columns = torch.nonzero(mask[row]).flatten().tolist()
+        for group, positions in enumerate(GROUPS[name] if name else ()):
+            for column in range(start, start + length):
+                if column >= width:
+                    edited = positions.generated
+                else:
+                    edited = column in columns and edits(positions, columns.index(column), lengths[row])
+                for copy in range(repeat if edited else 0):
+                    flat = (row * repeat + copy) * length + column - start
+                    want.setdefault((name, group), set()).add(flat)
+    assert lists(selection.window(start, length, repeat), selection.segments) == want
+
+
+@given(names, st.data())
+def test_chunks_of_a_flat_batch(chosen: list[str | None], data: st.DataObject) -> None:
+    lengths = [data.draw(st.integers(1, 9)) for _ in chosen]
+    starts = np.array([data.draw(st.integers(0, 12)) for _ in chosen])
+    counts = np.array([data.draw(st.integers(0, 6)) for _ in chosen])
+    selection = select(chosen, Prompts.unpadded(lengths), GROUPS_FOR_SHORT.__getitem__)
+    want: dict = {}
+    offset = 0
+    for row, name in enumerate(chosen):
+        for place, token in enumerate(range(starts[row], starts[row] + counts[row])):
+            for group, positions in enumerate(GROUPS_FOR_SHORT[name] if name else ()):
+                if edits(positions, token, lengths[row]):
+                    want.setdefault((name, group), set()).add(offset + place)
+        offset += counts[row]
+    assert lists(selection.chunks(starts, counts), selection.segments) == want
+
+
+#: A prompt of one token has no two tokens to list.
+GROUPS_FOR_SHORT = GROUPS | {"listed": (Positions.parse([-1]),)}
+
+
+def test_rows_that_share_a_spec_are_resolved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of many adapters costs numpy calls by the spec, not by the row."""
+    calls = []
+    real = Positions.resolve_all
+    monkeypatch.setattr(Positions, "resolve_all", lambda *args: calls.append(1) or real(*args))
+    many = [f"adapter {number}" for number in range(50)]
+    untied = GROUPS["untied"]
+    selection = select(many, read_prompts(50, 0, 8, None), lambda name: untied)
+    assert isinstance(selection, Selection) and len(selection.segments) == 100
+    assert selection.counts.tolist() == [2, 3] * 50
+    assert len(calls) == 2
+
+
+def test_the_row_whose_prompt_lacks_an_index_is_named() -> None:
+    groups = (Positions.parse([4]),)
+    with pytest.raises(ValueError, match=r"row 2, adapter 'b'.*\[4\].*prompt of 3 tokens"):
+        select(["a", None, "b", "a"], Prompts.unpadded([5, 1, 3, 2]), lambda name: groups)
+
+
+def test_labels_and_lengths_tell_the_prompt() -> None:
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    labels = torch.tensor([[-100, -100, -100, 7, 8], [-100, 5, 6, -100, -100]])
+    assert read_prompts(2, 0, 5, mask, None, labels).lengths.tolist() == [2, 1]
+    assert read_prompts(2, 0, 5, mask).lengths.tolist() == [4, 3]
+    assert read_prompts(2, 0, 5, None, None, labels).lengths.tolist() == [3, 1]
+    with pytest.raises(ValueError, match="row 1 has 3 tokens, but its prompt length was 4"):
+        read_prompts(2, 0, 5, mask, [4, 4])
