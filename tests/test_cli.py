@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import pytest
 
 from reft_kernels import checkpoint, cli, doctor, ops
 
-dispatch = importlib.import_module("reft_kernels.ops.dispatch")  # the name in `ops` is the context manager
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 

@@ -190,12 +190,10 @@ def test_one_adapter_under_two_names_is_refused(model):
 
 
 def test_a_backend_that_cannot_run_is_said_before_anything_runs(model, monkeypatch):
-    from reft_kernels.ops import native
+    from reft_kernels.ops import dispatch, native
 
     monkeypatch.setattr(native, "cpu_missing", "taken away for this test")
-    import importlib
-
-    monkeypatch.setattr(importlib.import_module("reft_kernels.ops.backend"), "_resolved", {})
+    monkeypatch.setattr(dispatch, "_resolved", {})
     with rk.backend("native"), pytest.raises(rk.BackendUnavailable, match="taken away"):
         logits(model, batch_of([5]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -13,8 +12,7 @@ import torch
 
 import reft_kernels as rk
 from reft_kernels import ops
-
-dispatch = importlib.import_module("reft_kernels.ops.dispatch")  # the name `ops.backend` is the function
+from reft_kernels.ops import dispatch
 
 Q = torch.zeros(2, 4)
 
