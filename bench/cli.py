@@ -14,8 +14,12 @@ COMMANDS = {
     "kernels": (".kernels.run", True, "the op alone, beside torch's own ways and the machine's floor"),
     "overhead": (".overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
     "train": (".train", True, "training steps: time and peak memory, beside PEFT's LoRA and pyreft"),
-    "report": (".report", False, "tables and plots of a folder of results"),
-    "compare": (".compare", False, "what got slower between two runs; exit status 1 if anything did"),
+    "report": (".report", False, "what a folder of results says: sentences, plots and tables"),
+    "compare": (
+        ".compare",
+        False,
+        "what got slower between two runs (exit status 1), and where noise hides it (3)",
+    ),
 }
 
 #: Columns where the output is no terminal (a file, a log).
@@ -37,7 +41,11 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns 0, 1 (compare found something slower), 2 (bad input), 130 (interrupted)."""
+    """Runs a command.
+
+    Returns 0, 1 (compare found something slower), 2 (bad input), 3 (compare found that noise hides a change
+    of the size asked about), 130 (interrupted).
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser(argv[0] if argv else None).parse_args(argv)
     console = Console()

@@ -21,7 +21,7 @@ from .sweep import axis_values
 from .systems import BASELINE, CONTROL, Runner, Setup, System, Unable, all_systems
 from .systems.base import Point
 from .systems.lora import merge, peft_missing
-from .tables import overhead_table
+from .tables import conclude, overhead_table
 from .timer import interleaved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -275,4 +275,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
     bench = Bench(session, model, chosen, args)
     finished = session.run(cases_of(args, name, dtype, models.depth(model)), bench.measure, args.rounds)
     console.print(overhead_table(session.results))
+    conclude(console, session.results)
     return 0 if finished else INTERRUPTED

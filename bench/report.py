@@ -1,28 +1,35 @@
-"""The command `reft-bench report DIR`: Markdown tables and PNG plots of what was recorded there."""
+"""The command `reft-bench report DIR`: what was recorded there, as sentences, plots and tables."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from . import plots, record, targets
-from .record import CaseResult, ResultError, Results
-from .stats import Interval
-from .tables import attributed_text, interval_text, time_text
+from . import answers, bars, names, plots, record, targets
+from .record import CaseResult, ResultError, Results, SystemResult
+from .stats import SAME, Interval
+from .tables import attributed_text, conclude, interval_text, time_text
 
 REPORT = "report.md"
 
-#: Cases in the plot of single cases; in a longer run only those that no other plot shows.
-MOST_PANELS = 12
+#: Cases in one bar chart; in a longer run those that no plot along an axis shows come first.
+MOST_PANELS = 6
+
+#: Values on an axis that make a plot along it.
+LEAST_VALUES = 3
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
 
 
 def _machine(results: Results) -> str:
@@ -38,62 +45,80 @@ def _machine(results: Results) -> str:
     )
 
 
-def _ratio(case: CaseResult, name: str) -> str:
-    system = case.systems[name]
+def _ratio(system: SystemResult) -> str:
     if system.ratio is None:
-        return "1"
+        return "1 (the baseline)"
     text = interval_text(system.ratio)
-    return f"{text}, {system.verdict}" if system.verdict == "not distinguishable" else text
+    return f"{text}, {system.verdict}" if system.verdict == SAME else text
+
+
+# Tables: one for each case -------------------------------------------------------------------------------
+
+_RATIO = (
+    "**ratio [95%]**: time over the baseline's, as the median over rounds and its interval; \"not "
+    'distinguishable" where noise explains it.'
+)
+
+
+def _of_cases(
+    results: Results, title: Any, headings: Sequence[str], cells: Any, explained: Sequence[str]
+) -> str:
+    """A heading and a table for each case; before them what systems and columns mean."""
+    systems = [name for case in results.cases for name in case.systems]
+    parts = ["### What the names mean\n", _listed([*names.explained(results.command, systems), *explained])]
+    for case in results.cases:
+        rows = [[name, *cells(case, name, system)] for name, system in case.systems.items()]
+        parts += [f"### {title(case)}\n", _markdown(["system", *headings], rows)]
+    return "\n".join(parts)
 
 
 def _kernels(results: Results) -> str:
-    rows = []
-    for case in results.cases:
+    def title(case: CaseResult) -> str:
         p = case.params
-        label = [
-            p["direction"],
-            p["dtype"],
-            str(p["rows"]),
-            str(p["width"]),
-            str(p["rank"]),
-            f"{p['adapters']} {p['mix']}",
+        moved = f", {case.floor['moved_bytes'] / 1e6:.2f} MB moved" if case.floor else ""
+        adapters = f"{p['adapters']} {p['mix']} adapter{'s' * (p['adapters'] != 1)}"
+        rows = f"{p['rows']} row{'s' * (p['rows'] != 1)}"
+        return (
+            f"{p['direction']}, {p['dtype']}, {rows}, d = {p['width']}, rank {p['rank']}, {adapters}{moved}"
+        )
+
+    def cells(case: CaseResult, name: str, system: SystemResult) -> list[str]:
+        over, fraction = system.extra.get("ratio_over_gather"), system.extra.get("floor_fraction")
+        return [
+            f"{system.time.median * 1e6:.1f}",
+            _ratio(system),
+            "" if over is None else interval_text(Interval.from_json(over)),
+            "" if fraction is None else f"{fraction:.0%}",
         ]
-        for name, system in case.systems.items():
-            fraction = system.extra.get("floor_fraction")
-            over = system.extra.get("ratio_over_gather")
-            floor = ["", ""]
-            if fraction is not None and case.floor is not None:
-                floor = [f"{fraction:.0%}", f"{case.floor['moved_bytes'] / 1e6:.2f}"]
-            rows.append([*label, name, f"{system.time.median * 1e6:.1f}", _ratio(case, name)])
-            rows[-1] += ["" if over is None else interval_text(Interval.from_json(over)), *floor]
-            label = [""] * len(label)
-    headings = ["direction", "dtype", "T", "d", "rank", "adapters", "system", "µs a call"]
-    headings += ["over eager [95%]", "over gather+bmm [95%]", "of the floor", "MB moved"]
-    return _markdown(headings, rows)
+
+    headings = ["µs a call", "ratio [95%]", "over gather+bmm [95%]", "of the floor"]
+    explained = [
+        "**forward, norm, backward**: the edit; the edit with Llama's RMSNorm after it; its gradients.",
+        _RATIO,
+        "**of the floor**: how much of the speed is reached that the machine allows: the time to copy the "
+        "bytes that must move, or to do the operations, at rates measured in the same run, and a call. Of "
+        "systems with one adapter for all rows nothing is said, as they move fewer bytes.",
+    ]
+    return _of_cases(results, title, headings, cells, explained)
 
 
 def _overhead(results: Results) -> str:
-    rows = []
-    for case in results.cases:
-        p = case.params
-        phase = f"generate {p['new_tokens']}" if p["phase"] == "generate" else p["phase"]
-        phase = f"compiled {phase}" if p.get("compiled") else phase
-        label = [
-            p["model"],
-            phase,
-            *(str(p[key]) for key in ("batch", "prompt", "rank", "layers", "positions", "adapters")),
-        ]
-        for name, system in case.systems.items():
-            served = system.extra.get("adapters_served")
-            shown = f"{name} (one adapter)" if served == 1 != p["adapters"] and system.ratio else name
-            rate = system.extra.get("tokens_per_s")
-            cells = [time_text(system.time.median), _ratio(case, name), attributed_text(system)]
-            rows.append([*label, shown, *cells, "" if rate is None else f"{rate:.0f}"])
-            label = [""] * len(label)
-    headings = ["model", "phase", "batch", "prompt", "rank", "layers", "positions", "adapters"]
-    headings += ["system", "time"]
-    shown = _markdown([*headings, "ratio [95%]", "attributed [95%]", "tokens/s"], rows)
-    return f"{_agreement(results)}\n{shown}"
+    def title(case: CaseResult) -> str:
+        return f"{names.phase_text(case.params)}: {names.case_text(case.params)}"
+
+    def cells(case: CaseResult, name: str, system: SystemResult) -> list[str]:
+        rate = system.extra.get("tokens_per_s")
+        times = [time_text(system.time.median), _ratio(system), attributed_text(system)]
+        return [*times, "" if rate is None else f"{rate:.0f}"]
+
+    explained = [
+        _RATIO,
+        "**attributed [95%]**: the time inside that system's own wrappers, hooks, plan and ops, over the "
+        f"baseline's time. {_agreement(results)}",
+    ]
+    return _of_cases(
+        results, title, ["time", "ratio [95%]", "attributed [95%]", "tokens/s"], cells, explained
+    )
 
 
 def _agreement(results: Results) -> str:
@@ -104,54 +129,53 @@ def _agreement(results: Results) -> str:
         for system in case.systems.values()
         if "attributed_agrees" in system.extra
     ]
+    if not found:
+        return "It was not measured here."
     return (
-        f"Attributed time and the difference of totals agree within their intervals in {sum(found)} of "
-        f"{len(found)} measurements.\n"
+        f"It agrees with the difference of totals within their intervals in {sum(found)} of {len(found)} "
+        "measurements."
     )
 
 
 def _train(results: Results) -> str:
-    rows = []
-    for case in results.cases:
-        p = case.params
-        label = [
-            p["model"],
-            str(p["batch"]),
-            f"{p['prompt']}+{p['completion']}",
-            str(p["rank"]),
-            str(p["layers"]),
-            p["positions"],
-        ]
-        for name, system in case.systems.items():
-            peak = f"{system.extra['peak_bytes'] / 2**20:.1f}"
-            trained = f"{system.extra['trained_parameters']:,}"
-            rows.append([*label, name, time_text(system.time.median), _ratio(case, name), peak, trained])
-            label = [""] * len(label)
-    headings = ["model", "batch", "tokens", "rank", "layers", "positions", "system", "step", "ratio [95%]"]
-    return _markdown([*headings, "peak memory (MiB)", "trained parameters"], rows)
+    def title(case: CaseResult) -> str:
+        return f"{names.phase_text(case.params)}: {names.case_text(case.params)}"
+
+    def cells(case: CaseResult, name: str, system: SystemResult) -> list[str]:
+        peak = f"{system.extra['peak_bytes'] / 2**20:.1f}"
+        trained = f"{system.extra['trained_parameters']:,}"
+        return [time_text(system.time.median), _ratio(system), peak, trained]
+
+    explained = [
+        _RATIO,
+        "**peak memory**: what a step allocates at its peak, beyond what there was when it began.",
+    ]
+    headings = ["step", "ratio [95%]", "peak memory (MiB)", "trained parameters"]
+    return _of_cases(results, title, headings, cells, explained)
+
+
+# Plots ---------------------------------------------------------------------------------------------------
 
 
 def _overhead_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
-    drawn = []
-    on_a_line = {
-        id(case) for axis in plots.AXIS_LABELS for line in plots.lines(results, axis) for case in line.cases
+    swept = {
+        axis: [line for line in plots.lines(results, axis) if len(line.cases) >= LEAST_VALUES]
+        for axis in plots.AXIS_LABELS
     }
-    for axis in ("rank", "layers", "positions", "prompt", "batch"):
-        swept = plots.lines(results, axis)
-        if swept:
-            path = folder / f"overhead-{axis}.png"
-            drawn.append((f"Overhead against {plots.AXIS_LABELS[axis]}", plots.overhead_lines(swept, path)))
-    swept = plots.lines(results, "adapters")
-    if swept:
-        drawn.append(
-            ("Throughput against distinct adapters", plots.throughput(swept, folder / "throughput.png"))
-        )
-    cases = results.cases
-    if len(cases) > MOST_PANELS:
-        cases = [case for case in cases if id(case) not in on_a_line]
-    if cases:
-        path = folder / "overhead-cases.png"
-        drawn.append(("Every system in each case", plots.forest(path, cases[:MOST_PANELS])))
+    on_a_line = {id(case) for found in swept.values() for line in found for case in line.cases}
+    cases = sorted(results.cases, key=lambda case: id(case) in on_a_line)
+    drawn = bars.phases(results, cases, folder, MOST_PANELS)
+    effects = [
+        answers.percent_over(case.systems[name].ratio)  # type: ignore[arg-type]
+        for case in results.cases
+        if (name := answers.ours(results, case.systems))
+    ]
+    for axis, found in swept.items():
+        if found and axis == "adapters":
+            drawn.append(plots.throughput(results, found, folder / "throughput.png"))
+        elif found:
+            path = folder / f"overhead-by-{axis}.png"
+            drawn.append(plots.overhead_lines(results, found, bars.reach(effects), path))
     return drawn
 
 
@@ -159,13 +183,16 @@ def _kernel_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
     if not plots.kernel_lines(results):
         return []
     return [
-        ("Time of a call", plots.kernels(results, folder / "kernels-time.png", False)),
-        ("Fraction of the floor reached", plots.kernels(results, folder / "kernels-floor.png", True)),
+        plots.kernels(results, folder / "kernels-time.png", fractions=False),
+        plots.kernels(results, folder / "kernels-floor.png", fractions=True),
     ]
 
 
 def _train_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
-    return [("Training steps", plots.training(results, folder / "train.png"))] if results.cases else []
+    if not results.cases:
+        return []
+    drawn = bars.phases(results, results.cases, folder, MOST_PANELS)
+    return [*drawn, bars.memory(results, folder / "train-memory.png")]
 
 
 KINDS: dict[str, tuple[str, Any, Any]] = {
@@ -176,17 +203,21 @@ KINDS: dict[str, tuple[str, Any, Any]] = {
 
 
 def section(results: Results, folder: Path, base: Path, with_plots: bool) -> str:
-    """The Markdown of one result file; its plots are drawn into `folder` and linked from `base`."""
+    """The Markdown of one result file: what it says, its plots, where it comes from, all numbers.
+
+    The plots are drawn into `folder` and linked from `base`.
+    """
     title, tabulate, draw = KINDS[results.command]
     model = f" on {results.settings['model']}" if "model" in results.settings else ""
-    parts = [f"## {title}{model}\n", _machine(results)]
-    if results.ceilings:
-        parts.append(_ceilings(results))
-    if results.notes:
-        parts.append("Left out:\n\n" + "\n".join(f"- {note}" for note in results.notes) + "\n")
+    parts = [f"## {title}{model}\n", _listed(answers.sentences(results))]
     if with_plots:
         for text, path in draw(results, folder):
             parts.append(f"![{text}]({path.relative_to(base).as_posix()})\n")
+    parts += ["### Where it was measured\n", _machine(results)]
+    if results.ceilings:
+        parts.append(_ceilings(results))
+    if results.notes:
+        parts.append("Left out:\n\n" + _listed(results.notes))
     parts.append(tabulate(results))
     return "\n".join(parts)
 
@@ -223,8 +254,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     loaded = {file: record.load(file) for file in files}
     sections = ["# Results of reft-bench\n"]
     reached = targets.rows(list(loaded.values()))
-    if reached:
-        sections.append("## Targets\n\n" + _markdown(targets.HEADINGS, reached))
     for file, results in loaded.items():
         if results.command not in KINDS:
             raise ResultError(f"{file}: unknown command {results.command!r}")
@@ -233,6 +262,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if reason is None:
             folder.mkdir(exist_ok=True)
         sections.append(section(results, folder, base, reason is None))
+        conclude(console, results)
+    if reached:
+        sections.append("## Targets\n\n" + _markdown(targets.HEADINGS, reached))
     (base / REPORT).write_text("\n".join(sections))
     console.print(f"Written: {base / REPORT}", highlight=False)
     return 0

@@ -18,7 +18,7 @@ from .session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
 from .sweep import axis_values
 from .systems.base import Point, Setup, System, Unable
 from .systems.training import BASELINE, CONTROL, OursTrainee, Step, Trainee, all_systems
-from .tables import train_table
+from .tables import conclude, train_table
 from .timer import Candidate, CpuClock, CudaEventClock, interleave
 
 #: Largest relative distance of the first loss and of dW and db to those of the reference backend.
@@ -213,4 +213,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
     bench = Bench(session, built, chosen, args, torch.device(device).type == "cuda")
     finished = session.run(cases, bench.measure, args.rounds)
     console.print(train_table(session.results))
+    conclude(console, session.results)
     return 0 if finished else INTERRUPTED

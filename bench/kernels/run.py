@@ -15,6 +15,7 @@ from ..ceilings import Ceilings
 from ..gpu_ceilings import GpuCeilings, rows_in_cache
 from ..record import CaseResult, ResultError, Results
 from ..session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
+from ..tables import conclude
 from ..timer import Candidate, Clock, CpuClock, CudaEventClock, CudaGraphClock, interleave
 from . import systems
 from .cases import DIRECTIONS, DTYPES, MIXES, KernelCase, Problem
@@ -216,6 +217,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     bench = Bench(session, chosen, args, device)
     finished = session.run(cases, bench.measure, args.rounds)
     console.print(table(session.results))
+    conclude(console, session.results)
     return 0 if finished else INTERRUPTED
 
 
