@@ -11,12 +11,12 @@ from rich.console import Console
 
 #: Command → (module that has add_arguments and run, whether it measures, one line of help).
 COMMANDS = {
-    "kernels": (".kernels.run", True, "the op alone, beside torch's own ways and the machine's floor"),
-    "overhead": (".overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
-    "train": (".train", True, "training steps: time and peak memory, beside PEFT's LoRA and pyreft"),
-    "report": (".report", False, "what a folder of results says: sentences, plots and tables"),
+    "kernels": (".commands.kernels", True, "the op alone, beside torch's own ways and the machine's floor"),
+    "overhead": (".commands.overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
+    "train": (".commands.train", True, "training steps: time and peak memory, beside PEFT's LoRA and pyreft"),
+    "report": (".commands.report", False, "what a folder of results says: sentences, plots and tables"),
     "compare": (
-        ".compare",
+        ".commands.compare",
         False,
         "what got slower between two runs (exit status 1), and where noise hides it (3)",
     ),
@@ -35,7 +35,7 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
         if name != chosen:
             continue
         if measures:
-            importlib.import_module(".session", __package__).add_arguments(sub)
+            importlib.import_module(".measure.session", __package__).add_arguments(sub)
         importlib.import_module(module, __package__).add_arguments(sub)
     return top
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=NARROWEST)
-    from .record import ResultError
+    from .records.record import ResultError
 
     module = importlib.import_module(COMMANDS[args.command][0], __package__)
     try:

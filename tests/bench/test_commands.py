@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from reft_bench import machine, plots, record
+from reft_bench.measure import machine
+from reft_bench.records import plots, record
 
 KERNELS = ("kernels", "--device", "cpu", "--rows", "1,8", "--width", "64", "--rank", "2", "--adapters", "3")
 #: All but those that would run through Triton's interpreter.

@@ -9,9 +9,11 @@ import json
 
 import numpy as np
 import pytest
-from reft_bench import compare, machine, record, session
-from reft_bench.record import CaseResult, ResultError, Results
-from reft_bench.stats import Interval
+from reft_bench.commands import compare
+from reft_bench.measure import machine, session
+from reft_bench.records import record
+from reft_bench.records.record import CaseResult, ResultError, Results
+from reft_bench.records.stats import Interval
 from rich.console import Console
 
 MACHINE = {"cpu": {"model": "m", "cores": 2, "features": []}, "gpu": None, "threads": 2, "versions": {}}

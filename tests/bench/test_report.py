@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reft_bench import answers, bars, names, plots, record, report, systems
+from reft_bench import systems
+from reft_bench.commands import report
 from reft_bench.kernels import systems as kernel_systems
-from reft_bench.record import CaseResult, Results
-from reft_bench.stats import Interval
+from reft_bench.records import answers, bars, names, plots, record
+from reft_bench.records.record import CaseResult, Results
+from reft_bench.records.stats import Interval
 from reft_bench.systems import training
 
-RECORDS = Path(report.__file__).resolve().parent / "results"
+RECORDS = Path(report.__file__).resolve().parents[1] / "results"
 MACHINE = {"cpu": {"model": "m", "cores": 2, "features": []}, "gpu": None, "threads": 2, "versions": {}}
 MACHINE["commit"] = None
 OURS, BASE, AGAIN = "reft_kernels native", "merged LoRA", "merged LoRA (A/A)"

@@ -15,10 +15,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from . import answers, record, stats
-from .record import CaseResult, ResultError, Results
-from .stats import Interval
-from .tables import interval_text
+from ..records import answers, record, stats
+from ..records.record import CaseResult, ResultError, Results
+from ..records.stats import Interval
+from ..records.tables import interval_text
 
 #: A run has many cases: at 95% one in forty would cry wolf on either side.
 CONFIDENCE = 0.99

@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from . import answers, bars, names, plots, record, targets
-from .record import CaseResult, ResultError, Results, SystemResult
-from .stats import SAME, Interval
-from .tables import attributed_text, conclude, interval_text, time_text
+from ..gpu import targets
+from ..records import answers, bars, names, plots, record
+from ..records.record import CaseResult, ResultError, Results, SystemResult
+from ..records.stats import SAME, Interval
+from ..records.tables import attributed_text, conclude, interval_text, time_text
 
 REPORT = "report.md"
 

@@ -1,4 +1,4 @@
-"""The README's result tables, made from the recorded files: `python -m reft_bench.readme README.md`."""
+"""The README's result tables, from the recorded files: `python -m reft_bench.commands.readme README.md`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import record, targets
-from .record import CaseResult, ResultError, Results, SystemResult
-from .stats import Interval
-from .tables import interval_text
+from ..gpu import targets
+from ..records import record
+from ..records.record import CaseResult, ResultError, Results, SystemResult
+from ..records.stats import Interval
+from ..records.tables import interval_text
 
-RECORDS = Path(__file__).resolve().parent / "results"
+RECORDS = Path(__file__).resolve().parents[1] / "results"
 _BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
