@@ -32,7 +32,7 @@ help: ## print this list
 setup: $(NATIVE_STAMP) $(TEST_STAMP) ## make .venv with everything that the other targets need
 
 demo: $(NATIVE_STAMP) ## run the main job on a small model (MODEL=path or hub name: on that one)
-	$(BIN)/python -m reft_bench.demo $(if $(MODEL),--model "$(MODEL)")
+	$(BIN)/python -m reft_bench.commands.demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(NATIVE_STAMP) $(TEST_STAMP) ## run the tests, then those of the patch with the oldest transformers
 	$(PYTEST) -m "not gpu and not slow"
@@ -57,7 +57,7 @@ bench: $(NATIVE_STAMP) $(TEST_STAMP) ## measure what the edit costs on this mach
 	$(BIN)/reft-bench report results/overhead
 
 # On a CUDA machine whose own Python has torch, Triton and pytest: in place, without .venv or network.
-GPU_KIT := $(PYTHON) bench/gpu_kit.py
+GPU_KIT := $(PYTHON) bench/gpu/kit.py
 
 gpu: ## prove the kernels on this machine's GPU in under 9 minutes: build, tests, sanitizer, benchmarks
 	$(GPU_KIT)

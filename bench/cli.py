@@ -11,11 +11,15 @@ from rich.console import Console
 
 #: Command → (module that has add_arguments and run, whether it measures, one line of help).
 COMMANDS = {
-    "kernels": (".kernels.run", True, "the op alone, beside torch's own ways and the machine's floor"),
-    "overhead": (".overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
-    "train": (".train", True, "training steps: time and peak memory, beside PEFT's LoRA and pyreft"),
-    "report": (".report", False, "tables and plots of a folder of results"),
-    "compare": (".compare", False, "what got slower between two runs; exit status 1 if anything did"),
+    "kernels": (".commands.kernels", True, "the op alone, beside torch's own ways and the machine's floor"),
+    "overhead": (".commands.overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
+    "train": (".commands.train", True, "training steps: time and peak memory, beside PEFT's LoRA and pyreft"),
+    "report": (".commands.report", False, "what a folder of results says: sentences, plots and tables"),
+    "compare": (
+        ".commands.compare",
+        False,
+        "what got slower between two runs (exit status 1), and where noise hides it (3)",
+    ),
 }
 
 #: Columns where the output is no terminal (a file, a log).
@@ -31,19 +35,23 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
         if name != chosen:
             continue
         if measures:
-            importlib.import_module(".session", __package__).add_arguments(sub)
+            importlib.import_module(".measure.session", __package__).add_arguments(sub)
         importlib.import_module(module, __package__).add_arguments(sub)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns 0, 1 (compare found something slower), 2 (bad input), 130 (interrupted)."""
+    """Runs a command.
+
+    Returns 0, 1 (compare found something slower), 2 (bad input), 3 (compare found that noise hides a change
+    of the size asked about), 130 (interrupted).
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser(argv[0] if argv else None).parse_args(argv)
     console = Console()
     if not console.is_terminal:
         console = Console(width=NARROWEST)
-    from .record import ResultError
+    from .records.record import ResultError
 
     module = importlib.import_module(COMMANDS[args.command][0], __package__)
     try:

@@ -68,6 +68,8 @@ def test_without_a_compiler_the_package_installs_and_says_so_once(tmp_path):
     assert said.count("reft_kernels_cpu was not built, it needs a C++ compiler") == 1
     names = zipfile.ZipFile(wheel).namelist()
     assert "reft_kernels/ops/schema.py" in names and "reft_bench/cli.py" in names
+    bench = ROOT / "bench"
+    assert {f"reft_bench/{path.relative_to(bench).as_posix()}" for path in bench.rglob("*.py")} <= set(names)
     assert not [name for name in names if name.endswith(".so")]
     assert try_wheel(wheel, tmp_path / "away") == ["reference", "None"]
 

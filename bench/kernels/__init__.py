@@ -1,1 +1,1 @@
-"""reft-bench kernels: the op alone, beside torch's own ways of doing the same."""
+"""The op alone: its cases, and the systems that do it side by side."""

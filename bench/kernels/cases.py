@@ -12,7 +12,7 @@ from torch import Tensor
 import reft_kernels as rk
 from reft_kernels.ops.schema import Act
 
-from ..ceilings import Work
+from ..measure.ceilings import Work
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIXES = ("distinct", "uniform", "zipf", "identical")

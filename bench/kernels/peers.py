@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from .systems import System
+from .base import System
 
 
 def _needs_cuda(device: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The systems that `reft-bench overhead` and `train` put side by side, one file each."""
+"""Whole models: the systems that `reft-bench overhead` and `train` compare, one file each."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import reft_kernels as rk
 
-from .. import models
+from . import models
 
 BASELINE, CONTROL = "merged LoRA", "merged LoRA (A/A)"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import models
+from . import models
 from .base import Runner, System
 
 

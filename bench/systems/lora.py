@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import models
+from . import models
 from .base import BASELINE, Runner, Setup, System, Unable, quiet
 
 

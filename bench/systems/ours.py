@@ -5,7 +5,7 @@ from __future__ import annotations
 import reft_kernels as rk
 from reft_kernels import ops
 
-from .. import models
+from . import models
 from .base import Runner, Setup, System
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import reft_kernels as rk
 from reft_kernels import ops
 
-from .. import models
+from . import models
 from .base import Setup, System, quiet
 from .lora import peft_missing
 from .pyreft import imported as imported_pyreft

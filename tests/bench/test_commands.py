@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from reft_bench import machine, plots, record
+from reft_bench.measure import machine
+from reft_bench.records import plots, record
 
 KERNELS = ("kernels", "--device", "cpu", "--rows", "1,8", "--width", "64", "--rank", "2", "--adapters", "3")
 #: All but those that would run through Triton's interpreter.
@@ -73,7 +74,7 @@ def test_report_writes_tables_and_plots(recorded, bench):
     for heading in ("The op alone", "Overhead over merged LoRA on tiny", "Training on tiny"):
         assert heading in text
     linked = [line[line.rindex("(") + 1 : -1] for line in text.splitlines() if line.startswith("![")]
-    assert len(linked) >= 6
+    assert len(linked) == 7
     for path in linked:
         assert (recorded / path).read_bytes().startswith(b"\x89PNG")
 
@@ -88,7 +89,7 @@ def test_report_without_matplotlib_gives_tables(recorded, bench, monkeypatch):
 
 def test_a_run_compares_with_itself(recorded, bench):
     status, said = bench("compare", recorded / "train", recorded / "train")
-    assert status == 0 and "0 of" in said
+    assert status in (0, 3) and "0 of 3 got slower" in said  # three rounds: noise may hide 3 %
 
 
 def test_resume_of_a_complete_run_measures_nothing(recorded, bench, monkeypatch):

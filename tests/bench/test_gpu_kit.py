@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
-from reft_bench import gpu_kit, record
-from reft_bench.gpu_kit import Step
+from reft_bench.gpu import kit as gpu_kit
+from reft_bench.gpu.kit import Step
+from reft_bench.records import record
 
 
 def python(name: str, code: str, limit: float = 60) -> Step:
@@ -39,7 +40,9 @@ def test_a_tool_that_never_ran_its_program_has_not_passed() -> None:
 
 
 def test_the_sanitizers_wait_for_every_case() -> None:
-    spec = importlib.util.spec_from_file_location("cases", gpu_kit.ROOT / "bench" / "sanitize_cases.py")
+    spec = importlib.util.spec_from_file_location(
+        "cases", gpu_kit.ROOT / "bench" / "gpu" / "sanitize_cases.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     count = len(script.cases())
@@ -108,10 +111,11 @@ def test_the_folder(tmp_path) -> None:
 
 def test_every_benchmark_is_one_that_the_command_takes(tmp_path) -> None:
     """The arguments parse, give cases, and name systems that there are."""
-    from reft_bench import cli, overhead, train
-    from reft_bench.kernels import run
-    from reft_bench.models import SHAPES
+    from reft_bench import cli
+    from reft_bench.commands import kernels as run
+    from reft_bench.commands import overhead, train
     from reft_bench.systems import all_systems
+    from reft_bench.systems.models import SHAPES
 
     steps = gpu_kit.kernel_steps(tmp_path)
     for part in ("bench", "models", "sweeps"):

@@ -6,12 +6,15 @@ import json
 
 import pytest
 import torch
-from reft_bench import gpu_ceilings, readme, record, targets
-from reft_bench.ceilings import Work
-from reft_bench.gpu_ceilings import GpuCeilings
-from reft_bench.record import CaseResult, Results, SystemResult
-from reft_bench.stats import Interval
-from reft_bench.timer import CALLS_OF_A_GRAPH, CpuClock, passes_of_a_graph
+from reft_bench.commands import readme
+from reft_bench.gpu import ceilings as gpu_ceilings
+from reft_bench.gpu import targets
+from reft_bench.gpu.ceilings import GpuCeilings
+from reft_bench.measure.ceilings import Work
+from reft_bench.measure.timer import CALLS_OF_A_GRAPH, CpuClock, passes_of_a_graph
+from reft_bench.records import record
+from reft_bench.records.record import CaseResult, Results, SystemResult
+from reft_bench.records.stats import Interval
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_a_graph_is_long_beside_its_launch() -> None:
 
 def test_the_chain_of_loads_is_one_cycle_and_is_walked() -> None:
     triton = pytest.importorskip("triton")
-    from reft_bench.kernels import chase
+    from reft_bench.gpu import chase
 
     if not triton.knobs.runtime.interpret:
         pytest.skip("Triton's interpreter is off")

@@ -7,10 +7,10 @@ import os
 import numpy as np
 import pytest
 import torch
-from reft_bench.ceilings import Ceilings
 from reft_bench.kernels import systems
 from reft_bench.kernels.cases import MIXES, KernelCase, Problem
-from reft_bench.timer import CpuClock
+from reft_bench.measure.ceilings import Ceilings
+from reft_bench.measure.timer import CpuClock
 
 
 def _case(direction="forward", dtype="float32", rows=12, width=96, rank=3, adapters=5, mix="distinct"):

@@ -6,12 +6,13 @@ import time
 
 import pytest
 import torch
-from reft_bench import attribution, generation, memory, models, stats
-from reft_bench.correctness import References, check, outputs
-from reft_bench.systems import Runner, Setup, System, Unable, all_systems
+from reft_bench.measure import attribution, memory
+from reft_bench.measure.timer import interleaved
+from reft_bench.records import stats
+from reft_bench.systems import Runner, Setup, System, Unable, all_systems, generation, models
 from reft_bench.systems.base import Point
+from reft_bench.systems.correctness import References, check, outputs
 from reft_bench.systems.lora import merge
-from reft_bench.timer import interleaved
 
 POINT = Point(batch=3, prompt=9, rank=2, layers=2, positions="f3+l3", adapters=2)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from reft_bench import readme
-from reft_bench.record import ResultError
+from reft_bench.commands import readme
+from reft_bench.records.record import ResultError
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def test_the_tables_are_those_of_the_recorded_files():
     text = README.read_text()
-    assert readme.update(text) == text, "run: python -m reft_bench.readme README.md"
+    assert readme.update(text) == text, "run: python -m reft_bench.commands.readme README.md"
 
 
 def test_a_number_that_was_changed_by_hand_is_noticed():

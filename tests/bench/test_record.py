@@ -9,8 +9,11 @@ import json
 
 import numpy as np
 import pytest
-from reft_bench import compare, machine, record, session
-from reft_bench.record import CaseResult, ResultError, Results
+from reft_bench.commands import compare
+from reft_bench.measure import machine, session
+from reft_bench.records import record
+from reft_bench.records.record import CaseResult, ResultError, Results
+from reft_bench.records.stats import Interval
 from rich.console import Console
 
 MACHINE = {"cpu": {"model": "m", "cores": 2, "features": []}, "gpu": None, "threads": 2, "versions": {}}
@@ -151,25 +154,68 @@ def test_results_are_neither_overwritten_nor_mixed_by_accident(tmp_path, fixed_m
     [(0.5, 0, compare.SAME), (0.6, 1, compare.SLOWER), (0.51, 0, compare.SAME), (0.4, 0, compare.FASTER)],
 )
 def test_compare_tells_what_got_slower(bench, tmp_path, factor, status, verdict):
-    for name, value, seed in (("old", 0.5, 0), ("new", factor, 1)):
-        (tmp_path / name).mkdir()
-        record.save(_results(_case("a", value, seed)), tmp_path / name)
-    found = bench("compare", tmp_path / "old", tmp_path / "new")
+    found = _compared(bench, tmp_path, factor, "--change", "5%")
     assert found[0] == status and verdict in found[1]
+
+
+def _compared(bench, tmp_path, factor: float, *words: str) -> tuple[int, str]:
+    """Against a run with factor 0.5; the noise of both together is some 3 %."""
+    for name, value, seed in (("old", 0.5, 0), ("new", factor, 1)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        record.save(_results(_case("a", value, seed)), tmp_path / name)
+    return bench("compare", tmp_path / "old", tmp_path / "new", *words)
+
+
+def test_compare_says_when_noise_hides_a_change_of_the_size_asked_about(bench, tmp_path):
+    status, said = _compared(bench, tmp_path, 0.5, "--change", "1%")
+    assert status == compare.TOO_NOISY == 3
+    assert compare.HIDDEN in said and "In 1 of 1 noise hides a change of 1.0%" in said
+    assert "try a quieter machine" in said and "would show in all (--change)" in said
+    status, said = _compared(bench, tmp_path, 0.5, "--change", "0.1")
+    assert status == 0 and "hides a change" not in said and "0 of 1 got slower by 10.0% or more." in said
+
+
+def test_something_slower_outweighs_what_noise_hides(bench, tmp_path):
+    for name, values in (("old", (0.5, 0.5)), ("new", (0.6, 0.5))):
+        (tmp_path / name).mkdir()
+        cases = [_case(case, value, seed) for seed, (case, value) in enumerate(zip("ab", values))]
+        record.save(_results(*cases), tmp_path / name)
+    status, said = bench("compare", tmp_path / "old", tmp_path / "new", "--change", "1%")
+    assert status == 1 and compare.HIDDEN in said and "1 of 2 got slower by 1.0% or more" in said
+
+
+@pytest.mark.parametrize("size", ["0", "100%", "-1%", "much", "5"])
+def test_compare_refuses_a_size_that_is_none(bench, tmp_path, size):
+    status, said = _compared(bench, tmp_path, 0.5, f"--change={size}")
+    assert status == 2 and "--change: must be above 0% and below 100%" in said
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ((1.05, 1.03, 1.07), compare.SLOWER),
+        ((1.05, 1.005, 1.07), compare.HIDDEN),  # the controls' 1 % explain its lower end
+        ((1.01, 1.005, 1.015), compare.SAME),
+        ((0.95, 0.93, 0.97), compare.FASTER),
+        ((1.02, 0.99, 1.05), compare.HIDDEN),
+    ],
+)
+def test_a_change_counts_where_neither_interval_nor_controls_explain_it(interval, said):
+    assert compare.verdict(Interval(*interval), controls=0.01, size=0.03)[0] == said
 
 
 def test_compare_allows_for_the_noise_of_both_runs(tmp_path):
     old, new = _results(_case("a", 0.5, 0)), _results(_case("a", 0.54, 1, width=0.5))
-    (change,) = compare.changes(old, new, threshold=0.03, absolute=False)
-    assert change.verdict == compare.SAME and change.margin > 0.1
+    (change,) = compare.changes(old, new, size=0.03, absolute=False)
+    assert change.verdict == compare.HIDDEN and change.noise > 0.1
 
 
 def test_compare_of_times_sees_a_machine_that_is_slower_as_a_whole():
     old, new = _results(_case("a", 0.5, 0)), _results(_case("a", 0.5, 1))
     for system in new.cases[0].systems.values():
         system.samples = [1.5 * sample for sample in system.samples]
-    assert {c.verdict for c in compare.changes(old, new, 0.03, absolute=False)} == {compare.SAME}
-    assert {c.verdict for c in compare.changes(old, new, 0.03, absolute=True)} == {compare.SLOWER}
+    assert {c.verdict for c in compare.changes(old, new, 0.1, absolute=False)} == {compare.SAME}
+    assert {c.verdict for c in compare.changes(old, new, 0.1, absolute=True)} == {compare.SLOWER}
 
 
 def test_runs_without_a_case_in_common_are_an_error(bench, tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from reft_bench import stats
-from reft_bench.stats import Interval
+from reft_bench.records import stats
+from reft_bench.records.stats import Interval
 
 REPEATS = 200
 

@@ -6,7 +6,7 @@ import gc
 import time
 
 import pytest
-from reft_bench.timer import Candidate, CpuClock, interleave, interleaved
+from reft_bench.measure.timer import Candidate, CpuClock, interleave, interleaved
 
 
 def _busy(seconds: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .record import ResultError
+from ..records.record import ResultError
 
 #: Llama shapes: hidden size, layers, intermediate size, heads, key-value heads, vocabulary.
 SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {

@@ -10,15 +10,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import record, stats
-from ..ceilings import Ceilings
-from ..gpu_ceilings import GpuCeilings, rows_in_cache
-from ..record import CaseResult, ResultError, Results
-from ..session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
-from ..timer import Candidate, Clock, CpuClock, CudaEventClock, CudaGraphClock, interleave
-from . import systems
-from .cases import DIRECTIONS, DTYPES, MIXES, KernelCase, Problem
-from .systems import BASELINE, CONTROL, GATHER, System
+from ..gpu.ceilings import GpuCeilings, rows_in_cache
+from ..kernels import systems
+from ..kernels.cases import DIRECTIONS, DTYPES, MIXES, KernelCase, Problem
+from ..kernels.systems import BASELINE, CONTROL, GATHER, System
+from ..measure.ceilings import Ceilings
+from ..measure.session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
+from ..measure.timer import Candidate, Clock, CpuClock, CudaEventClock, CudaGraphClock, interleave
+from ..records import record, stats
+from ..records.record import CaseResult, ResultError, Results
+from ..records.tables import conclude
 
 ROUNDS = 25
 
@@ -216,6 +217,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     bench = Bench(session, chosen, args, device)
     finished = session.run(cases, bench.measure, args.rounds)
     console.print(table(session.results))
+    conclude(console, session.results)
     return 0 if finished else INTERRUPTED
 
 

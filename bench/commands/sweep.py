@@ -6,7 +6,7 @@ from typing import Any
 
 from reft_kernels.positions import Positions
 
-from .record import ResultError
+from ..records.record import ResultError
 
 
 def axis_values(axis: str, text: str) -> list[Any]:

@@ -1,8 +1,8 @@
 """The main job, shown: four ReFT adapters and the bare model in one batch of a patched Hugging Face model.
 
-Run as `make demo`, or `python -m reft_bench.demo [--model PATH_OR_HUB_NAME]`. It writes adapters in two file
-formats, loads them, generates for a mixed batch, checks every row against the same row run alone through the
-reference backend, and times the patched model beside the bare one and beside plain eager hooks.
+Run as `make demo`, or `python -m reft_bench.commands.demo [--model PATH_OR_HUB_NAME]`. It writes adapters in
+two file formats, loads them, generates for a mixed batch, checks every row against the same row run alone
+through the reference backend, and times the patched model beside the bare one and beside plain eager hooks.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 import reft_kernels as rk
 from reft_kernels.ops.reference import activate
 
-from . import models, stats
-from .record import ResultError
-from .tables import interval_text, time_text
+from ..records import stats
+from ..records.record import ResultError
+from ..records.tables import interval_text, time_text
+from ..systems import models
 
 #: About 101 million parameters.
 SHAPE = "llama-640x12"
@@ -257,7 +258,7 @@ def timing_table(found: dict[str, dict[str, list[float]]]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="reft_bench.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="reft_bench.commands.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="path or hub name; by default a random Llama of 101M parameters")
     arguments = parser.parse_args(argv)
     console = Console()

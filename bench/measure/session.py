@@ -19,8 +19,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from . import machine, record
-from .record import CaseResult, ResultError, Results
+from ..records import record
+from ..records.record import CaseResult, ResultError, Results
+from . import machine
 
 INTERRUPTED = 130
 

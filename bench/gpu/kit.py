@@ -1,4 +1,4 @@
-"""Proves the kernels on a CUDA machine, with nothing to install and no network: python3 bench/gpu_kit.py
+"""Proves the kernels on a CUDA machine, with nothing to install and no network: python3 bench/gpu/kit.py
 
 Builds in place, runs the tests that need a GPU, compute-sanitizer's tools, and the benchmarks, within nine
 minutes. `--parts` chooses others: models (compiled decode of 8B's shape, training) and sweeps (1B and 8B
@@ -9,7 +9,7 @@ bench/results/gpu-<name of the GPU>, with -models or -sweeps after it.
     environment.json    machine, versions, commit; exit status and seconds of each step
     log.txt             the last lines of what each step said, with the compiler's report
     junit-*.xml         tests of the native kernels, and of the other backends
-    sanitizer.txt       memcheck, racecheck, initcheck and synccheck on bench/sanitize_cases.py
+    sanitizer.txt       memcheck, racecheck, initcheck and synccheck on bench/gpu/sanitize_cases.py
     kernels.json, overhead.json, models.json, sweeps.json, train.json    as `reft-bench` writes them
     report.md           their tables, and what was reached of the targets
 
@@ -33,7 +33,7 @@ import tempfile
 import threading
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 USUAL_PARTS = ("build", "test", "sanitize", "bench")
 PARTS = (*USUAL_PARTS, "models", "sweeps")
 PYTHON = sys.executable
@@ -125,7 +125,7 @@ def sanitize_steps() -> list[Step]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     # Each tensor an allocation of its own, so that a step beyond its end is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    script = [PYTHON, str(ROOT / "bench" / "sanitize_cases.py"), "--seconds", "110"]
+    script = [PYTHON, str(ROOT / "bench" / "gpu" / "sanitize_cases.py"), "--seconds", "110"]
     # Our kernels alone (a part of their mangled names): torch's would take most of the time.
     options = "--error-exitcode 9 --target-processes application-only --launch-timeout 0 --print-limit 20 "
     options += "--kernel-name kns=4reft4cuda"
@@ -228,7 +228,7 @@ def model_steps(part: str, scratch: pathlib.Path) -> list[Step]:
 def collect(scratch: pathlib.Path, folder: pathlib.Path) -> None:
     """One file for all runs whose names begin alike, and a report of all."""
     sys.path.insert(0, str(ROOT))
-    from bench import record
+    from bench.records import record
 
     runs: dict[str, list] = {}
     for path in sorted(scratch.iterdir()):
@@ -244,7 +244,7 @@ def collect(scratch: pathlib.Path, folder: pathlib.Path) -> None:
 
 def machine() -> dict:
     """In a process of its own: this one must not hold the GPU's memory."""
-    code = "import json; from bench.machine import describe; print(json.dumps(describe('cuda')))"
+    code = "import json; from bench.measure.machine import describe; print(json.dumps(describe('cuda')))"
     done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     if done.returncode:
         sys.exit(f"no CUDA device that torch can use:\n{done.stderr[-2000:]}")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import models
-from .systems.base import Runner, Setup, System, Unable
-from .systems.lora import lora, peft_missing
-from .systems.ours import OursRunner
+from .base import Runner, Setup, System, Unable
+from .lora import lora, peft_missing
+from .ours import OursRunner
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 

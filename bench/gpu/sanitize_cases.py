@@ -1,4 +1,4 @@
-"""A small fixed set of calls of the CUDA kernels, for compute-sanitizer: python bench/sanitize_cases.py
+"""A small fixed set of calls of the CUDA kernels, for compute-sanitizer: python bench/gpu/sanitize_cases.py
 
 Every form once: rows and tiles (8 and 16 rows at once), one unit of d a block and several, aligned and not,
 all dtypes, padding, ranks beyond what is kept; forward, with and without the norm that follows, and backward.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from reft_kernels import ops  # noqa: E402
 from reft_kernels.plan import Plan  # noqa: E402

@@ -11,15 +11,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from . import memory, models, record
+from ..measure import memory
+from ..measure.session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
+from ..measure.timer import Candidate, CpuClock, CudaEventClock, interleave
+from ..records import record
+from ..records.record import CaseResult, ResultError
+from ..records.tables import conclude, train_table
+from ..systems import models
+from ..systems.base import Point, Setup, System, Unable
+from ..systems.training import BASELINE, CONTROL, OursTrainee, Step, Trainee, all_systems
 from .overhead import DTYPES, choose
-from .record import CaseResult, ResultError
-from .session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
 from .sweep import axis_values
-from .systems.base import Point, Setup, System, Unable
-from .systems.training import BASELINE, CONTROL, OursTrainee, Step, Trainee, all_systems
-from .tables import train_table
-from .timer import Candidate, CpuClock, CudaEventClock, interleave
 
 #: Largest relative distance of the first loss and of dW and db to those of the reference backend.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -213,4 +215,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
     bench = Bench(session, built, chosen, args, torch.device(device).type == "cuda")
     finished = session.run(cases, bench.measure, args.rounds)
     console.print(train_table(session.results))
+    conclude(console, session.results)
     return 0 if finished else INTERRUPTED

@@ -11,13 +11,12 @@ pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
 import torch
 
-from . import models
-from .correctness import TOLERANCE, References
-from .kernels import systems as kernel_systems
-from .kernels.cases import DIRECTIONS, KernelCase, Problem
-from .systems import Setup, Unable, all_systems
-from .systems.base import Point
-from .systems.lora import merge, peft_missing
+from ..kernels import systems as kernel_systems
+from ..kernels.cases import DIRECTIONS, KernelCase, Problem
+from ..systems import Setup, Unable, all_systems, models
+from ..systems.base import Point
+from ..systems.correctness import TOLERANCE, References
+from ..systems.lora import merge, peft_missing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = [

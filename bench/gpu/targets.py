@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-from .record import CaseResult, Results
+from ..records.record import CaseResult, Results
 
 BACKENDS = ("native", "triton")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .ceilings import Ceilings, Work
-from .timer import CALLS_OF_A_GRAPH, Clock
+from ..measure.ceilings import Ceilings, Work
+from ..measure.timer import CALLS_OF_A_GRAPH, Clock
 
 #: Seconds of indices, reduction and drain.
 UNAVOIDABLE = 0.7e-6
@@ -80,7 +80,7 @@ class GpuCeilings(Ceilings):
             if importlib.util.find_spec("triton") is None:
                 self._latency = USUAL_LATENCY
             else:
-                from .kernels.chase import latency
+                from .chase import latency
 
                 self._latency = latency(self.device)
         return self._latency

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.table import Table
 
+from . import answers
 from .record import Results, SystemResult
 from .stats import Interval
 
@@ -24,6 +26,12 @@ def interval_text(interval: Interval, scale: float = 1.0, digits: int = 3) -> st
 def attributed_text(system: SystemResult) -> str:
     share = system.extra.get("attributed_share")
     return "" if share is None else interval_text(Interval.from_json(share), 100) + " %"
+
+
+def conclude(console: Console, results: Results) -> None:
+    """What a run says, a sentence a line."""
+    for text in answers.sentences(results):
+        console.print(f"• {text}", highlight=False)
 
 
 def overhead_table(results: Results) -> Table:

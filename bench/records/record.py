@@ -4,7 +4,7 @@ A file `results.json` lies in a folder of its own:
 
     schema, version    "reft-bench", 1
     command, settings  what was run, with every setting that a number depends on
-    machine            see machine.py
+    machine            see measure/machine.py
     started, finished  UTC, ISO 8601; `finished` is null until the run is complete
     ceilings           rates measured in the same run (bytes/s, operations/s, seconds)
     notes              what was left out of the whole run, and why

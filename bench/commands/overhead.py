@@ -12,17 +12,18 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from . import attribution, generation, models, record, stats
-from .correctness import References, check
+from ..measure import attribution
+from ..measure.session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
+from ..measure.timer import interleaved
+from ..records import record, stats
+from ..records.record import CaseResult, ResultError
+from ..records.tables import conclude, overhead_table
+from ..systems import BASELINE, CONTROL, Runner, Setup, System, Unable, all_systems, generation, models
+from ..systems.base import Point
+from ..systems.correctness import References, check
+from ..systems.lora import merge, peft_missing
 from .presets import AXES, DEVICE_PHASE, PHASES, PRESETS, Sweep
-from .record import CaseResult, ResultError
-from .session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
 from .sweep import axis_values
-from .systems import BASELINE, CONTROL, Runner, Setup, System, Unable, all_systems
-from .systems.base import Point
-from .systems.lora import merge, peft_missing
-from .tables import overhead_table
-from .timer import interleaved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -275,4 +276,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
     bench = Bench(session, model, chosen, args)
     finished = session.run(cases_of(args, name, dtype, models.depth(model)), bench.measure, args.rounds)
     console.print(overhead_table(session.results))
+    conclude(console, session.results)
     return 0 if finished else INTERRUPTED

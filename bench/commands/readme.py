@@ -1,4 +1,4 @@
-"""The README's result tables, made from the recorded files: `python -m reft_bench.readme README.md`."""
+"""The README's result tables, from the recorded files: `python -m reft_bench.commands.readme README.md`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import record, targets
-from .record import CaseResult, ResultError, Results, SystemResult
-from .stats import Interval
-from .tables import interval_text
+from ..gpu import targets
+from ..records import record
+from ..records.record import CaseResult, ResultError, Results, SystemResult
+from ..records.stats import Interval
+from ..records.tables import interval_text
 
-RECORDS = Path(__file__).resolve().parent / "results"
+RECORDS = Path(__file__).resolve().parents[1] / "results"
 _BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -95,7 +96,7 @@ def overhead(results: Results) -> str:
         f"Whole models ({results.settings['model']}, {_where(results)}; rank {case.params['rank']} on all "
         f"layers): time over {case.baseline}, median and 95% interval. In brackets the time attributed to "
         "what the patch does, as a share of the bare forward. pyreft and unmerged LoRA serve one adapter for "
-        "the whole batch. "
+        "the whole batch. (A/A) is the baseline once more, beside itself: what it shows is noise. "
         f"`reft-bench overhead --preset cpu`, [all of it](bench/results/overhead/report.md){state}:"
         f"\n\n{table}"
     )
@@ -113,7 +114,8 @@ def train(results: Results) -> str:
     p = case.params
     return (
         f"Training steps ({_where(results)}; batch {p['batch']} of {p['prompt'] + p['completion']} tokens, "
-        f"rank {p['rank']} on all layers, AdamW): time over {case.baseline}, and peak memory beyond it. "
+        f"rank {p['rank']} on all layers, AdamW): time over a frozen model with one trained vector, the "
+        "least that a step can cost, and peak memory beyond it; (A/A) is that step beside itself: noise. "
         f"`reft-bench train --preset cpu`, [all of it](bench/results/train/report.md):\n\n{table}"
     )
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .attribution import Ledger
-from .systems.base import Runner
+from ..measure.attribution import Ledger
+from .base import Runner
 
 
 class _Stamps:

@@ -1,0 +1,1 @@
+"""What measures: clocks, rates of the machine, attributed time, memory, and a run of many cases."""
