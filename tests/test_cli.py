@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from reft_kernels import checkpoint, cli, doctor, ops
+from reft_kernels.ops import dispatch
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
