@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..config import ReftConfig
-from ..methods import METHODS
 from ..pool import Fold
 from ..positions import LastPosition, Positions
+from .config import ReftConfig
 from .heads import Heads
 from .intervention import Intervention
+from .methods import METHODS
 from .orthonormal import orthonormal_rows, orthonormality_error
 
 #: Above this |R Rᵀ − I|, training starts visibly elsewhere than the adapter stood.

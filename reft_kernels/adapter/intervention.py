@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..config import HEAD_SITE, SITES, check_dropout
-from ..methods import METHODS, activation
 from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
 from ..pool import Fold
 from ..positions import Positions
+from .config import HEAD_SITE, SITES, check_dropout
+from .methods import METHODS, activation
 from .orthonormal import orthonormal_rows
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ class Intervention(nn.Module):
     Args:
         method: a name of `METHODS`.
         layer: number of the decoder layer, from 0.
-        site: where in the layer (see `reft_kernels.config.SITES`).
+        site: where in the layer (see `reft_kernels.adapter.config.SITES`).
         positions: which tokens.
         tensors: the method's parameters by name, [r, d] and [r]; they are not copied.
         act_fn: an activation by transformers' name, or None.

@@ -22,8 +22,8 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from ..adapter import Adapter, Heads, Intervention
-from ..config import ReftConfig
-from ..methods import METHODS
+from ..adapter.config import ReftConfig
+from ..adapter.methods import METHODS
 from ..positions import Positions
 from .errors import CheckpointError, read_json, take, warn_if_not_finite
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Intervention
-from ..config import HEAD_SITE, SITES, ReftConfig
-from ..methods import METHODS
+from ..adapter.config import HEAD_SITE, SITES, ReftConfig
+from ..adapter.methods import METHODS
 from ..positions import LastPosition, Positions
 from .errors import CheckpointError, read_json, take, warn_if_not_finite
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..config import ReftConfig
+from ..adapter import Adapter, ReftConfig
 from ..positions import LastPosition, Positions
 from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module, text_config
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward

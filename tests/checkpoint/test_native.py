@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from reft_kernels.adapter import Adapter, Intervention
+from reft_kernels.adapter.config import ReftConfig
+from reft_kernels.adapter.methods import METHODS
 from reft_kernels.checkpoint import CheckpointError, load, native
-from reft_kernels.config import ReftConfig
-from reft_kernels.methods import METHODS
 from reft_kernels.ops.schema import NO_PRODUCT, Act
 from reft_kernels.positions import Positions
 

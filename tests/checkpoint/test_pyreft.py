@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from reft_kernels.adapter import Adapter
+from reft_kernels.adapter.config import ReftConfig
 from reft_kernels.checkpoint import CheckpointError, convert, load
-from reft_kernels.config import ReftConfig
 from reft_kernels.ops.reference import activate
 from reft_kernels.ops.schema import NO_PRODUCT
 from reft_kernels.positions import Positions

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ..positions import LastPosition, Positions
 from .methods import METHODS, activation
-from .positions import LastPosition, Positions
 
 #: Where in a decoder layer an intervention may sit (pyvene's component names).
 SITES = ("block_output", "block_input", "mlp_output", "attention_output", "head_attention_value_output")
@@ -31,7 +31,7 @@ class ReftConfig:
     """Shape and place of an adapter.
 
     Attributes:
-        method: "loreft", "direft", … (see `reft_kernels.methods.METHODS`).
+        method: "loreft", "direft", … (see `reft_kernels.adapter.methods.METHODS`).
         r: rank, at least 1; the width of the hidden state bounds it.
         layers: "all", or distinct layer numbers; negative ones count from the last layer.
         site: where in the layer, one of `SITES`.
