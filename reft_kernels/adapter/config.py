@@ -7,13 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ..positions import LastPosition, Positions
+from ..sites import HEAD_SITE, SITES
 from .methods import METHODS, activation
-
-#: Where in a decoder layer an intervention may sit (pyvene's component names).
-SITES = ("block_output", "block_input", "mlp_output", "attention_output", "head_attention_value_output")
-
-#: The site whose hidden state is one head's slice of the attention's value output.
-HEAD_SITE = "head_attention_value_output"
 
 
 def _integers(name: str, value: Any, what: str) -> tuple[int, ...]:
@@ -34,7 +29,7 @@ class ReftConfig:
         method: "loreft", "direft", … (see `reft_kernels.adapter.methods.METHODS`).
         r: rank, at least 1; the width of the hidden state bounds it.
         layers: "all", or distinct layer numbers; negative ones count from the last layer.
-        site: where in the layer, one of `SITES`.
+        site: where in the layer, one of `reft_kernels.sites.SITES`.
         positions: which tokens: "f3+l3", "f5", "l1", "all", "prompt", "generated" or a list of indices
             into the prompt.
         share_weights: whether the f and the l positions of "f3+l3" share parameters. False gives each a

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
 from ..pool import Fold
 from ..positions import Positions
-from .config import HEAD_SITE, SITES, check_dropout
+from ..sites import HEAD_SITE, SITES
+from .config import check_dropout
 from .methods import METHODS, activation
 from .orthonormal import orthonormal_rows
 
@@ -23,7 +24,7 @@ class Intervention(nn.Module):
     Args:
         method: a name of `METHODS`.
         layer: number of the decoder layer, from 0.
-        site: where in the layer (see `reft_kernels.adapter.config.SITES`).
+        site: where in the layer (see `reft_kernels.sites.SITES`).
         positions: which tokens.
         tensors: the method's parameters by name, [r, d] and [r]; they are not copied.
         act_fn: an activation by transformers' name, or None.

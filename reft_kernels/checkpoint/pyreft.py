@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Intervention
-from ..adapter.config import HEAD_SITE, SITES, ReftConfig
+from ..adapter.config import ReftConfig
 from ..adapter.methods import METHODS
 from ..positions import LastPosition, Positions
+from ..sites import HEAD_SITE, SITES
 from .errors import CheckpointError, read_json, take, warn_if_not_finite
 
 _SITES = tuple(site for site in SITES if site != HEAD_SITE)
