@@ -2,7 +2,7 @@
 
 from .adapter import Adapter
 from .config import ReftConfig
-from .heads import Heads
 from .intervention import Intervention
+from .saved_modules import SavedModules
 
-__all__ = ["Adapter", "Heads", "Intervention", "ReftConfig"]
+__all__ = ["Adapter", "Intervention", "ReftConfig", "SavedModules"]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..pool import Fold
 from ..positions import LastPosition, Positions
 from .config import ReftConfig
-from .heads import Heads
 from .intervention import Intervention
 from .methods import METHODS
 from .orthonormal import orthonormal_rows, orthonormality_error
+from .saved_modules import SavedModules
 
 #: Above this |R Rᵀ − I|, training starts visibly elsewhere than the adapter stood.
 _ORTHONORMAL = 1e-3
@@ -29,8 +29,8 @@ class Adapter(nn.Module):
         interventions: at least one, all of one width. No two at one place may share a position.
         config: what the adapter was made from, if known.
         n_layers: depth of the model it was made for, if known.
-        heads: copies of the model's modules that belong to the adapter; by default those that the config's
-            `modules_to_save` names, made when it is added to a model.
+        saved_modules: copies of the model's modules that belong to the adapter; by default those that the
+            config's `modules_to_save` names, made when it is added to a model.
 
     Attributes:
         interventions: the `Intervention`s, in a stable order.
@@ -49,7 +49,7 @@ class Adapter(nn.Module):
         interventions: Iterable[Intervention],
         config: ReftConfig | None = None,
         n_layers: int | None = None,
-        heads: Heads | None = None,
+        saved_modules: SavedModules | None = None,
     ) -> None:
         super().__init__()
         listed = list(interventions)
@@ -59,7 +59,9 @@ class Adapter(nn.Module):
         self.groups: tuple[Positions, ...] = tuple(dict.fromkeys(one.positions for one in listed))
         for one in listed:
             one.group = self.groups.index(one.positions)
-        self.heads = Heads((config and config.modules_to_save) or ()) if heads is None else heads
+        if saved_modules is None:
+            saved_modules = SavedModules((config and config.modules_to_save) or ())
+        self.saved_modules = saved_modules
         self._trainable = False
 
     @property
@@ -99,7 +101,7 @@ class Adapter(nn.Module):
         for one in self.interventions:
             one.orthonormalize = value
             one.requires_grad_(value)
-        self.heads.requires_grad_(value)
+        self.saved_modules.requires_grad_(value)
         self._trainable = value
 
     def take_as_raw(self) -> None:
@@ -109,7 +111,7 @@ class Adapter(nn.Module):
             _check_trainable(one.method)
             one.orthonormalize = True
             one.requires_grad_(True)
-        self.heads.requires_grad_(True)
+        self.saved_modules.requires_grad_(True)
         self._trainable = True
 
     def folds(self) -> list[Fold]:

@@ -9,8 +9,8 @@ import torch
 
 from ..positions import Positions
 from .adapter import Adapter
-from .heads import Heads
 from .intervention import Intervention
+from .saved_modules import SavedModules
 
 
 @torch.no_grad()
@@ -18,8 +18,8 @@ def compose(adapters: Sequence[Adapter]) -> Adapter:
     """See `Adapter.compose`."""
     if not adapters:
         raise ValueError("adapters: at least one is needed")
-    if any(adapter.heads for adapter in adapters):
-        raise ValueError("adapters: those with modules_to_save can't be composed; heads have no sum")
+    if any(adapter.saved_modules for adapter in adapters):
+        raise ValueError("adapters: those with modules_to_save can't be composed, as modules have no sum")
     depths = {adapter.n_layers for adapter in adapters if adapter.n_layers is not None}
     if len(depths) > 1:
         raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
@@ -63,7 +63,7 @@ def select_subspace(adapter: Adapter, rows: Sequence[int]) -> Adapter:
     config = adapter.config and dataclasses.replace(adapter.config, r=len(chosen))
     stored = {
         path: {name: tensor.clone() for name, tensor in tensors.items()}
-        for path, tensors in adapter.heads.tensors().items()
+        for path, tensors in adapter.saved_modules.tensors().items()
     }
-    heads = Heads(adapter.heads.names, stored)
-    return Adapter(kept, config=config, n_layers=adapter.n_layers, heads=heads)
+    saved = SavedModules(adapter.saved_modules.names, stored)
+    return Adapter(kept, config=config, n_layers=adapter.n_layers, saved_modules=saved)

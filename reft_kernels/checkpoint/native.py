@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from ..adapter import Adapter, Heads, Intervention
+from ..adapter import Adapter, Intervention, SavedModules
 from ..adapter.config import ReftConfig
 from ..adapter.methods import METHODS
 from ..positions import Positions
@@ -37,7 +37,7 @@ def _key(index: int, name: str) -> str:
     return f"interventions.{index}.{name}"
 
 
-def _head_key(path: str, name: str) -> str:
+def _module_key(path: str, name: str) -> str:
     return f"modules_to_save.{path}.{name}"
 
 
@@ -71,15 +71,15 @@ def save(adapter: Adapter, path: str | os.PathLike[str], raw: bool = False) -> N
         for name, tensor in (raw_parameters if raw else one.materialized()).items():
             # A copy of its own: safetensors refuses tensors that share memory.
             tensors[_key(index, name)] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    heads = adapter.heads.tensors()
-    for module, parts in heads.items():
+    modules = adapter.saved_modules.tensors()
+    for module, parts in modules.items():
         for name, tensor in parts.items():
             kept = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            tensors[_head_key(module, name)] = kept
+            tensors[_module_key(module, name)] = kept
     weights = safetensors.save(tensors, metadata={"format": "pt"})
     added: dict[str, Any] = {}
-    if heads:
-        added["modules_to_save"] = {module: list(parts) for module, parts in heads.items()}
+    if modules:
+        added["modules_to_save"] = {module: list(parts) for module, parts in modules.items()}
     if raw and adapter.trainable:
         added["raw"] = True
     config = {
@@ -142,7 +142,7 @@ def load(folder: Path, keep_raw: bool = False) -> Adapter:
     made = [
         _intervention(f"{file}: interventions[{i}]", weights, i, e, tensors) for i, e in enumerate(entries)
     ]
-    stored = _stored_heads(str(file), weights, found, tensors)
+    stored = _stored_modules(str(file), weights, found, tensors)
     if tensors:
         raise CheckpointError(
             f"{weights}: has tensors that {CONFIG} does not name: {', '.join(sorted(tensors))}"
@@ -151,7 +151,7 @@ def load(folder: Path, keep_raw: bool = False) -> Adapter:
     try:
         config, depth = _config(found), take(str(file), found, "n_layers", int, type(None))
         names = (config and config.modules_to_save) or tuple(stored)
-        adapter = Adapter(made, config, depth, Heads(names, stored))
+        adapter = Adapter(made, config, depth, SavedModules(names, stored))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     if adapter.width != width:
@@ -162,7 +162,7 @@ def load(folder: Path, keep_raw: bool = False) -> Adapter:
     return adapter
 
 
-def _stored_heads(
+def _stored_modules(
     where: str, weights: Path, found: dict[str, Any], tensors: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of modules_to_save by module; takes them out of `tensors`."""
@@ -174,7 +174,7 @@ def _stored_heads(
             raise CheckpointError(f"{where}: 'modules_to_save' must list the tensors of {module!r}")
         stored[module] = {}
         for name in names:
-            key = _head_key(module, str(name))
+            key = _module_key(module, str(name))
             if key not in tensors:
                 raise CheckpointError(f"{weights}: the tensor {key!r} is missing")
             stored[module][str(name)] = tensors.pop(key)

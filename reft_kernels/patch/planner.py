@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import ops
 from ..adapter import Adapter
 from .blocks import Blocks
-from .heads import share_heads
 from .prompts import Prompts, Selection, read_prompts, select
+from .saved_modules import share_modules
 from .state import GenerateScope, State, read_cache_length
 from .tables import BatchPlan, Place, Registry, SiteKey, SiteTable
 
@@ -88,16 +88,16 @@ class Planner:
                 f"a forward has {batch} rows, which is no multiple of the {selection.batch} prompts"
             )
         by_segment = selection.window(start, length, repeat)
-        heads = share_heads(selection, owners, repeat)
+        modules = share_modules(selection, owners, repeat)
         if by_segment is None:
-            if not heads:
+            if not modules:
                 return self.idle(batch * length)
             by_segment = [np.zeros(0, dtype=np.int64)] * len(selection.segments)
         for name, adapter in owners.items():
             if self.adapters.get(name) is not adapter:
                 raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
         table = self.registry.table(selection.segments, self.adapters)
-        return self._prepared(BatchPlan(table, by_segment, batch * length, heads))
+        return self._prepared(BatchPlan(table, by_segment, batch * length, modules))
 
     def idle(self, tokens: int) -> BatchPlan | None:
         """The plan of a forward that edits nothing: none, or one that only norms."""

@@ -18,10 +18,10 @@ from ..positions import LastPosition, Positions
 from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module, text_config
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
 from .freezing import Freeze
-from .heads import Heads
 from .norms import next_norms
 from .planner import BASE, Planner
 from .recompute import forget_plans
+from .saved_modules import SavedModuleStandIns
 from .sites import Sites
 from .standin import StandIn
 from .state import State
@@ -46,7 +46,7 @@ class Reft(nn.Module):
     _model: nn.Module
     _blocks: Blocks
     _sites: Sites
-    _heads: Heads
+    _copied: SavedModuleStandIns
     _planner: Planner
 
     def __init__(
@@ -68,7 +68,7 @@ class Reft(nn.Module):
             _model=model,
             _blocks=blocks,
             _planner=Planner(blocks, self._registry, self._adapters, self._state),
-            _heads=Heads(model, self._state),
+            _copied=SavedModuleStandIns(model, self._state),
         )
         self.__dict__["_sites"] = Sites(blocks, self._planner)
         self._planner.hold = self._hold_sites
@@ -158,7 +158,7 @@ class Reft(nn.Module):
             heads = text_config(self._model).num_attention_heads
             if intervention.head is not None and intervention.head >= heads:
                 raise ValueError(f"adapter: edits head {intervention.head}; the model has {heads} heads")
-        adapter.heads.check(self._model)
+        adapter.saved_modules.check(self._model)
         if any(adapter is other for other in self._adapters.values()):
             raise ValueError("adapter: is loaded under another name already; copy it (copy.deepcopy) first")
 
@@ -177,11 +177,11 @@ class Reft(nn.Module):
                     f"pool_dtype: must be the model's ({place.dtype}) or torch.float32, was {wanted}"
                 )
             adapter.to(place.device)
-            adapter.heads.meet(self._model, adapter.trainable)
+            adapter.saved_modules.meet(self._model, adapter.trainable)
             self._registry.lay(name, adapter)
             self._adapters[name] = adapter
             self._modules_of[_module_key(name, self._modules_of)] = adapter
-            if self._sites.add(keys_of(adapter)) | self._heads.add(adapter.heads.modules_by_path):
+            if self._sites.add(keys_of(adapter)) | self._copied.add(adapter.saved_modules.modules_by_path):
                 self._forget_compiled()
             if len(self._adapters) == 1:
                 self._planner.active = name
@@ -201,7 +201,7 @@ class Reft(nn.Module):
                 self._planner.active = None
             others = self._adapters.values()
             self._sites.keep({key for other in others for key in keys_of(other)})
-            self._heads.keep({path for other in others for path in other.heads.modules_by_path})
+            self._copied.keep({path for other in others for path in other.saved_modules.modules_by_path})
 
     def set_adapter(self, name: str | None) -> None:
         """Makes `name` the adapter of calls that name none; None for the bare model."""

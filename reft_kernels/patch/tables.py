@@ -21,7 +21,7 @@ from .prompts import Segment
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Intervention
-    from .heads import Share
+    from .saved_modules import Share
 
 
 class SiteKey(NamedTuple):
@@ -118,7 +118,7 @@ class BatchPlan:
     """All that the sites need in one forward.
 
     sites: from the table. rows: for each device of the table. tokens: rows of h in this forward.
-    backends: of each device. heads: who runs the modules of which adapters have copies, by path.
+    backends: of each device. saved_modules: whose copy of a module runs, by path.
     """
 
     __slots__ = (
@@ -127,9 +127,9 @@ class BatchPlan:
         "by_segment",
         "covers",
         "folds",
-        "heads",
         "recomputing",
         "rows",
+        "saved_modules",
         "sites",
         "stale",
         "table",
@@ -141,9 +141,9 @@ class BatchPlan:
         table: Table,
         by_segment: list[np.ndarray],
         tokens: int,
-        heads: dict[str, list[Share]],
+        saved_modules: dict[str, list[Share]],
     ) -> None:
-        self.heads = heads
+        self.saved_modules = saved_modules
         self.table, self.sites, self.tokens = table, table.sites, tokens
         self.backends: dict[torch.device, str] = {}
         self.by_segment = by_segment

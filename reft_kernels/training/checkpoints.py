@@ -65,8 +65,8 @@ def restore(reft: Reft, path: str | os.PathLike[str]) -> None:
         for mine, theirs in zip(adapter.interventions, stored.interventions):
             for parameter in mine.names:
                 getattr(mine, parameter).copy_(getattr(theirs, parameter))
-        tensors = stored.heads.tensors()
-        for path_of, module in adapter.heads.modules_by_path.items():
+        tensors = stored.saved_modules.tensors()
+        for path_of, module in adapter.saved_modules.modules_by_path.items():
             module.load_state_dict(tensors[path_of])
 
 
@@ -86,9 +86,9 @@ def _check_same(where: str, name: str, adapter: Adapter, stored: Adapter) -> Non
                     f"{where}: intervention {index} has {field} {getattr(b, field)!s}; that of adapter "
                     f"{name!r} has {getattr(a, field)!s}. It was saved with another config"
                 )
-    if set(adapter.heads.tensors()) != set(stored.heads.tensors()):
+    if set(adapter.saved_modules.tensors()) != set(stored.saved_modules.tensors()):
         raise CheckpointError(f"{where}: has other modules_to_save than adapter {name!r}")
-    for path, tensors in adapter.heads.tensors().items():
-        there = stored.heads.tensors()[path]
+    for path, tensors in adapter.saved_modules.tensors().items():
+        there = stored.saved_modules.tensors()[path]
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in there.items()}:
             raise CheckpointError(f"{where}: modules_to_save: {path!r} has other shapes than the model's")

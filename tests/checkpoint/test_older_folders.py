@@ -55,9 +55,9 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def check_modules(adapter: Adapter) -> None:
-    (path,) = adapter.heads.tensors()
-    assert path == "classifier" and adapter.heads.names == ("classifier",)
-    same(adapter.heads.tensors()[path], {"weight": pattern(50, 3, 8), "bias": pattern(51, 3)})
+    (path,) = adapter.saved_modules.tensors()
+    assert path == "classifier" and adapter.saved_modules.names == ("classifier",)
+    same(adapter.saved_modules.tensors()[path], {"weight": pattern(50, 3, 8), "bias": pattern(51, 3)})
 
 
 def test_version_1() -> None:
@@ -69,7 +69,7 @@ def test_version_1() -> None:
     for index, one in enumerate(adapter.interventions):
         assert (one.method, one.site, one.act_fn, one.dropout) == ("loreft", "block_output", "relu", 0.1)
         same(one.materialized(), parameters(index))
-    assert not adapter.trainable and not adapter.heads
+    assert not adapter.trainable and not adapter.saved_modules
 
 
 def test_version_2_with_saved_modules() -> None:
