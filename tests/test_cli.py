@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_kernels import checkpoint, cli, doctor, ops
+from reft_kernels import adapter, cli, doctor, ops
 
 dispatch = importlib.import_module("reft_kernels.ops.backend")  # the name in `ops` is the context manager
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -106,7 +106,7 @@ def test_doctor_knows_the_ranges_of_the_package() -> None:
 
 def test_convert_passes_everything_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
-    monkeypatch.setattr(checkpoint, "convert", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(adapter, "convert", lambda *args, **kwargs: calls.append((args, kwargs)))
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
     options = "--positions f3+l3 --act-fn relu --dropout 0.1 --last-position length-1".split()
     assert cli.main(["convert", *folders, *options]) == 0

@@ -2,7 +2,8 @@
 
 from .adapter import Adapter
 from .config import ReftConfig
+from .convert import convert
 from .intervention import Intervention
 from .saved_modules import SavedModules
 
-__all__ = ["Adapter", "Intervention", "ReftConfig", "SavedModules"]
+__all__ = ["Adapter", "Intervention", "ReftConfig", "SavedModules", "convert"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
@@ -10,8 +11,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import AdapterRecord, CheckpointError, native, read
 from ..pool import Fold
 from ..positions import LastPosition, Positions
+from .compose import summed, with_rows
 from .config import ReftConfig
 from .intervention import Intervention
 from .methods import METHODS
@@ -203,9 +206,9 @@ class Adapter(nn.Module):
         Raises:
             reft_kernels.checkpoint.CheckpointError: (a ValueError) names the file and what is wrong with it.
         """
-        from ..checkpoint import load
-
-        return load(path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position)
+        return cls.from_record(
+            read(path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position)
+        )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes reft_config.json and reft_model.safetensors into the folder `path`, to the bit.
@@ -213,9 +216,49 @@ class Adapter(nn.Module):
         Both are written aside and then renamed: a save that fails leaves the previous files as they were.
         While the adapter is trainable, R is written as the fold uses it, orthonormal.
         """
-        from ..checkpoint import native
+        native.write(self.to_record(), path)
 
-        native.save(self, path)
+    @classmethod
+    def from_record(cls, record: AdapterRecord, keep_raw: bool = False) -> Adapter:
+        """The adapter that a file described.
+
+        Args:
+            record: what a reader of `reft_kernels.checkpoint` gave.
+            keep_raw: give what was saved in the middle of training back trainable, with its raw parameters.
+
+        Raises:
+            reft_kernels.checkpoint.CheckpointError: the record is of no adapter; names the file.
+        """
+        made = [Intervention.from_record(one) for one in record.interventions]
+        try:
+            config = None if record.config is None else ReftConfig.from_dict(record.config)
+            saved = SavedModules((config and config.modules_to_save) or tuple(record.modules), record.modules)
+            adapter = cls(made, config, record.n_layers, saved)
+        except ValueError as error:
+            raise CheckpointError(f"{record.where}: {error}") from error
+        if adapter.width != record.width:
+            raise CheckpointError(
+                f"{record.where}: 'width' is {record.width}, the tensors have {adapter.width}"
+            )
+        if record.raw:
+            adapter.take_as_raw()
+            adapter.trainable = keep_raw
+        return adapter
+
+    def to_record(self, raw: bool = False) -> AdapterRecord:
+        """What a file holds of the adapter; the tensors are not copied.
+
+        raw: keep a trainable adapter's parameters as the optimizer has them, so that training goes on from
+            them, rather than as the fold uses them.
+        """
+        return AdapterRecord(
+            interventions=tuple(one.to_record(raw) for one in self.interventions),
+            width=self.width,
+            n_layers=self.n_layers,
+            config=None if self.config is None else self.config.to_dict(),
+            modules=self.saved_modules.tensors(),
+            raw=raw and self.trainable,
+        )
 
     @classmethod
     def compose(cls, adapters: Sequence[Adapter]) -> Adapter:
@@ -227,9 +270,15 @@ class Adapter(nn.Module):
         Raises:
             ValueError: no adapters; widths or depths that differ; positions that overlap without being equal.
         """
-        from .compose import compose
-
-        return compose(adapters)
+        if not adapters:
+            raise ValueError("adapters: at least one is needed")
+        if any(adapter.saved_modules for adapter in adapters):
+            raise ValueError("adapters: those with modules_to_save can't be composed, as modules have no sum")
+        depths = {adapter.n_layers for adapter in adapters if adapter.n_layers is not None}
+        if len(depths) > 1:
+            raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
+        parts = [one for adapter in adapters for one in adapter.interventions]
+        return cls(summed(parts), n_layers=depths.pop() if depths else None)
 
     def select_subspace(self, rows: Sequence[int]) -> Adapter:
         """An adapter that keeps only the given of the r rows of D, U and c, in that order.
@@ -240,9 +289,9 @@ class Adapter(nn.Module):
         Raises:
             ValueError: rows that are empty, named twice, or that an intervention lacks.
         """
-        from .compose import select_subspace
-
-        return select_subspace(self, rows)
+        kept = with_rows(self.interventions, rows)
+        config = self.config and dataclasses.replace(self.config, r=kept[0].rank)
+        return type(self)(kept, config, self.n_layers, self.saved_modules.stored_copy())
 
     def extra_repr(self) -> str:
         return f"width={self.width}, groups={[str(g) for g in self.groups]}, trainable={self.trainable}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..positions import LastPosition, Positions
@@ -113,8 +113,16 @@ class ReftConfig:
         parsed = Positions.parse(self.positions, self.last_position)
         return (parsed,) if self.share_weights else parsed.untied()
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ReftConfig:
+        """What `to_dict` gave. Raises ValueError, also for fields that a config does not have."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"'config': {error}") from error
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them; `ReftConfig(**d)` is equal again."""
+        """The fields as JSON knows them; `from_dict` makes an equal config of them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import CheckpointError, InterventionRecord
 from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
 from ..pool import Fold
 from ..positions import Positions
@@ -65,6 +66,43 @@ class Intervention(nn.Module):
                 self.register_buffer(name, tensors[name].detach())
             else:
                 self.register_parameter(name, nn.Parameter(tensors[name].detach(), requires_grad=False))
+
+    @classmethod
+    def from_record(cls, record: InterventionRecord) -> Intervention:
+        """What a file described. Raises CheckpointError that names it where that is no intervention."""
+        try:
+            made = cls(
+                record.method,
+                record.layer,
+                record.site,
+                record.positions,
+                record.tensors,
+                act_fn=record.act_fn,
+                dropout=record.dropout,
+                head=record.head,
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{record.where}: {error}") from error
+        if made.rank != record.rank:
+            raise CheckpointError(
+                f"{record.where}: 'rank' is {record.rank}, its tensors have {made.rank} rows"
+            )
+        return made
+
+    def to_record(self, raw: bool = False) -> InterventionRecord:
+        """What a file holds of it. raw: the parameters as they are, rather than as the fold uses them."""
+        tensors = {name: getattr(self, name) for name in self.names} if raw else self.materialized()
+        return InterventionRecord(
+            method=self.method,
+            layer=self.layer,
+            site=self.site,
+            positions=self.positions,
+            rank=self.rank,
+            tensors=tensors,
+            head=self.head,
+            act_fn=self.act_fn,
+            dropout=self.dropout,
+        )
 
     @property
     def _first(self) -> Tensor:

@@ -44,6 +44,14 @@ class SavedModules(nn.Module):
             return self.stored
         return {path: dict(module.state_dict()) for path, module in self.modules_by_path.items()}
 
+    def stored_copy(self) -> SavedModules:
+        """The same tensors, copied, for an adapter that has yet to meet a model."""
+        copies = {
+            path: {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            for path, tensors in self.tensors().items()
+        }
+        return SavedModules(self.names, copies)
+
     def check(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's modules that are meant, by path.
 

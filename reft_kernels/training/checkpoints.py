@@ -37,7 +37,7 @@ def save(reft: Reft, path: str | os.PathLike[str]) -> None:
     """Writes every trainable adapter, raw, so that training goes on from it to the bit."""
     adapters = trainable_adapters(reft)
     for name, folder in folders_of(list(adapters), path).items():
-        native.save(adapters[name], folder, raw=True)
+        native.write(adapters[name].to_record(raw=True), folder)
 
 
 def holds_adapters(path: str | os.PathLike[str]) -> bool:
@@ -58,7 +58,7 @@ def restore(reft: Reft, path: str | os.PathLike[str]) -> None:
             raise CheckpointError(
                 f"{folder}: holds no adapter; the model trains {', '.join(map(repr, adapters))}"
             )
-        stored = native.load(folder, keep_raw=True)
+        stored = Adapter.from_record(native.read(folder), keep_raw=True)
         _check_same(str(folder), name, adapters[name], stored)
         found.append((adapters[name], stored))
     for adapter, stored in found:

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from reft_kernels.adapter import Adapter, Intervention
 from reft_kernels.adapter.config import ReftConfig
 from reft_kernels.adapter.methods import METHODS
-from reft_kernels.checkpoint import CheckpointError, load, native
+from reft_kernels.checkpoint import CheckpointError, native
 from reft_kernels.ops.schema import NO_PRODUCT, Act
 from reft_kernels.positions import Positions
 
 D = 8
+load = Adapter.from_pretrained
 
 
 def fresh(seed: int = 0, **fields) -> Adapter:

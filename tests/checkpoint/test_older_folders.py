@@ -83,7 +83,7 @@ def test_version_2_with_saved_modules() -> None:
 
 def test_version_2_of_a_training() -> None:
     """Raw parameters: training goes on from them, and inference has the orthonormal rows made of them."""
-    training = native.load(FIXTURES / "version2_training", keep_raw=True)
+    training = Adapter.from_record(native.read(FIXTURES / "version2_training"), keep_raw=True)
     assert training.trainable
     same({name: p.detach() for name, p in training.interventions[0].named_parameters()}, parameters(0))
     check_modules(training)
