@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import AdapterRecord, CheckpointError, native, read
+from ..checkpoint import AdapterRecord, BaseModel, CheckpointError, native, read
 from ..pool import Fold
 from ..positions import LastPosition, Positions
 from .compose import summed, with_rows
@@ -34,6 +34,7 @@ class Adapter(nn.Module):
         n_layers: depth of the model it was made for, if known.
         saved_modules: copies of the model's modules that belong to the adapter; by default those that the
             config's `modules_to_save` names, made when it is added to a model.
+        base: the model that it was made for, if known; a patched model sets it on adapters that train.
 
     Attributes:
         interventions: the `Intervention`s, in a stable order.
@@ -53,12 +54,13 @@ class Adapter(nn.Module):
         config: ReftConfig | None = None,
         n_layers: int | None = None,
         saved_modules: SavedModules | None = None,
+        base: BaseModel | None = None,
     ) -> None:
         super().__init__()
         listed = list(interventions)
         _check_together(listed, n_layers)
         self.interventions = nn.ModuleList(listed)  # type: ignore[assignment]
-        self.config, self.n_layers = config, n_layers
+        self.config, self.n_layers, self.base = config, n_layers, base
         self.groups: tuple[Positions, ...] = tuple(dict.fromkeys(one.positions for one in listed))
         for one in listed:
             one.group = self.groups.index(one.positions)
@@ -233,7 +235,7 @@ class Adapter(nn.Module):
         try:
             config = None if record.config is None else ReftConfig.from_dict(record.config)
             saved = SavedModules((config and config.modules_to_save) or tuple(record.modules), record.modules)
-            adapter = cls(made, config, record.n_layers, saved)
+            adapter = cls(made, config, record.n_layers, saved, record.base)
         except ValueError as error:
             raise CheckpointError(f"{record.where}: {error}") from error
         if adapter.width != record.width:
@@ -258,6 +260,7 @@ class Adapter(nn.Module):
             config=None if self.config is None else self.config.to_dict(),
             modules=self.saved_modules.tensors(),
             raw=raw and self.trainable,
+            base=self.base,
         )
 
     @classmethod
@@ -265,7 +268,7 @@ class Adapter(nn.Module):
         """The sum of several adapters' edits, each computed from the unedited hidden state.
 
         At one place their positions must be equal, or share no token. The result holds concatenated folds
-        and is not trainable.
+        and is not trainable. Warns of adapters that were made for different models.
 
         Raises:
             ValueError: no adapters; widths or depths that differ; positions that overlap without being equal.
@@ -278,7 +281,7 @@ class Adapter(nn.Module):
         if len(depths) > 1:
             raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
         parts = [one for adapter in adapters for one in adapter.interventions]
-        return cls(summed(parts), n_layers=depths.pop() if depths else None)
+        return cls(summed(parts), n_layers=depths.pop() if depths else None, base=_common_base(adapters))
 
     def select_subspace(self, rows: Sequence[int]) -> Adapter:
         """An adapter that keeps only the given of the r rows of D, U and c, in that order.
@@ -291,7 +294,7 @@ class Adapter(nn.Module):
         """
         kept = with_rows(self.interventions, rows)
         config = self.config and dataclasses.replace(self.config, r=kept[0].rank)
-        return type(self)(kept, config, self.n_layers, self.saved_modules.stored_copy())
+        return type(self)(kept, config, self.n_layers, self.saved_modules.stored_copy(), self.base)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, groups={[str(g) for g in self.groups]}, trainable={self.trainable}"
@@ -317,6 +320,16 @@ def _check_together(interventions: list[Intervention], n_layers: int | None) -> 
                     f"token: {str(other.positions)!r} and {str(one.positions)!r}"
                 )
         others.append(one)
+
+
+def _common_base(adapters: Sequence[Adapter]) -> BaseModel | None:
+    """The model that the adapters were made for, as far as known; None, with a warning, if several."""
+    known = [adapter.base for adapter in adapters if adapter.base is not None]
+    for base in known[1:]:
+        if not base.matches(known[0]):
+            warnings.warn(f"adapters: were made for {known[0]} and for {base}", stacklevel=3)
+            return None
+    return known[0] if known else None
 
 
 def _check_trainable(method: str) -> None:

@@ -12,9 +12,9 @@ from ..positions import LastPosition, Positions
 from . import native, pyreft
 from .errors import CheckpointError
 from .hub import local_folder
-from .records import AdapterRecord, InterventionRecord
+from .records import AdapterRecord, BaseModel, InterventionRecord
 
-__all__ = ["AdapterRecord", "CheckpointError", "InterventionRecord", "read"]
+__all__ = ["AdapterRecord", "BaseModel", "CheckpointError", "InterventionRecord", "read"]
 
 
 def read(

@@ -3,11 +3,13 @@
 The JSON says what each intervention is; the tensors carry the names `interventions.<index>.<parameter>`,
 in the dtypes they have, so that a round trip keeps every bit. Version 2 adds, where an adapter has them, the
 modules that it trained copies of (`modules_to_save.<path>.<tensor>`), and for training checkpoints the raw
-parameters instead of the orthonormal rows that the fold makes of them ("raw": true).
+parameters instead of the orthonormal rows that the fold makes of them ("raw": true). The key base_model,
+which says what model the adapter is for, may stand in every version: readers that don't know it pass it by.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from ..positions import Positions
 from .errors import CheckpointError, read_json, take, warn_if_not_finite
-from .records import AdapterRecord, InterventionRecord
+from .records import AdapterRecord, BaseModel, InterventionRecord
 
 CONFIG, WEIGHTS = "reft_config.json", "reft_model.safetensors"
 
@@ -85,6 +87,7 @@ def write(record: AdapterRecord, path: str | os.PathLike[str]) -> None:
         "config": record.config,
         "interventions": [_entry(one) for one in record.interventions],
         **added,
+        **({} if record.base is None else {"base_model": dataclasses.asdict(record.base)}),
         # Tells weights of another save apart, should a process die between the two renames.
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -147,7 +150,21 @@ def read(folder: Path) -> AdapterRecord:
         config=take(where, {"config": None, **found}, "config", dict, type(None)),
         modules=modules,
         raw=found.get("raw") is True,
+        base=_base(where, found),
         where=where,
+    )
+
+
+def _base(where: str, found: dict[str, Any]) -> BaseModel | None:
+    entry = take(where, {"base_model": None, **found}, "base_model", dict, type(None))
+    if entry is None:
+        return None
+    where = f"{where}: base_model"
+    return BaseModel(
+        model_type=take(where, entry, "model_type", str),
+        fingerprint=take(where, entry, "fingerprint", str),
+        name=take(where, entry, "name", str, type(None)),
+        revision=take(where, entry, "revision", str, type(None)),
     )
 
 

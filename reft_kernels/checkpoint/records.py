@@ -37,6 +37,34 @@ class InterventionRecord:
     where: str = ""
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that an adapter was made for.
+
+    Attributes:
+        model_type: as transformers' configs call the family ("llama").
+        fingerprint: "<scheme>-<hash>" of what shapes the model in its config.
+        name: a hub id or path, if known.
+        revision: the hub's commit, if known.
+    """
+
+    model_type: str
+    fingerprint: str
+    name: str | None = None
+    revision: str | None = None
+
+    def matches(self, other: BaseModel) -> bool:
+        """Whether type and shape are the same, as far as they can be compared; names may differ."""
+        schemes = {one.fingerprint.partition("-")[0] for one in (self, other)}
+        same_shape = len(schemes) == 2 or self.fingerprint == other.fingerprint
+        return self.model_type == other.model_type and same_shape
+
+    def __str__(self) -> str:
+        at = "" if self.revision is None else f" at {self.revision}"
+        name = "a model without a name" if self.name is None else repr(self.name)
+        return f"{name}{at} (type {self.model_type!r}, fingerprint {self.fingerprint})"
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterRecord:
     """One adapter.
@@ -49,6 +77,7 @@ class AdapterRecord:
         modules: tensors of modules_to_save, by the module's path in its model and by name.
         raw: whether the parameters are those of a training that goes on: the fold makes orthonormal rows of
             some of them.
+        base: the model that it was made for, if known.
         where: the file or folder that it was read from.
     """
 
@@ -58,4 +87,5 @@ class AdapterRecord:
     config: Mapping[str, Any] | None = None
     modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     raw: bool = False
+    base: BaseModel | None = None
     where: str = ""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, ReftConfig
 from ..positions import LastPosition, Positions
+from .base_model import meet_base
 from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module, text_config
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
 from .freezing import Freeze
@@ -109,6 +110,8 @@ class Reft(nn.Module):
         Raises:
             ValueError: the name is taken, the file is bad (`CheckpointError`), or the adapter is for another
                 width or depth. PoolFull: a fixed capacity is exceeded. Adapters that were there stay.
+
+        Warns if the file says that the adapter was made for a model of another type or shape.
         """
         self._check_name(name)
         adapter = Adapter.from_pretrained(
@@ -165,6 +168,7 @@ class Reft(nn.Module):
     def _install(self, name: str, adapter: Adapter) -> None:
         self._check_fit(adapter)
         _warn_of_bad_values(name, adapter)
+        meet_base(name, adapter, self._model)
         with self._state.lock:
             for intervention, key in zip(adapter.interventions, _keys(adapter)):
                 if key not in self._registry.places:
@@ -361,12 +365,7 @@ def patch(
         raise NotPatchable("model: is patched already; its adapters are at model.reft (unpatch it first)")
     if hasattr(model, "reft"):
         raise NotPatchable(f"model: has an attribute 'reft' of its own, a {type(model.reft).__name__}")
-    if pool_dtype is not None and pool_dtype not in (
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):
+    if pool_dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"pool_dtype: must be a floating dtype, was {pool_dtype}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity: must be at least 1 pool row or None, was {capacity}")

@@ -12,6 +12,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..checkpoint import CheckpointError, native
 from ..patch import Reft
+from ..patch.base_model import base_model, warn_of_another
 
 
 def reft_of(model: nn.Module) -> Reft:
@@ -50,6 +51,7 @@ def restore(reft: Reft, path: str | os.PathLike[str]) -> None:
     """Copies the parameters in a checkpoint into the trainable adapters, in place.
 
     Raises CheckpointError before anything is changed: an adapter that is missing there, or another one.
+    Warns of one that was trained on a model of another type or shape.
     """
     adapters = trainable_adapters(reft)
     found: list[tuple[Adapter, Adapter]] = []
@@ -61,7 +63,9 @@ def restore(reft: Reft, path: str | os.PathLike[str]) -> None:
         stored = Adapter.from_record(native.read(folder), keep_raw=True)
         _check_same(str(folder), name, adapters[name], stored)
         found.append((adapters[name], stored))
+    base = base_model(reft._model)
     for adapter, stored in found:
+        warn_of_another(os.fspath(path), stored.base, base, stacklevel=3)
         for mine, theirs in zip(adapter.interventions, stored.interventions):
             for parameter in mine.names:
                 getattr(mine, parameter).copy_(getattr(theirs, parameter))
