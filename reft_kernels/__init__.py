@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import functional
-from .adapter import Adapter
-from .config import ReftConfig
+from .adapter import Adapter, ReftConfig
 from .huggingface import NotPatchable, Reft, patch, unpatch
 from .ops import BackendUnavailable, backend, current_backend
 from .plan import Plan, make_plan

@@ -64,10 +64,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from . import checkpoint
+    from . import adapter
 
     try:
-        checkpoint.convert(
+        adapter.convert(
             arguments.source,
             arguments.target,
             positions=arguments.positions,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_kernels import checkpoint, cli, doctor, ops
+from reft_kernels import adapter, cli, doctor, ops
 from reft_kernels.ops import dispatch
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -105,7 +105,7 @@ def test_doctor_knows_the_ranges_of_the_package() -> None:
 
 def test_convert_passes_everything_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
-    monkeypatch.setattr(checkpoint, "convert", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(adapter, "convert", lambda *args, **kwargs: calls.append((args, kwargs)))
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
     options = "--positions f3+l3 --act-fn relu --dropout 0.1 --last-position length-1".split()
     assert cli.main(["convert", *folders, *options]) == 0

@@ -1,7 +1,10 @@
 """Adapters: interventions with their parameters, before anything is laid into a pool."""
 
+from ..checkpoint import BaseModel
 from .adapter import Adapter
-from .heads import Heads
+from .config import ReftConfig
+from .convert import convert
 from .intervention import Intervention
+from .saved_modules import SavedModules
 
-__all__ = ["Adapter", "Heads", "Intervention"]
+__all__ = ["Adapter", "BaseModel", "Intervention", "ReftConfig", "SavedModules", "convert"]

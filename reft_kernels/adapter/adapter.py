@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
@@ -10,13 +11,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..config import ReftConfig
-from ..methods import METHODS
+from ..checkpoint import AdapterRecord, BaseModel, CheckpointError, native, read
 from ..pool import Fold
 from ..positions import LastPosition, Positions
-from .heads import Heads
+from .compose import summed, with_rows
+from .config import ReftConfig
 from .intervention import Intervention
+from .methods import METHODS
 from .orthonormal import orthonormal_rows, orthonormality_error
+from .saved_modules import SavedModules
 
 #: Above this |R Rᵀ − I|, training starts visibly elsewhere than the adapter stood.
 _ORTHONORMAL = 1e-3
@@ -29,8 +32,9 @@ class Adapter(nn.Module):
         interventions: at least one, all of one width. No two at one place may share a position.
         config: what the adapter was made from, if known.
         n_layers: depth of the model it was made for, if known.
-        heads: copies of the model's modules that belong to the adapter; by default those that the config's
-            `modules_to_save` names, made when it is added to a model.
+        saved_modules: copies of the model's modules that belong to the adapter; by default those that the
+            config's `modules_to_save` names, made when it is added to a model.
+        base: the model that it was made for, if known; a patched model sets it on adapters that train.
 
     Attributes:
         interventions: the `Intervention`s, in a stable order.
@@ -49,17 +53,20 @@ class Adapter(nn.Module):
         interventions: Iterable[Intervention],
         config: ReftConfig | None = None,
         n_layers: int | None = None,
-        heads: Heads | None = None,
+        saved_modules: SavedModules | None = None,
+        base: BaseModel | None = None,
     ) -> None:
         super().__init__()
         listed = list(interventions)
         _check_together(listed, n_layers)
         self.interventions = nn.ModuleList(listed)  # type: ignore[assignment]
-        self.config, self.n_layers = config, n_layers
+        self.config, self.n_layers, self.base = config, n_layers, base
         self.groups: tuple[Positions, ...] = tuple(dict.fromkeys(one.positions for one in listed))
         for one in listed:
             one.group = self.groups.index(one.positions)
-        self.heads = Heads((config and config.modules_to_save) or ()) if heads is None else heads
+        if saved_modules is None:
+            saved_modules = SavedModules((config and config.modules_to_save) or ())
+        self.saved_modules = saved_modules
         self._trainable = False
 
     @property
@@ -99,7 +106,7 @@ class Adapter(nn.Module):
         for one in self.interventions:
             one.orthonormalize = value
             one.requires_grad_(value)
-        self.heads.requires_grad_(value)
+        self.saved_modules.requires_grad_(value)
         self._trainable = value
 
     def take_as_raw(self) -> None:
@@ -109,7 +116,7 @@ class Adapter(nn.Module):
             _check_trainable(one.method)
             one.orthonormalize = True
             one.requires_grad_(True)
-        self.heads.requires_grad_(True)
+        self.saved_modules.requires_grad_(True)
         self._trainable = True
 
     def folds(self) -> list[Fold]:
@@ -201,9 +208,9 @@ class Adapter(nn.Module):
         Raises:
             reft_kernels.checkpoint.CheckpointError: (a ValueError) names the file and what is wrong with it.
         """
-        from ..checkpoint import load
-
-        return load(path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position)
+        return cls.from_record(
+            read(path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position)
+        )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes reft_config.json and reft_model.safetensors into the folder `path`, to the bit.
@@ -211,23 +218,70 @@ class Adapter(nn.Module):
         Both are written aside and then renamed: a save that fails leaves the previous files as they were.
         While the adapter is trainable, R is written as the fold uses it, orthonormal.
         """
-        from ..checkpoint import native
+        native.write(self.to_record(), path)
 
-        native.save(self, path)
+    @classmethod
+    def from_record(cls, record: AdapterRecord, keep_raw: bool = False) -> Adapter:
+        """The adapter that a file described.
+
+        Args:
+            record: what a reader of `reft_kernels.checkpoint` gave.
+            keep_raw: give what was saved in the middle of training back trainable, with its raw parameters.
+
+        Raises:
+            reft_kernels.checkpoint.CheckpointError: the record is of no adapter; names the file.
+        """
+        made = [Intervention.from_record(one) for one in record.interventions]
+        try:
+            config = None if record.config is None else ReftConfig.from_dict(record.config)
+            saved = SavedModules((config and config.modules_to_save) or tuple(record.modules), record.modules)
+            adapter = cls(made, config, record.n_layers, saved, record.base)
+        except ValueError as error:
+            raise CheckpointError(f"{record.where}: {error}") from error
+        if adapter.width != record.width:
+            raise CheckpointError(
+                f"{record.where}: 'width' is {record.width}, the tensors have {adapter.width}"
+            )
+        if record.raw:
+            adapter.take_as_raw()
+            adapter.trainable = keep_raw
+        return adapter
+
+    def to_record(self, raw: bool = False) -> AdapterRecord:
+        """What a file holds of the adapter; the tensors are not copied.
+
+        raw: keep a trainable adapter's parameters as the optimizer has them, so that training goes on from
+            them, rather than as the fold uses them.
+        """
+        return AdapterRecord(
+            interventions=tuple(one.to_record(raw) for one in self.interventions),
+            width=self.width,
+            n_layers=self.n_layers,
+            config=None if self.config is None else self.config.to_dict(),
+            modules=self.saved_modules.tensors(),
+            raw=raw and self.trainable,
+            base=self.base,
+        )
 
     @classmethod
     def compose(cls, adapters: Sequence[Adapter]) -> Adapter:
         """The sum of several adapters' edits, each computed from the unedited hidden state.
 
         At one place their positions must be equal, or share no token. The result holds concatenated folds
-        and is not trainable.
+        and is not trainable. Warns of adapters that were made for different models.
 
         Raises:
             ValueError: no adapters; widths or depths that differ; positions that overlap without being equal.
         """
-        from .compose import compose
-
-        return compose(adapters)
+        if not adapters:
+            raise ValueError("adapters: at least one is needed")
+        if any(adapter.saved_modules for adapter in adapters):
+            raise ValueError("adapters: those with modules_to_save can't be composed, as modules have no sum")
+        depths = {adapter.n_layers for adapter in adapters if adapter.n_layers is not None}
+        if len(depths) > 1:
+            raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
+        parts = [one for adapter in adapters for one in adapter.interventions]
+        return cls(summed(parts), n_layers=depths.pop() if depths else None, base=_common_base(adapters))
 
     def select_subspace(self, rows: Sequence[int]) -> Adapter:
         """An adapter that keeps only the given of the r rows of D, U and c, in that order.
@@ -238,9 +292,9 @@ class Adapter(nn.Module):
         Raises:
             ValueError: rows that are empty, named twice, or that an intervention lacks.
         """
-        from .compose import select_subspace
-
-        return select_subspace(self, rows)
+        kept = with_rows(self.interventions, rows)
+        config = self.config and dataclasses.replace(self.config, r=kept[0].rank)
+        return type(self)(kept, config, self.n_layers, self.saved_modules.stored_copy(), self.base)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, groups={[str(g) for g in self.groups]}, trainable={self.trainable}"
@@ -266,6 +320,16 @@ def _check_together(interventions: list[Intervention], n_layers: int | None) -> 
                     f"token: {str(other.positions)!r} and {str(one.positions)!r}"
                 )
         others.append(one)
+
+
+def _common_base(adapters: Sequence[Adapter]) -> BaseModel | None:
+    """The model that the adapters were made for, as far as known; None, with a warning, if several."""
+    known = [adapter.base for adapter in adapters if adapter.base is not None]
+    for base in known[1:]:
+        if not base.matches(known[0]):
+            warnings.warn(f"adapters: were made for {known[0]} and for {base}", stacklevel=3)
+            return None
+    return known[0] if known else None
 
 
 def _check_trainable(method: str) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..config import HEAD_SITE, SITES, check_dropout
-from ..methods import METHODS, activation
+from ..checkpoint import CheckpointError, InterventionRecord
 from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
 from ..pool import Fold
 from ..positions import Positions
+from ..sites import HEAD_SITE, SITES
+from .config import check_dropout
+from .methods import METHODS, activation
 from .orthonormal import orthonormal_rows
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +25,7 @@ class Intervention(nn.Module):
     Args:
         method: a name of `METHODS`.
         layer: number of the decoder layer, from 0.
-        site: where in the layer (see `reft_kernels.config.SITES`).
+        site: where in the layer (see `reft_kernels.sites.SITES`).
         positions: which tokens.
         tensors: the method's parameters by name, [r, d] and [r]; they are not copied.
         act_fn: an activation by transformers' name, or None.
@@ -64,6 +66,43 @@ class Intervention(nn.Module):
                 self.register_buffer(name, tensors[name].detach())
             else:
                 self.register_parameter(name, nn.Parameter(tensors[name].detach(), requires_grad=False))
+
+    @classmethod
+    def from_record(cls, record: InterventionRecord) -> Intervention:
+        """What a file described. Raises CheckpointError that names it where that is no intervention."""
+        try:
+            made = cls(
+                record.method,
+                record.layer,
+                record.site,
+                record.positions,
+                record.tensors,
+                act_fn=record.act_fn,
+                dropout=record.dropout,
+                head=record.head,
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{record.where}: {error}") from error
+        if made.rank != record.rank:
+            raise CheckpointError(
+                f"{record.where}: 'rank' is {record.rank}, its tensors have {made.rank} rows"
+            )
+        return made
+
+    def to_record(self, raw: bool = False) -> InterventionRecord:
+        """What a file holds of it. raw: the parameters as they are, rather than as the fold uses them."""
+        tensors = {name: getattr(self, name) for name in self.names} if raw else self.materialized()
+        return InterventionRecord(
+            method=self.method,
+            layer=self.layer,
+            site=self.site,
+            positions=self.positions,
+            rank=self.rank,
+            tensors=tensors,
+            head=self.head,
+            act_fn=self.act_fn,
+            dropout=self.dropout,
+        )
 
     @property
     def _first(self) -> Tensor:

@@ -3,11 +3,13 @@
 The JSON says what each intervention is; the tensors carry the names `interventions.<index>.<parameter>`,
 in the dtypes they have, so that a round trip keeps every bit. Version 2 adds, where an adapter has them, the
 modules that it trained copies of (`modules_to_save.<path>.<tensor>`), and for training checkpoints the raw
-parameters instead of the orthonormal rows that the fold makes of them ("raw": true).
+parameters instead of the orthonormal rows that the fold makes of them ("raw": true). The key base_model,
+which says what model the adapter is for, may stand in every version: readers that don't know it pass it by.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,11 +23,9 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from ..adapter import Adapter, Heads, Intervention
-from ..config import ReftConfig
-from ..methods import METHODS
 from ..positions import Positions
 from .errors import CheckpointError, read_json, take, warn_if_not_finite
+from .records import AdapterRecord, BaseModel, InterventionRecord
 
 CONFIG, WEIGHTS = "reft_config.json", "reft_model.safetensors"
 
@@ -37,11 +37,11 @@ def _key(index: int, name: str) -> str:
     return f"interventions.{index}.{name}"
 
 
-def _head_key(path: str, name: str) -> str:
+def _module_key(path: str, name: str) -> str:
     return f"modules_to_save.{path}.{name}"
 
 
-def _entry(one: Intervention) -> dict[str, Any]:
+def _entry(one: InterventionRecord) -> dict[str, Any]:
     return {
         "method": one.method,
         "layer": one.layer,
@@ -52,43 +52,42 @@ def _entry(one: Intervention) -> dict[str, Any]:
         "act_fn": one.act_fn,
         "dropout": one.dropout,
         "rank": one.rank,
-        "parameters": list(one.names),
+        "parameters": list(one.tensors),
     }
 
 
 @torch.no_grad()
-def save(adapter: Adapter, path: str | os.PathLike[str], raw: bool = False) -> None:
-    """Writes `adapter` into the folder `path` (made if missing). See `Adapter.save_pretrained`.
-
-    raw: keep a trainable adapter's parameters as the optimizer has them, so that training goes on from them.
-    """
+def write(record: AdapterRecord, path: str | os.PathLike[str]) -> None:
+    """Writes an adapter into the folder `path` (made if missing). See `Adapter.save_pretrained`."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; give a folder to save into")
-    tensors: dict[str, Tensor] = {}
-    for index, one in enumerate(adapter.interventions):
-        raw_parameters = {name: getattr(one, name) for name in one.names}
-        for name, tensor in (raw_parameters if raw else one.materialized()).items():
-            # A copy of its own: safetensors refuses tensors that share memory.
-            tensors[_key(index, name)] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    heads = adapter.heads.tensors()
-    for module, parts in heads.items():
-        for name, tensor in parts.items():
-            kept = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            tensors[_head_key(module, name)] = kept
-    weights = safetensors.save(tensors, metadata={"format": "pt"})
+    tensors = {
+        _key(index, name): tensor
+        for index, one in enumerate(record.interventions)
+        for name, tensor in one.tensors.items()
+    }
+    for module, parts in record.modules.items():
+        tensors |= {_module_key(module, name): tensor for name, tensor in parts.items()}
+    # A copy of each: safetensors refuses tensors that share memory.
+    copies = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+    weights = safetensors.save(copies, metadata={"format": "pt"})
     added: dict[str, Any] = {}
-    if heads:
-        added["modules_to_save"] = {module: list(parts) for module, parts in heads.items()}
-    if raw and adapter.trainable:
+    if record.modules:
+        added["modules_to_save"] = {module: list(parts) for module, parts in record.modules.items()}
+    if record.raw:
         added["raw"] = True
     config = {
         "format_version": FORMAT_VERSION if added else 1,
-        "width": adapter.width,
-        "n_layers": adapter.n_layers,
-        "config": adapter.config and adapter.config.to_dict(),
-        "interventions": [_entry(one) for one in adapter.interventions],
+        "width": record.width,
+        "n_layers": record.n_layers,
+        "config": record.config,
+        "interventions": [_entry(one) for one in record.interventions],
         **added,
+        **({} if record.base is None else {"base_model": dataclasses.asdict(record.base)}),
         # Tells weights of another save apart, should a process die between the two renames.
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -124,45 +123,52 @@ def _replace(folder: Path, contents: dict[str, bytes]) -> None:
             file.unlink(missing_ok=True)
 
 
-def load(folder: Path, keep_raw: bool = False) -> Adapter:
-    """Reads the adapter that `save` wrote. Raises CheckpointError.
-
-    keep_raw: give a training checkpoint back trainable, with its raw parameters.
-    """
+def read(folder: Path) -> AdapterRecord:
+    """Reads what `write` wrote. Raises CheckpointError."""
     file, weights = folder / CONFIG, folder / WEIGHTS
-    found = read_json(file)
-    version = take(str(file), found, "format_version", int)
+    where, found = str(file), read_json(file)
+    version = take(where, found, "format_version", int)
     if not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
             f"{file}: has format version {version}, this reft_kernels reads 1 to {FORMAT_VERSION}; "
             "a newer reft_kernels may have written it"
         )
-    entries = take(str(file), found, "interventions", list)
+    entries = take(where, found, "interventions", list)
     tensors = _read_tensors(weights, found.get("weights_sha256"))
-    made = [
+    read_ones = tuple(
         _intervention(f"{file}: interventions[{i}]", weights, i, e, tensors) for i, e in enumerate(entries)
-    ]
-    stored = _stored_heads(str(file), weights, found, tensors)
+    )
+    modules = _stored_modules(where, weights, found, tensors)
     if tensors:
         raise CheckpointError(
             f"{weights}: has tensors that {CONFIG} does not name: {', '.join(sorted(tensors))}"
         )
-    width = take(str(file), found, "width", int)
-    try:
-        config, depth = _config(found), take(str(file), found, "n_layers", int, type(None))
-        names = (config and config.modules_to_save) or tuple(stored)
-        adapter = Adapter(made, config, depth, Heads(names, stored))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    if adapter.width != width:
-        raise CheckpointError(f"{file}: 'width' is {width}, the tensors of {WEIGHTS} have {adapter.width}")
-    if found.get("raw") is True:
-        adapter.take_as_raw()
-        adapter.trainable = keep_raw
-    return adapter
+    return AdapterRecord(
+        interventions=read_ones,
+        width=take(where, found, "width", int),
+        n_layers=take(where, found, "n_layers", int, type(None)),
+        config=take(where, {"config": None, **found}, "config", dict, type(None)),
+        modules=modules,
+        raw=found.get("raw") is True,
+        base=_base(where, found),
+        where=where,
+    )
 
 
-def _stored_heads(
+def _base(where: str, found: dict[str, Any]) -> BaseModel | None:
+    entry = take(where, {"base_model": None, **found}, "base_model", dict, type(None))
+    if entry is None:
+        return None
+    where = f"{where}: base_model"
+    return BaseModel(
+        model_type=take(where, entry, "model_type", str),
+        fingerprint=take(where, entry, "fingerprint", str),
+        name=take(where, entry, "name", str, type(None)),
+        revision=take(where, entry, "revision", str, type(None)),
+    )
+
+
+def _stored_modules(
     where: str, weights: Path, found: dict[str, Any], tensors: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of modules_to_save by module; takes them out of `tensors`."""
@@ -174,7 +180,7 @@ def _stored_heads(
             raise CheckpointError(f"{where}: 'modules_to_save' must list the tensors of {module!r}")
         stored[module] = {}
         for name in names:
-            key = _head_key(module, str(name))
+            key = _module_key(module, str(name))
             if key not in tensors:
                 raise CheckpointError(f"{weights}: the tensor {key!r} is missing")
             stored[module][str(name)] = tensors.pop(key)
@@ -201,40 +207,35 @@ def _read_tensors(weights: Path, digest: object) -> dict[str, Tensor]:
 
 def _intervention(
     where: str, weights: Path, index: int, entry: Any, tensors: dict[str, Tensor]
-) -> Intervention:
+) -> InterventionRecord:
     """One entry; takes its tensors out of `tensors`."""
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where}: must be an object, was {entry!r}")
-    method = take(where, entry, "method", str)
-    if method not in METHODS:
-        raise CheckpointError(f"{where}: 'method' must be one of {', '.join(METHODS)}; was {method!r}")
     mine: dict[str, Tensor] = {}
     for name in take(where, entry, "parameters", list):
         if not isinstance(name, str) or _key(index, name) not in tensors:
             raise CheckpointError(f"{weights}: the tensor {_key(index, str(name))!r} is missing")
         mine[name] = tensors.pop(_key(index, name))
-    arguments = {
-        "act_fn": take(where, entry, "act_fn", str, type(None)),
-        "dropout": take(where, entry, "dropout", float, int),
-        "head": take(where, entry, "head", int, type(None)),
-    }
-    layer, site = take(where, entry, "layer", int), take(where, entry, "site", str)
+    left = [key for key in sorted(tensors) if key.startswith(_key(index, ""))]
+    if left:
+        names = ", ".join(key.removeprefix(_key(index, "")) for key in left)
+        raise CheckpointError(
+            f"{where}: 'parameters' must name all of its tensors in {WEIGHTS}; missing: {names}"
+        )
     spec, last = take(where, entry, "positions", str, list), take(where, entry, "last_position", str)
-    rank = take(where, entry, "rank", int)
     try:
-        made = Intervention(method, layer, site, Positions.parse(spec, last), mine, **arguments)
+        positions = Positions.parse(spec, last)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    if made.rank != rank:
-        raise CheckpointError(f"{where}: 'rank' is {rank}, its tensors in {WEIGHTS} have {made.rank} rows")
-    return made
-
-
-def _config(found: dict[str, Any]) -> ReftConfig | None:
-    fields = found.get("config")
-    if fields is None:
-        return None
-    try:
-        return ReftConfig(**fields)
-    except TypeError as error:  # no mapping, or fields that a config does not have
-        raise ValueError(f"'config': {error}") from error
+    return InterventionRecord(
+        method=take(where, entry, "method", str),
+        layer=take(where, entry, "layer", int),
+        site=take(where, entry, "site", str),
+        positions=positions,
+        rank=take(where, entry, "rank", int),
+        tensors=mine,
+        head=take(where, entry, "head", int, type(None)),
+        act_fn=take(where, entry, "act_fn", str, type(None)),
+        dropout=take(where, entry, "dropout", float, int),
+        where=where,
+    )

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Intervention
-from ..config import HEAD_SITE, SITES, ReftConfig
-from ..methods import METHODS
 from ..positions import LastPosition, Positions
+from ..sites import HEAD_SITE, SITES
 from .errors import CheckpointError, read_json, take, warn_if_not_finite
+from .records import AdapterRecord, InterventionRecord
 
 _SITES = tuple(site for site in SITES if site != HEAD_SITE)
 
@@ -40,7 +39,11 @@ _IGNORED = {"embed_dim", "interchange_dim"}
 
 
 def _transposed(name: str) -> Callable[[dict[str, Tensor]], Tensor]:
-    return lambda state: state.pop(name).T
+    def take_out(state: dict[str, Tensor]) -> Tensor:
+        tensor = state.pop(name)
+        return tensor.T if tensor.dim() == 2 else tensor
+
+    return take_out
 
 
 def _plain(name: str) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -73,31 +76,44 @@ def _rotation(state: dict[str, Tensor]) -> Tensor:
 
 
 class _Class(NamedTuple):
-    """How a class of pyreft's is stored: our parameter → how to take it out of the state dict."""
+    """How a class of pyreft's is stored: our parameter → how to take it out of the state dict.
+
+    The first of the parameters is [r, d]. takes_act_fn: whether the class's forward uses its act_fn.
+    """
 
     method: str
     parameters: dict[str, Callable[[dict[str, Tensor]], Tensor]]
     optional: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {}
     unused: frozenset[str] = frozenset()
+    takes_act_fn: bool = False
 
 
 _W1 = {"W1": _plain("learned_source.weight"), "b1": _plain("learned_source.bias")}
 _CLASSES = {
     "LoreftIntervention": _Class(
-        "loreft", {"R": _transposed("rotate_layer"), "W": _plain("weight"), "b": _plain("bias")}
+        "loreft",
+        {"R": _transposed("rotate_layer"), "W": _plain("weight"), "b": _plain("bias")},
+        takes_act_fn=True,
     ),
     "NoreftIntervention": _Class(
-        "noreft", {**_W1, "W2": _plain("proj_layer.weight")}, {"b2": _plain("proj_layer.bias")}
+        "noreft",
+        {**_W1, "W2": _plain("proj_layer.weight")},
+        {"b2": _plain("proj_layer.bias")},
+        takes_act_fn=True,
     ),
     "ConsreftIntervention": _Class("consreft", {"R": _rotation, "b": _plain("learned_source")}),
     "LobireftIntervention": _Class("lobireft", {"R": _rotation, "b": _plain("learned_source")}),
     "DireftIntervention": _Class(
         "direft",
         {"R": _rotation, "W": _plain("learned_source.weight"), "b": _plain("learned_source.bias")},
+        takes_act_fn=True,
     ),
     # Its projection has a bias where add_bias was set, which its forward never uses.
     "NodireftIntervention": _Class(
-        "nodireft", {**_W1, "W2": _plain("proj_layer.weight")}, unused=frozenset({"proj_layer.bias"})
+        "nodireft",
+        {**_W1, "W2": _plain("proj_layer.weight")},
+        unused=frozenset({"proj_layer.bias"}),
+        takes_act_fn=True,
     ),
 }
 
@@ -111,14 +127,14 @@ class _Place(NamedTuple):
     kind: _Class
 
 
-def load(
+def read(
     folder: Path,
     *,
     positions: str | Sequence[int] | Positions | None,
     act_fn: str | None = None,
     dropout: float | None = None,
     last_position: LastPosition | None = None,
-) -> Adapter:
+) -> AdapterRecord:
     """Reads a folder of pyreft's.
 
     Args:
@@ -140,51 +156,52 @@ def load(
         )
     parsed = Positions.parse(positions, last_position)
     parts = _parts(folder, places, parsed)
+    if act_fn not in (None, "linear") and not any(place.kind.takes_act_fn for place in places):
+        raise CheckpointError(f"act_fn: {places[0].kind.method} takes none, was {act_fn!r}")
     seen: Counter[tuple[str, int]] = Counter()
-    made = []
+    found = []
     for place in places:
         file = folder / f"intkey_{place.key}.bin"
         tensors = _tensors(file, place.kind)
-        spec = METHODS[place.kind.method]
         part = parts[seen[place.site, place.layer]]
         seen[place.site, place.layer] += 1
-        try:
-            made.append(
-                Intervention(
-                    place.kind.method,
-                    place.layer,
-                    place.site,
-                    part,
-                    tensors,
-                    act_fn=act_fn if spec.takes_activation else None,
-                    dropout=dropout or 0.0,
-                )
+        found.append(
+            InterventionRecord(
+                method=place.kind.method,
+                layer=place.layer,
+                site=place.site,
+                positions=part,
+                rank=next(iter(tensors.values())).shape[0],
+                tensors=tensors,
+                act_fn=act_fn if place.kind.takes_act_fn else None,
+                dropout=dropout or 0.0,
+                where=str(file),
             )
-        except ValueError as error:
-            raise CheckpointError(f"{file}: {error}") from error
-    if act_fn not in (None, "linear") and not any(METHODS[p.kind.method].takes_activation for p in places):
-        raise CheckpointError(f"act_fn: {places[0].kind.method} takes none, was {act_fn!r}")
-    try:
-        return Adapter(made, _config(made, parsed, tied=len(parts) == 1))
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-
-
-def _config(made: list[Intervention], positions: Positions, tied: bool) -> ReftConfig | None:
-    """The config that describes all interventions, where one does."""
-    if len({(one.method, one.rank, one.site) for one in made}) > 1:
-        return None
-    one = made[0]
-    return ReftConfig(
-        method=one.method,
-        r=one.rank,
-        layers=list(dict.fromkeys(one.layer for one in made)),
-        site=one.site,
-        positions=positions,
-        share_weights=tied and len(positions.untied()) > 1,
-        act_fn=one.act_fn,
-        dropout=one.dropout,
+        )
+    return AdapterRecord(
+        interventions=tuple(found),
+        width=next(iter(found[0].tensors.values())).shape[1],
+        config=_config(found, parsed, tied=len(parts) == 1),
+        where=str(folder),
     )
+
+
+def _config(found: list[InterventionRecord], positions: Positions, tied: bool) -> dict[str, Any] | None:
+    """The fields of the ReftConfig that describes all interventions, where one does."""
+    if len({(one.method, one.rank, one.site) for one in found}) > 1:
+        return None
+    one = found[0]
+    return {
+        "method": one.method,
+        "r": one.rank,
+        "layers": list(dict.fromkeys(one.layer for one in found)),
+        "site": one.site,
+        "positions": positions.to_json(),
+        "last_position": positions.last_position,
+        "share_weights": tied and len(positions.untied()) > 1,
+        "act_fn": one.act_fn,
+        "dropout": one.dropout,
+    }
 
 
 def _places(folder: Path) -> list[_Place]:
@@ -294,6 +311,9 @@ def _tensors(file: Path, kind: _Class) -> dict[str, Tensor]:
     extra = sorted(set(state) - _IGNORED - kind.unused)
     if extra:
         raise CheckpointError(f"{file}: has keys that {kind.method} does not know: {', '.join(extra)}")
+    first = next(iter(kind.parameters))
+    if tensors[first].dim() != 2:
+        raise CheckpointError(f"{file}: {first}: must be [r, d], was {list(tensors[first].shape)}")
     return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..sites import HEAD_SITE, SITES
+
 
 class NotPatchable(ValueError):
     """The model has no decoder layers that could be found, or is patched already."""
@@ -69,14 +71,6 @@ _MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "output")
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _ATTENTION_OUT = ("o_proj", "c_proj", "dense", "out_proj", "wo")
 
-SITES = (
-    "block_output",
-    "block_input",
-    "mlp_output",
-    "attention_output",
-    "head_attention_value_output",
-)
-
 
 def _part(module: nn.Module, names: tuple[str, ...], site: str) -> nn.Module:
     for name in names:
@@ -102,7 +96,7 @@ def site_module(block: nn.Module, site: str) -> nn.Module:
     attention = _part(block, _ATTENTION, site)
     if site == "attention_output":
         return attention
-    if site == "head_attention_value_output":
+    if site == HEAD_SITE:
         return _part(attention, _ATTENTION_OUT, site)
     raise ValueError(f"site: unknown site {site!r}; allowed are {', '.join(map(repr, SITES))}")
 
@@ -115,7 +109,7 @@ def head_width(model: nn.Module) -> int:
 
 def edits_input(site: str) -> bool:
     """Whether the site is the input of its module."""
-    return site in ("block_input", "head_attention_value_output")
+    return site in ("block_input", HEAD_SITE)
 
 
 def _floating(tensors: Iterator[torch.Tensor]) -> torch.Tensor | None:

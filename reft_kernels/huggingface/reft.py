@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ..adapter import Adapter, ReftConfig
 from ..batch import BASE, AdapterStore, Place, SiteKey
 from ..batch.tables import keys_of
-from ..config import ReftConfig
 from ..positions import LastPosition, Positions
+from .base_model import meet_base
 from .blocks import Blocks, head_width, place_of, site_module, text_config
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
 from .checkpointing import forget_plans
@@ -24,7 +24,7 @@ from .freezing import Freeze
 from .fused_norm import next_norms
 from .reading import CallReader
 from .runtime import Runtime
-from .saved_modules import Heads
+from .saved_modules import SavedModuleStandIns
 from .sites import Sites
 from .standin import StandIn
 
@@ -56,7 +56,7 @@ class Reft(nn.Module):
         self._runtime = Runtime(model, blocks, AdapterStore(capacity, pool_dtype))
         self._sites = Sites(self._runtime)
         self._reader = CallReader(self._runtime, self._sites)
-        self._heads = Heads(self._runtime)
+        self._copied = SavedModuleStandIns(self._runtime)
         self._freeze = Freeze()
         self._calls: list[StandIn] = []
         self.register_load_state_dict_post_hook(_forget_missing)
@@ -105,6 +105,8 @@ class Reft(nn.Module):
         Raises:
             ValueError: the name is taken, the file is bad (`CheckpointError`), or the adapter is for another
                 width or depth. PoolFull: a fixed capacity is exceeded. Adapters that were there stay.
+
+        Warns if the file says that the adapter was made for a model of another type or shape.
         """
         self._check_name(name)
         adapter = Adapter.from_pretrained(
@@ -154,13 +156,14 @@ class Reft(nn.Module):
             heads = text_config(self.model).num_attention_heads
             if intervention.head is not None and intervention.head >= heads:
                 raise ValueError(f"adapter: edits head {intervention.head}; the model has {heads} heads")
-        adapter.heads.check(self.model)
+        adapter.saved_modules.check(self.model)
         if any(adapter is other for other in self._store.adapters.values()):
             raise ValueError("adapter: is loaded under another name already; copy it (copy.deepcopy) first")
 
     def _install(self, name: str, adapter: Adapter) -> None:
         self._check_fit(adapter)
         _warn_of_bad_values(name, adapter)
+        meet_base(name, adapter, self.model)
         with self._runtime.lock:
             place = self._place_of(next(iter(keys_of(adapter))))
             wanted = self._store.pool_dtype
@@ -169,10 +172,10 @@ class Reft(nn.Module):
                     f"pool_dtype: must be the model's ({place.dtype}) or torch.float32, was {wanted}"
                 )
             adapter.to(place.device)
-            adapter.heads.meet(self.model, adapter.trainable)
+            adapter.saved_modules.meet(self.model, adapter.trainable)
             self._store.add(name, adapter, self._place_of)
             self._modules_of[_module_key(name, self._modules_of)] = adapter
-            if self._sites.add(keys_of(adapter)) | self._heads.add(adapter.heads.modules_by_path):
+            if self._sites.add(keys_of(adapter)) | self._copied.add(adapter.saved_modules.modules_by_path):
                 self._runtime.forget_compiled()
             if len(self._store.adapters) == 1:
                 self._runtime.active = name
@@ -195,7 +198,7 @@ class Reft(nn.Module):
                 self._runtime.active = None
             others = self._store.adapters.values()
             self._sites.keep({key for other in others for key in keys_of(other)})
-            self._heads.keep({path for other in others for path in other.heads.modules_by_path})
+            self._copied.keep({path for other in others for path in other.saved_modules.modules_by_path})
 
     def set_adapter(self, name: str | None) -> None:
         """Makes `name` the adapter of calls that name none; None for the bare model."""

@@ -9,22 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapter.heads import by_rows
+from ..adapter.saved_modules import by_rows
 from ..batch import Selection
 from .runtime import Runtime
 from .standin import StandIn
 
 
 class Share(NamedTuple):
-    """Who runs a module for which rows of the batch. head: None for the model's own."""
+    """Whose copy of a module runs for which rows of the batch. module: None for the model's own."""
 
-    head: nn.Module | None
+    module: nn.Module | None
     rows: Tensor
 
 
 def share_modules(selection: Selection, repeat: int) -> dict[str, list[Share]]:
     """Path of a module → its shares, for the modules of which an adapter of the batch has a copy."""
-    copies = {name: adapter.heads.modules_by_path for name, adapter in selection.owners.items()}
+    copies = {name: adapter.saved_modules.modules_by_path for name, adapter in selection.owners.items()}
     paths = dict.fromkeys(path for modules in copies.values() for path in modules)
     shares: dict[str, list[Share]] = {}
     for path in paths:
@@ -39,7 +39,7 @@ def share_modules(selection: Selection, repeat: int) -> dict[str, list[Share]]:
     return shares
 
 
-class HeadForward(StandIn):
+class SavedModuleForward(StandIn):
     """Stands for the `forward` of the model's module at `path`: each row goes through its adapter's copy."""
 
     def __init__(self, module: nn.Module, path: str, runtime: Runtime) -> None:
@@ -61,24 +61,25 @@ class HeadForward(StandIn):
                 f"modules_to_save: {self.path!r} got {x.shape[0]} rows, but the batch has {batch}"
             )
         return by_rows(
-            [self.original if share.head is None else share.head for share in shares],
+            [self.original if share.module is None else share.module for share in shares],
             [share.rows.to(x.device) for share in shares],
             x,
         )
 
 
-class Heads:
+class SavedModuleStandIns:
     """Puts stand-ins on the modules of which adapters have copies, and takes them off."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._stand_ins: dict[str, HeadForward] = {}
+        self._stand_ins: dict[str, SavedModuleForward] = {}
 
     def add(self, paths: Iterable[str]) -> bool:
         """Attaches what is not there yet; returns whether there was any such."""
         new = [path for path in paths if path not in self._stand_ins]
         for path in new:
-            self._stand_ins[path] = HeadForward(self.runtime.model.get_submodule(path), path, self.runtime)
+            module = self.runtime.model.get_submodule(path)
+            self._stand_ins[path] = SavedModuleForward(module, path, self.runtime)
             self._stand_ins[path].attach()
         return bool(new)
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..checkpoint import CheckpointError, native
 from ..huggingface import Reft
+from ..huggingface.base_model import base_model, warn_of_another
 
 
 def reft_of(model: nn.Module) -> Reft:
@@ -37,7 +38,7 @@ def save(reft: Reft, path: str | os.PathLike[str]) -> None:
     """Writes every trainable adapter, raw, so that training goes on from it to the bit."""
     adapters = trainable_adapters(reft)
     for name, folder in folders_of(list(adapters), path).items():
-        native.save(adapters[name], folder, raw=True)
+        native.write(adapters[name].to_record(raw=True), folder)
 
 
 def holds_adapters(path: str | os.PathLike[str]) -> bool:
@@ -50,6 +51,7 @@ def restore(reft: Reft, path: str | os.PathLike[str]) -> None:
     """Copies the parameters in a checkpoint into the trainable adapters, in place.
 
     Raises CheckpointError before anything is changed: an adapter that is missing there, or another one.
+    Warns of one that was trained on a model of another type or shape.
     """
     adapters = trainable_adapters(reft)
     found: list[tuple[Adapter, Adapter]] = []
@@ -58,15 +60,17 @@ def restore(reft: Reft, path: str | os.PathLike[str]) -> None:
             raise CheckpointError(
                 f"{folder}: holds no adapter; the model trains {', '.join(map(repr, adapters))}"
             )
-        stored = native.load(folder, keep_raw=True)
+        stored = Adapter.from_record(native.read(folder), keep_raw=True)
         _check_same(str(folder), name, adapters[name], stored)
         found.append((adapters[name], stored))
+    base = base_model(reft.model)
     for adapter, stored in found:
+        warn_of_another(os.fspath(path), stored.base, base, stacklevel=3)
         for mine, theirs in zip(adapter.interventions, stored.interventions):
             for parameter in mine.names:
                 getattr(mine, parameter).copy_(getattr(theirs, parameter))
-        tensors = stored.heads.tensors()
-        for path_of, module in adapter.heads.modules_by_path.items():
+        tensors = stored.saved_modules.tensors()
+        for path_of, module in adapter.saved_modules.modules_by_path.items():
             module.load_state_dict(tensors[path_of])
 
 
@@ -86,9 +90,9 @@ def _check_same(where: str, name: str, adapter: Adapter, stored: Adapter) -> Non
                     f"{where}: intervention {index} has {field} {getattr(b, field)!s}; that of adapter "
                     f"{name!r} has {getattr(a, field)!s}. It was saved with another config"
                 )
-    if set(adapter.heads.tensors()) != set(stored.heads.tensors()):
+    if set(adapter.saved_modules.tensors()) != set(stored.saved_modules.tensors()):
         raise CheckpointError(f"{where}: has other modules_to_save than adapter {name!r}")
-    for path, tensors in adapter.heads.tensors().items():
-        there = stored.heads.tensors()[path]
+    for path, tensors in adapter.saved_modules.tensors().items():
+        there = stored.saved_modules.tensors()[path]
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in there.items()}:
             raise CheckpointError(f"{where}: modules_to_save: {path!r} has other shapes than the model's")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from reft_kernels.adapter import Adapter, Intervention
+from reft_kernels.adapter.config import ReftConfig
 from reft_kernels.adapter.orthonormal import orthonormal_rows, orthonormality_error
-from reft_kernels.config import ReftConfig
 from reft_kernels.ops.reference import activate
 from reft_kernels.ops.schema import NO_PRODUCT
 from reft_kernels.positions import Positions

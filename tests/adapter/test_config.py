@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reft_kernels.config import ReftConfig
+from reft_kernels.adapter.config import ReftConfig
 from reft_kernels.positions import Positions
 
 

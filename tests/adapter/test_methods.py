@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.adapter import Intervention
-from reft_kernels.methods import ACTIVATIONS, METHODS, activation
+from reft_kernels.adapter.methods import ACTIVATIONS, METHODS, activation
 from reft_kernels.ops.reference import activate
 from reft_kernels.ops.schema import NO_PRODUCT, Act
 from reft_kernels.pool import Fold

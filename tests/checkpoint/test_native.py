@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from reft_kernels.adapter import Adapter, Intervention
-from reft_kernels.checkpoint import CheckpointError, load, native
-from reft_kernels.config import ReftConfig
-from reft_kernels.methods import METHODS
+from reft_kernels.adapter.config import ReftConfig
+from reft_kernels.adapter.methods import METHODS
+from reft_kernels.checkpoint import CheckpointError, native
 from reft_kernels.ops.schema import NO_PRODUCT, Act
 from reft_kernels.positions import Positions
 
 D = 8
+load = Adapter.from_pretrained
 
 
 def fresh(seed: int = 0, **fields) -> Adapter:
@@ -167,6 +168,9 @@ def first(change):
         (lambda c: c.update(n_layers="4"), ("n_layers", "'4'")),
         (lambda c: c.update(config=[1]), ("config",)),
         (lambda c: c["config"].update(rank=4), ("config", "rank")),
+        (lambda c: c.update(base_model="llama"), ("'base_model' must be an object", "'llama'")),
+        (lambda c: c.update(base_model={"model_type": "llama"}), ("base_model", "'fingerprint' is missing")),
+        (lambda c: c.update(base_model={"model_type": 3}), ("base_model", "'model_type' must be text", "3")),
         (lambda c: c["config"].update(r=0), ("r:", "0")),
         (first(lambda e: e.update(method="lora")), ("interventions[0]", "lora", "loreft")),
         (first(lambda e: e.pop("layer")), ("interventions[0]", "layer", "missing")),

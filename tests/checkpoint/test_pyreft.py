@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft_kernels.adapter import Adapter
-from reft_kernels.checkpoint import CheckpointError, convert, load
-from reft_kernels.config import ReftConfig
+from reft_kernels.adapter import Adapter, convert
+from reft_kernels.adapter.config import ReftConfig
+from reft_kernels.adapter.methods import METHODS
+from reft_kernels.checkpoint import CheckpointError
+from reft_kernels.checkpoint.pyreft import _CLASSES
 from reft_kernels.ops.reference import activate
 from reft_kernels.ops.schema import NO_PRODUCT
 from reft_kernels.positions import Positions
@@ -25,6 +27,7 @@ pyreft = pytest.importorskip(
 pytestmark = pytest.mark.models
 
 D, R, LAYERS = 32, 4, 4
+load = Adapter.from_pretrained
 CLASSES = ("Loreft", "Noreft", "Consreft", "Lobireft", "Direft", "Nodireft")
 WITH_ACT = ("Loreft", "Noreft", "Direft", "Nodireft")
 
@@ -98,6 +101,14 @@ def test_each_class_is_read_to_its_function(model, tmp_path, cls: str, act_fn, a
     assert (one.method, one.layer, one.site) == (cls.lower(), 2, "block_output")
     assert (one.rank, one.width, one.act_fn) == (R, D, act_fn)
     same_function(adapter, 0, theirs)
+
+
+def test_the_table_of_classes_agrees_with_the_methods() -> None:
+    for one in _CLASSES.values():
+        method = METHODS[one.method]
+        assert one.takes_act_fn == method.takes_activation
+        assert {*one.parameters, *one.optional} == set(method.shapes)
+        assert method.shapes[next(iter(one.parameters))] == "rd"
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -357,6 +368,8 @@ def test_truncated_files_are_refused(folder: Path, keep: float) -> None:
         (lambda s: s.update(weight=torch.zeros(R, D - 1)), ("W:", f"[{R}, {D - 1}]")),
         (lambda s: s.update(weight=torch.zeros(R, D).long()), ("W:", "int64")),
         (lambda s: s.update(weight=[1.0]), ("dict of tensors",)),
+        (lambda s: s.update(rotate_layer=torch.zeros(R)), ("R: must be [r, d], was [4]",)),
+        (lambda s: s.update(rotate_layer=torch.tensor(1.0)), ("R: must be [r, d], was []",)),
     ],
 )
 def test_wrong_tensors_are_named(folder: Path, change, words: tuple[str, ...]) -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from ..positions import LastPosition, Positions
+from ..sites import HEAD_SITE, SITES
 from .methods import METHODS, activation
-from .positions import LastPosition, Positions
-
-#: Where in a decoder layer an intervention may sit (pyvene's component names).
-SITES = ("block_output", "block_input", "mlp_output", "attention_output", "head_attention_value_output")
-
-#: The site whose hidden state is one head's slice of the attention's value output.
-HEAD_SITE = "head_attention_value_output"
 
 
 def _integers(name: str, value: Any, what: str) -> tuple[int, ...]:
@@ -31,10 +26,10 @@ class ReftConfig:
     """Shape and place of an adapter.
 
     Attributes:
-        method: "loreft", "direft", … (see `reft_kernels.methods.METHODS`).
+        method: "loreft", "direft", … (see `reft_kernels.adapter.methods.METHODS`).
         r: rank, at least 1; the width of the hidden state bounds it.
         layers: "all", or distinct layer numbers; negative ones count from the last layer.
-        site: where in the layer, one of `SITES`.
+        site: where in the layer, one of `reft_kernels.sites.SITES`.
         positions: which tokens: "f3+l3", "f5", "l1", "all", "prompt", "generated" or a list of indices
             into the prompt.
         share_weights: whether the f and the l positions of "f3+l3" share parameters. False gives each a
@@ -118,8 +113,16 @@ class ReftConfig:
         parsed = Positions.parse(self.positions, self.last_position)
         return (parsed,) if self.share_weights else parsed.untied()
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ReftConfig:
+        """What `to_dict` gave. Raises ValueError, also for fields that a config does not have."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"'config': {error}") from error
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them; `ReftConfig(**d)` is equal again."""
+        """The fields as JSON knows them; `from_dict` makes an equal config of them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Stored = dict[str, dict[str, Tensor]]
 
 
-class Heads(nn.Module):
+class SavedModules(nn.Module):
     """An adapter's own copies of some of its model's modules, such as a classification head.
 
     An adapter that was read from a file has their tensors (`stored`); it gets modules for them once it meets
@@ -43,6 +43,14 @@ class Heads(nn.Module):
         if not self._paths:
             return self.stored
         return {path: dict(module.state_dict()) for path, module in self.modules_by_path.items()}
+
+    def stored_copy(self) -> SavedModules:
+        """The same tensors, copied, for an adapter that has yet to meet a model."""
+        copies = {
+            path: {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            for path, tensors in self.tensors().items()
+        }
+        return SavedModules(self.names, copies)
 
     def check(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's modules that are meant, by path.
@@ -97,14 +105,15 @@ def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "no tensors"
 
 
-def by_rows(heads: Sequence[Callable[[Tensor], Tensor]], rows: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Each head on its rows of x [B, ...]; together they are all rows. Returns [B, ...] in x's order.
+def by_rows(modules: Sequence[Callable[[Tensor], Tensor]], rows: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Each module on its rows of x [B, ...]; together they are all rows. Returns [B, ...] in x's order.
 
-    A head runs in its own dtype (training keeps float32 under a half-precision model); the results have the
-    widest of what the heads gave.
+    A module runs in its own dtype (training keeps float32 under a half-precision model); the results have the
+    widest of what the modules gave.
     """
     outputs = [
-        _run(head, x if len(heads) == 1 else x.index_select(0, index)) for head, index in zip(heads, rows)
+        _run(module, x if len(modules) == 1 else x.index_select(0, index))
+        for module, index in zip(modules, rows)
     ]
     if len(outputs) == 1:
         return outputs[0]
@@ -115,8 +124,8 @@ def by_rows(heads: Sequence[Callable[[Tensor], Tensor]], rows: Sequence[Tensor],
     return torch.cat([output.to(dtype) for output in outputs]).index_select(0, order)
 
 
-def _run(head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    parameter = next(head.parameters(), None) if isinstance(head, nn.Module) else None
+def _run(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    parameter = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     if parameter is None or parameter.dtype is x.dtype or torch.is_autocast_enabled(x.device.type):
-        return head(x)
-    return head(x.to(parameter.dtype)).to(x.dtype)
+        return module(x)
+    return module(x.to(parameter.dtype)).to(x.dtype)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops.schema import NO_PRODUCT, Act
-from .pool import Fold
+from ..ops.schema import NO_PRODUCT, Act
+from ..pool import Fold
 
 #: Names of activations (transformers' ACT2FN) → codes of the kernels.
 ACTIVATIONS: dict[str, Act] = {

@@ -1,4 +1,4 @@
-"""modules_to_save: heads that an adapter trains a copy of, with encoders and decoders."""
+"""modules_to_save: modules (heads, mostly) that an adapter trains a copy of, with encoders and decoders."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_trains_saves_restores_and_leaves_the_models_own_head(family, tmp_path):
     assert not torch.allclose(got, logits(bare, batch), atol=1e-3)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith("reft.") for name in trainable)
-    assert any("heads" in name for name in trainable)
+    assert any("saved_modules" in name for name in trainable)
     assert list(model.state_dict()) == list(bare.state_dict())
     model.reft.save_pretrained(tmp_path / "a", "a")
 
@@ -82,9 +82,9 @@ def test_trains_saves_restores_and_leaves_the_models_own_head(family, tmp_path):
     rk.patch(again).load_adapter(tmp_path / "a", "again")
     torch.testing.assert_close(logits(again, batch), got, atol=1e-6, rtol=1e-5)
     loaded = rk.Adapter.from_pretrained(tmp_path / "a")
-    for path, tensors in model.reft.adapters["a"].heads.tensors().items():
+    for path, tensors in model.reft.adapters["a"].saved_modules.tensors().items():
         for name, tensor in tensors.items():
-            assert torch.equal(loaded.heads.tensors()[path][name], tensor)
+            assert torch.equal(loaded.saved_modules.tensors()[path][name], tensor)
     loaded.save_pretrained(tmp_path / "b")
     assert (tmp_path / "a/reft_config.json").read_bytes() == (tmp_path / "b/reft_config.json").read_bytes()
 
@@ -116,7 +116,7 @@ def test_a_batch_of_several_heads(family):
         for parameter in adapter.parameters():
             if name != "b":
                 assert parameter.grad is None
-    assert all(p.grad is not None for p in reft.adapters["b"].heads.parameters())
+    assert all(p.grad is not None for p in reft.adapters["b"].saved_modules.parameters())
 
 
 def test_deepcopy_and_delete():
@@ -124,7 +124,7 @@ def test_deepcopy_and_delete():
     want = logits(model, batch)
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in model.reft.adapters["a"].heads.parameters():
+        for parameter in model.reft.adapters["a"].saved_modules.parameters():
             parameter.zero_()
     assert torch.equal(logits(twin, batch), want)
     assert not torch.equal(logits(model, batch), want)
@@ -140,7 +140,7 @@ def test_a_language_models_head_stays_through_decode_steps():
     model.generation_config.eos_token_id = None
     reft = rk.patch(model)
     adapter = reft.add_adapter("a", rk.ReftConfig(**CONFIG, modules_to_save=["lm_head"]))
-    head = adapter.heads.modules_by_path["lm_head"]
+    head = adapter.saved_modules.modules_by_path["lm_head"]
     with torch.no_grad():
         head.weight.zero_()
         head.weight[7] = 1.0
@@ -158,7 +158,7 @@ def test_a_half_precision_model_keeps_the_head_in_float32():
     model, batch = trained("bert")
     exact = logits(model, batch)
     model.to(torch.bfloat16)
-    assert next(model.reft.adapters["a"].heads.parameters()).dtype is torch.float32
+    assert next(model.reft.adapters["a"].saved_modules.parameters()).dtype is torch.float32
     assert (logits(model, batch).float() - exact).norm() < 0.1 * exact.norm()
 
 
