@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .planner import Planner
 from .recompute import keep_plans
+from .slips import LENGTHS, NAMES, Keywords
 from .standin import StandIn
 from .state import GenerateScope, Pending, cache_length
 from .tables import BatchPlan
 
-#: Keyword arguments of ours that the wrappers take out of a call.
-NAMES = ("reft_adapter_names", "adapter_names")
-LENGTHS = "prompt_lengths"
+#: What the model's forward takes beside its own arguments.
+_OURS = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    for name, annotation in (
+        *((name, Sequence[str] | None) for name in NAMES),
+        (LENGTHS, Sequence[int] | Tensor | None),
+    )
+]
 
 
 def take_names(kwargs: dict[str, Any]) -> Any:
@@ -35,6 +43,7 @@ class _Call(StandIn):
         super().__init__(module, name)
         self.planner, self.state = planner, planner.state
         self.names = self.parameters()
+        self.keywords = Keywords(name, self.names)
 
     @torch.compiler.disable
     def _plan(self, args: tuple, kwargs: dict[str, Any]) -> BatchPlan | None:
@@ -42,13 +51,19 @@ class _Call(StandIn):
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
         call = {**dict(zip(self.names, args)), **kwargs} if args else kwargs
         scope = self.state.scope
-        if scope is not None and names is None:
+        if scope is None:
+            self.keywords.check(kwargs)
+        elif names is None:
             pending, scope.pending = scope.pending, None
             if pending is not None and pending.cache is call.get("past_key_values"):
                 return pending.plan
-        if torch.is_grad_enabled():
-            keep_plans(self.planner.blocks, self.state)
-        return self.planner.forward(call, names, lengths)
+        if not torch.is_grad_enabled():
+            return self.planner.forward(call, names, lengths)
+        keep_plans(self.planner.blocks, self.state)
+        plan = self.planner.forward(call, names, lengths)
+        if plan is not None and not plan.folds and plan.table.segments and self.module.training:
+            self.planner.told.frozen(self.module, plan, call)
+        return plan
 
     # Under torch.compile this frame runs as plain Python, and the model's own forward below it is compiled.
     @torch.compiler.disable(recursive=False)
@@ -72,6 +87,15 @@ class _Call(StandIn):
 
 class Forward(_Call):
     """The model's forward: takes our keyword arguments, makes the plan, holds the lock."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The model's own, and what is ours. Trainer drops the columns of a data set that are not in it."""
+        signature = inspect.signature(self.original)
+        parameters = list(signature.parameters.values())
+        rest = [one for one in parameters if one.kind is inspect.Parameter.VAR_KEYWORD]
+        ours = [one for one in _OURS if one.name not in signature.parameters]
+        return signature.replace(parameters=[one for one in parameters if one not in rest] + ours + rest)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.prepared and torch.compiler.is_compiling():
@@ -127,8 +151,18 @@ class PrepareInputs(_Call):
 class Generate(_Call):
     """`generate` with `adapter_names` (or `reft_adapter_names`) and `prompt_lengths`, one a prompt."""
 
+    def __init__(self, module: nn.Module, name: str, planner: Planner) -> None:
+        super().__init__(module, name, planner)
+        forward = inspect.signature(type(module).forward).parameters
+        self.keywords = Keywords(name, [*self.names, *forward])
+        self.own_names = "adapter_names" in forward
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.keywords.check(kwargs)
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
+        if "adapter_names" in kwargs and not self.own_names:
+            # It is in forward's signature, by which generate tells what the model doesn't use.
+            raise ValueError("adapter_names: is not used by the model beside reft_adapter_names")
         inputs = args[0] if args else kwargs.get("inputs")
         call = {**kwargs, "generation_config": args[1]} if len(args) > 1 else kwargs
         scope = self.planner.open_scope(self.module, inputs, call, names, lengths)

@@ -14,7 +14,8 @@ from ..adapter import Adapter
 from .blocks import Blocks
 from .heads import share_heads
 from .prompts import Prompts, Selection, read_prompts, select
-from .state import GenerateScope, State, read_cache_length
+from .slips import Told
+from .state import GenerateScope, State, nested, read_cache_length
 from .tables import BatchPlan, Place, Registry, SiteKey, SiteTable
 
 #: The name of the bare model in a list of adapter names, as in PEFT.
@@ -33,6 +34,7 @@ class Planner:
     ) -> None:
         self.blocks, self.registry, self.adapters, self.state = blocks, registry, adapters, state
         self.active: str | None = None
+        self.told = Told()
         #: Called for every new plan: sees to it that the sites are attached.
         self.hold: Callable[[], None] = _nothing
         #: Devices of the norms that are fused with edits. Where there are any, no forward is idle.
@@ -204,7 +206,10 @@ class Planner:
         elif isinstance(mask, Tensor) and mask.dim() != 2:
             raise ValueError(f"attention_mask: must be 2-D in generate, had shape {list(mask.shape)}")
         prompts: Prompts = read_prompts(batch, 0, width, mask, prompt_lengths)
-        return GenerateScope(names, *self._select(names, prompts), seen, ids)
+        selection, owners = self._select(names, prompts)
+        if seen and prompt_lengths is None and not nested():
+            self.told.carried(owners)
+        return GenerateScope(names, selection, owners, seen, ids)
 
     def generate(self, scope: GenerateScope, start: int, length: int, batch: int) -> BatchPlan | None:
         """The plan of one of generate's own forwards, over columns [start, start + length)."""

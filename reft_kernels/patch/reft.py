@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -24,9 +23,10 @@ from .norms import next_norms
 from .planner import BASE, Planner
 from .recompute import forget_plans
 from .sites import Sites
+from .slips import warn_of_bad_values
 from .standin import StandIn
 from .state import State
-from .tables import Place, Registry, SiteKey, keys_of
+from .tables import Place, Registry, keys_of
 
 _CALLS = {
     "forward": Forward,
@@ -165,11 +165,11 @@ class Reft(nn.Module):
 
     def _install(self, name: str, adapter: Adapter) -> None:
         self._check_fit(adapter)
-        _warn_of_bad_values(name, adapter)
+        warn_of_bad_values(name, adapter)
         with self._state.lock:
-            for intervention, key in zip(adapter.interventions, _keys(adapter)):
+            for key in keys_of(adapter):
                 if key not in self._registry.places:
-                    block = self._blocks.layers[intervention.layer]
+                    block = self._blocks.layers[key.layer]
                     self._registry.places[key] = Place(*place_of(block, self._model))
             place = self._registry.places[next(iter(keys_of(adapter)))]
             wanted = self._registry.pool_dtype
@@ -186,14 +186,19 @@ class Reft(nn.Module):
                 self._forget_compiled()
             if len(self._adapters) == 1:
                 self._planner.active = name
+            adapter.on_trainable = self._freeze_base
             if adapter.trainable:
-                self._freeze.freeze(self._model, self)
+                self._freeze_base()
+
+    def _freeze_base(self) -> None:
+        self._freeze.freeze(self._model, self._modules_of)
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter and frees its room. Raises ValueError for an unknown name."""
         self._known(name)
         with self._state.lock:
             adapter = self._adapters.pop(name)
+            adapter.on_trainable = None
             self._registry.remove(name)
             for key, module in list(self._modules_of.items()):
                 if module is adapter:
@@ -283,6 +288,16 @@ class Reft(nn.Module):
 
     # Its place in the model ------------------------------------------------------------------------------
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapters' parameters; `parameters()` goes through here. The model's own walk past it."""
+        self._planner.told.parameters_taken = True
+        return super().named_parameters(*args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for adapter in self._adapters.values():  # copies of adapters have no owner
+            adapter.on_trainable = self._freeze_base
+
     def state_dict(
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
@@ -304,10 +319,6 @@ class Reft(nn.Module):
         return f"adapters={list(self._adapters)}, active={self.active_adapter!r}"
 
 
-def _keys(adapter: Adapter) -> list[SiteKey]:
-    return [SiteKey(i.site, i.layer, i.head) for i in adapter.interventions]
-
-
 def _module_key(name: str, taken: nn.ModuleDict) -> str:
     key = name.replace(".", "_")
     while key in taken or hasattr(taken, key):
@@ -320,12 +331,6 @@ def _forget_missing(module: nn.Module, incompatible: Any) -> None:
     own = tuple(f"reft.{key}" for key in module.state_dict())
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if not key.endswith(own)] if own else missing
-
-
-def _warn_of_bad_values(name: str, adapter: Adapter) -> None:
-    for key, tensor in adapter.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            warnings.warn(f"adapter {name!r}: {key} holds NaN or Inf", stacklevel=4)
 
 
 def patch(
@@ -362,12 +367,7 @@ def patch(
         raise NotPatchable("model: is patched already; its adapters are at model.reft (unpatch it first)")
     if hasattr(model, "reft"):
         raise NotPatchable(f"model: has an attribute 'reft' of its own, a {type(model.reft).__name__}")
-    if pool_dtype is not None and pool_dtype not in (
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):
+    if pool_dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"pool_dtype: must be a floating dtype, was {pool_dtype}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity: must be at least 1 pool row or None, was {capacity}")

@@ -96,6 +96,11 @@ class _Scopes(threading.local):
 _scopes = _Scopes()
 
 
+def nested() -> bool:
+    """Whether this thread is inside generate already, of this or another patched model (as its assistant)."""
+    return bool(_scopes.stack)
+
+
 class State:
     """See the module. plan: of the forward under way, None when there is nothing to do in it.
 
