@@ -61,8 +61,9 @@ class _Call(StandIn):
             return self.planner.forward(call, names, lengths)
         keep_plans(self.planner.blocks, self.state)
         plan = self.planner.forward(call, names, lengths)
-        if plan is not None and not plan.folds and plan.table.segments and self.module.training:
-            self.planner.told.frozen(self.module, plan, call)
+        if plan is not None and plan.table.segments and self.module.training:
+            unnamed = self.planner.adapters if names is None else None
+            self.planner.told.training_step(self.module, plan, call, unnamed)
         return plan
 
     # Under torch.compile this frame runs as plain Python, and the model's own forward below it is compiled.

@@ -213,7 +213,7 @@ class Reft(nn.Module):
         """Makes `name` the adapter of calls that name none; None for the bare model."""
         if name is not None:
             self._known(name)
-        self._planner.active = name
+        self._planner.active, self._planner.told.active_chosen = name, True
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -288,10 +288,10 @@ class Reft(nn.Module):
 
     # Its place in the model ------------------------------------------------------------------------------
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The adapters' parameters; `parameters()` goes through here. The model's own walk past it."""
-        self._planner.told.parameters_taken = True
-        return super().named_parameters(*args, **kwargs)
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """The adapters' parameters. (Whoever walks through the model's modules does not recurse.)"""
+        self._planner.told.parameters_taken |= recurse
+        return super().named_parameters(prefix, recurse, remove_duplicate)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

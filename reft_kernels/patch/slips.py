@@ -67,8 +67,40 @@ class Told:
         self._said: set[str] = set()
         #: Whether somebody asked `Reft` for its parameters, as one does for an optimizer.
         self.parameters_taken = False
+        #: Whether somebody said which adapter is active (it is the first one otherwise).
+        self.active_chosen = False
 
-    def frozen(self, model: nn.Module, plan: BatchPlan, call: Mapping[str, Any]) -> None:
+    def training_step(
+        self,
+        model: nn.Module,
+        plan: BatchPlan,
+        call: Mapping[str, Any],
+        adapters: Mapping[str, Adapter] | None,
+    ) -> None:
+        """Looks at a forward with gradients, of a model in training mode, that edits something.
+
+        adapters: all there are, where the call named none.
+        """
+        if not plan.folds:
+            self._frozen(model, plan, call)
+        elif adapters is not None and not self.active_chosen:
+            self._unnamed(adapters)
+
+    def _unnamed(self, adapters: Mapping[str, Adapter]) -> None:
+        """Warns where several adapters train, no row names its own, and nobody chose the one they all get.
+
+        Collators that know tensors only drop a column of names without a word.
+        """
+        trainable = [name for name, adapter in adapters.items() if adapter.trainable]
+        if "unnamed" not in self._said and len(trainable) > 1:
+            self._say(
+                "unnamed",
+                "adapter_names: the batch has none, so every row trains the active adapter, though "
+                f"{', '.join(map(repr, trainable))} are trainable. Name one a row (rk.ReftCollator keeps "
+                "that column of a data set, most others drop it), or choose with reft.set_adapter",
+            )
+
+    def _frozen(self, model: nn.Module, plan: BatchPlan, call: Mapping[str, Any]) -> None:
         """Warns of a training step in which no adapter of the batch trains, though one seems to be meant to.
 
         That is so where somebody took the adapters' parameters, where others froze a trainable adapter (as
