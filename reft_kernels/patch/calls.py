@@ -56,7 +56,11 @@ class _Call(StandIn):
         elif names is None:
             pending, scope.pending = scope.pending, None
             if pending is not None and pending.cache is call.get("past_key_values"):
-                return pending.plan
+                plan, columns = pending.plan, pending.columns
+                if plan is None or columns is None or plan.table.version == self.planner.registry.version:
+                    return plan
+                # Since it was made, adapters came or went: its ranges of the pool may be another's now.
+                return self.planner.generate(scope, *columns)
         if not torch.is_grad_enabled():
             return self.planner.forward(call, names, lengths)
         keep_plans(self.planner.blocks, self.state)
@@ -126,16 +130,25 @@ class PrepareInputs(_Call):
         if scope is None:
             return inputs
         cache = inputs.get("past_key_values")
-        plan = self._plan_of(scope, inputs, cache)
-        if getattr(cache, "is_compileable", False):
+        columns = self._columns(scope, inputs, cache)
+        compiled = getattr(cache, "is_compileable", False)
+        if compiled:
             # The next step may be compiled code, which takes no lock and makes no plan of its own: both are
             # had here, and the lock is kept until this generate ends.
             scope.hold(self.state.lock)
+        plan = None
+        if columns is not None:
+            with self.state.lock:  # adapters neither come nor go meanwhile
+                plan = self.planner.generate(scope, *columns)
+        if compiled:
             self.state.plan, self.state.prepared = plan, True
-        scope.pending = Pending(cache, plan)
+        scope.pending = Pending(cache, plan, columns)
         return inputs
 
-    def _plan_of(self, scope: GenerateScope, inputs: dict[str, Any], cache: Any) -> BatchPlan | None:
+    def _columns(
+        self, scope: GenerateScope, inputs: dict[str, Any], cache: Any
+    ) -> tuple[int, int, int] | None:
+        """(start, length, batch) of the next forward; None where nothing is ever done in it."""
         if scope.selection is None and not self.planner.norm_devices:
             return None
         tokens = inputs.get("inputs_embeds")
@@ -146,7 +159,7 @@ class PrepareInputs(_Call):
         if start is None:
             start = scope.seen
         scope.seen = start + length
-        return self.planner.generate(scope, start, length, batch)
+        return start, length, batch
 
 
 class Generate(_Call):

@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
 
 class Pending(NamedTuple):
-    """A forward that generate has prepared: its plan, and its cache (which tells it from other calls)."""
+    """A forward that generate has prepared: its plan, and its cache (which tells it from other calls).
+
+    columns: (start, length, batch) that the plan was made for; None where there was nothing to plan.
+    """
 
     cache: object
     plan: BatchPlan | None
+    columns: tuple[int, int, int] | None
 
 
 class GenerateScope:
