@@ -93,6 +93,13 @@ def test_an_adapter_that_has_done_its_edits_may_go(model, change):
     assert generate(model, "untied", in_a_thread(lambda: call("untied"))) == want
 
 
+def test_an_adapter_with_a_head_of_its_own_is_in_use_to_the_end(model):
+    """Whatever its positions are: its head runs in every step."""
+    model.reft.add_adapter("head", rk.ReftConfig(r=1, positions="f1", modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="'head' was deleted"):
+        generate(model, "head", in_a_thread(lambda: model.reft.delete_adapter("head")))
+
+
 @pytest.mark.parametrize("who", ["everywhere", "tied"])
 def test_a_change_between_a_steps_plan_and_its_forward(model, who):
     """There another thread can put something else where the plan's adapter lay in the pool."""
