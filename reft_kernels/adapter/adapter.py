@@ -6,7 +6,8 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,12 @@ class Adapter(nn.Module):
             saved_modules = SavedModules((config and config.modules_to_save) or ())
         self.saved_modules = saved_modules
         self._trainable = False
+        #: Called when the adapter becomes trainable; set by the patched model that it is on.
+        self.on_trainable: Callable[[], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy belongs to no model, and must not bring one along.
+        return {**self.__dict__, "on_trainable": None}
 
     @property
     def width(self) -> int:
@@ -84,7 +91,8 @@ class Adapter(nn.Module):
         """Whether the parameters require a gradient and R is kept orthonormal by the fold.
 
         Setting it to True raises ValueError for methods that can't be trained here. It makes R float32
-        where it was narrower, and warns of an R that is far from orthonormal.
+        where it was narrower, and warns of an R that is far from orthonormal. On a patched model it freezes
+        the base.
         """
         return self._trainable
 
@@ -108,6 +116,8 @@ class Adapter(nn.Module):
             one.requires_grad_(value)
         self.saved_modules.requires_grad_(value)
         self._trainable = value
+        if value and self.on_trainable is not None:
+            self.on_trainable()
 
     def take_as_raw(self) -> None:
         """Makes it trainable with the parameters as they are: raw ones, of which the fold makes orthonormal

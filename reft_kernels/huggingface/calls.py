@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..batch import BatchPlan
 from .checkpointing import keep_plans
 from .reading import CallReader
 from .runtime import GenerateScope, Pending, cache_length
+from .slips import LENGTHS, NAMES, Keywords
 from .standin import StandIn
 
-#: Keyword arguments of ours that the wrappers take out of a call.
-NAMES = ("reft_adapter_names", "adapter_names")
-LENGTHS = "prompt_lengths"
+#: What the model's forward takes beside its own arguments.
+_OURS = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    for name, annotation in (
+        *((name, Sequence[str] | None) for name in NAMES),
+        (LENGTHS, Sequence[int] | Tensor | None),
+    )
+]
 
 
 def take_names(kwargs: dict[str, Any]) -> Any:
@@ -35,6 +43,7 @@ class _Call(StandIn):
         super().__init__(module, name)
         self.reader, self.runtime = reader, reader.runtime
         self.names = self.parameters()
+        self.keywords = Keywords(name, self.names)
 
     @torch.compiler.disable
     def _plan(self, args: tuple, kwargs: dict[str, Any]) -> BatchPlan | None:
@@ -42,13 +51,28 @@ class _Call(StandIn):
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
         call = {**dict(zip(self.names, args)), **kwargs} if args else kwargs
         scope = self.runtime.scope
-        if scope is not None and names is None:
+        if scope is None:
+            self.keywords.check(kwargs)
+        elif names is None:
             pending, scope.pending = scope.pending, None
             if pending is not None and pending.cache is call.get("past_key_values"):
-                return pending.plan
-        if torch.is_grad_enabled():
-            keep_plans(self.runtime)
-        return self.reader.forward(call, names, lengths)
+                return self._still_right(pending, scope)
+        if not torch.is_grad_enabled():
+            return self.reader.forward(call, names, lengths)
+        keep_plans(self.runtime)
+        plan = self.reader.forward(call, names, lengths)
+        if plan is not None and plan.table.segments and self.module.training:
+            unnamed = self.runtime.store.adapters if names is None else None
+            self.runtime.told.training_step(self.module, plan, call, unnamed)
+        return plan
+
+    def _still_right(self, pending: Pending, scope: GenerateScope) -> BatchPlan | None:
+        """The plan that generate prepared, or a new one if adapters came or went since: the ranges of the
+        pool that it names may be another's now."""
+        plan, columns = pending.plan, pending.columns
+        if plan is None or columns is None or plan.table.version == self.runtime.store.version:
+            return plan
+        return self.reader.generate(scope, *columns)
 
     # Under torch.compile this frame runs as plain Python, and the model's own forward below it is compiled.
     @torch.compiler.disable(recursive=False)
@@ -71,6 +95,15 @@ class _Call(StandIn):
 
 class Forward(_Call):
     """The model's forward: takes our keyword arguments, makes the plan, holds the lock."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The model's own, and what is ours. Trainer drops the columns of a data set that are not in it."""
+        signature = inspect.signature(self.original)
+        parameters = list(signature.parameters.values())
+        rest = [one for one in parameters if one.kind is inspect.Parameter.VAR_KEYWORD]
+        ours = [one for one in _OURS if one.name not in signature.parameters]
+        return signature.replace(parameters=[one for one in parameters if one not in rest] + ours + rest)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.runtime.prepared and torch.compiler.is_compiling():
@@ -100,16 +133,25 @@ class PrepareInputs(_Call):
         if scope is None:
             return inputs
         cache = inputs.get("past_key_values")
-        plan = self._plan_of(scope, inputs, cache)
-        if getattr(cache, "is_compileable", False):
+        columns = self._columns(scope, inputs, cache)
+        compiled = getattr(cache, "is_compileable", False)
+        if compiled:
             # The next step may be compiled code, which takes no lock and makes no plan of its own: both are
             # had here, and the lock is kept until this generate ends.
             scope.keep_lock(self.runtime.lock)
+        plan = None
+        if columns is not None:
+            with self.runtime.lock:  # adapters neither come nor go meanwhile
+                plan = self.reader.generate(scope, *columns)
+        if compiled:
             self.runtime.plan, self.runtime.prepared = plan, True
-        scope.pending = Pending(cache, plan)
+        scope.pending = Pending(cache, plan, columns)
         return inputs
 
-    def _plan_of(self, scope: GenerateScope, inputs: dict[str, Any], cache: Any) -> BatchPlan | None:
+    def _columns(
+        self, scope: GenerateScope, inputs: dict[str, Any], cache: Any
+    ) -> tuple[int, int, int] | None:
+        """(start, length, batch) of the next forward; None where nothing is ever done in it."""
         if scope.selection is None and not self.runtime.fused.devices:
             return None
         tokens = inputs.get("inputs_embeds")
@@ -120,14 +162,24 @@ class PrepareInputs(_Call):
         if start is None:
             start = scope.seen
         scope.seen = start + length
-        return self.reader.generate(scope, start, length, batch)
+        return start, length, batch
 
 
 class Generate(_Call):
     """`generate` with `adapter_names` (or `reft_adapter_names`) and `prompt_lengths`, one a prompt."""
 
+    def __init__(self, module: nn.Module, name: str, reader: CallReader) -> None:
+        super().__init__(module, name, reader)
+        forward = inspect.signature(type(module).forward).parameters
+        self.keywords = Keywords(name, [*self.names, *forward])
+        self.own_names = "adapter_names" in forward
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.keywords.check(kwargs)
         names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
+        if "adapter_names" in kwargs and not self.own_names:
+            # It is in forward's signature, by which generate tells what the model doesn't use.
+            raise ValueError("adapter_names: is not used by the model beside reft_adapter_names")
         inputs = args[0] if args else kwargs.get("inputs")
         call = {**kwargs, "generation_config": args[1]} if len(args) > 1 else kwargs
         scope = self.reader.open_scope(self.module, inputs, call, names, lengths)

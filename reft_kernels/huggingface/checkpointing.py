@@ -17,6 +17,8 @@ class Recompute:
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self.runtime.plan
+        if plan is not None and plan.folds and getattr(self.original, "keywords", {}).get("use_reentrant"):
+            args = _wanting_grad(args)
         without_grad: list[bool] = []  # of the first run: true for the reentrant kind
 
         def run(*inner: Any, **inner_kwargs: Any) -> Any:
@@ -32,6 +34,16 @@ class Recompute:
                         plan.recomputing = False
 
         return self.original(run, *args, **kwargs)
+
+
+def _wanting_grad(args: tuple) -> tuple:
+    """Reentrant checkpointing cuts off a block of which no input wants a gradient, as in a frozen model: the
+    hidden states then do."""
+    if any(isinstance(one, torch.Tensor) and one.requires_grad for one in args):
+        return args
+    if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+        return args
+    return (args[0].detach().requires_grad_(), *args[1:])
 
 
 def keep_plans(runtime: Runtime) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..batch import BatchPlan, Prompts, Selection, read_prompts
-from .runtime import GenerateScope, Runtime, read_cache_length
+from .runtime import GenerateScope, Runtime, nested, read_cache_length
 from .saved_modules import share_modules
 from .sites import Sites
 
@@ -160,7 +160,10 @@ class CallReader:
         elif isinstance(mask, Tensor) and mask.dim() != 2:
             raise ValueError(f"attention_mask: must be 2-D in generate, had shape {list(mask.shape)}")
         prompts = read_prompts(batch, 0, width, mask, prompt_lengths)
-        return GenerateScope(names, self.planner.select(names, prompts), seen, ids)
+        selection = self.planner.select(names, prompts)
+        if seen and prompt_lengths is None and not nested():
+            self.runtime.told.carried(selection.owners)
+        return GenerateScope(names, selection, seen, ids)
 
     def generate(self, scope: GenerateScope, start: int, length: int, batch: int) -> BatchPlan | None:
         """The plan of one of generate's own forwards, over columns [start, start + length)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +25,7 @@ from .reading import CallReader
 from .runtime import Runtime
 from .saved_modules import SavedModuleStandIns
 from .sites import Sites
+from .slips import warn_of_bad_values
 from .standin import StandIn
 
 _CALLS = {
@@ -162,7 +162,7 @@ class Reft(nn.Module):
 
     def _install(self, name: str, adapter: Adapter) -> None:
         self._check_fit(adapter)
-        _warn_of_bad_values(name, adapter)
+        warn_of_bad_values(name, adapter)
         meet_base(name, adapter, self.model)
         with self._runtime.lock:
             place = self._place_of(next(iter(keys_of(adapter))))
@@ -179,8 +179,12 @@ class Reft(nn.Module):
                 self._runtime.forget_compiled()
             if len(self._store.adapters) == 1:
                 self._runtime.active = name
+            adapter.on_trainable = self._freeze_base
             if adapter.trainable:
-                self._freeze.freeze(self.model, self)
+                self._freeze_base()
+
+    def _freeze_base(self) -> None:
+        self._freeze.freeze(self.model, self._modules_of)
 
     def _place_of(self, key: SiteKey) -> Place:
         known = self._store.places.get(key)
@@ -191,6 +195,7 @@ class Reft(nn.Module):
         self._known(name)
         with self._runtime.lock:
             adapter = self._store.remove(name)
+            adapter.on_trainable = None
             for key, module in list(self._modules_of.items()):
                 if module is adapter:
                     del self._modules_of[key]
@@ -204,7 +209,7 @@ class Reft(nn.Module):
         """Makes `name` the adapter of calls that name none; None for the bare model."""
         if name is not None:
             self._known(name)
-        self._runtime.active = name
+        self._runtime.active, self._runtime.told.active_chosen = name, True
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -263,6 +268,16 @@ class Reft(nn.Module):
 
     # Its place in the model ------------------------------------------------------------------------------
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """The adapters' parameters. (Whoever walks through the model's modules does not recurse.)"""
+        self._runtime.told.parameters_taken |= recurse
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for adapter in self._store.adapters.values():  # copies of adapters have no owner
+            adapter.on_trainable = self._freeze_base
+
     def state_dict(
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
@@ -296,9 +311,3 @@ def _forget_missing(module: nn.Module, incompatible: Any) -> None:
     own = tuple(f"reft.{key}" for key in module.state_dict())
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if not key.endswith(own)] if own else missing
-
-
-def _warn_of_bad_values(name: str, adapter: Adapter) -> None:
-    for key, tensor in adapter.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            warnings.warn(f"adapter {name!r}: {key} holds NaN or Inf", stacklevel=4)

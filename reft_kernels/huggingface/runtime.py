@@ -14,16 +14,21 @@ from torch import nn
 from ..batch import AdapterStore, BatchPlan, Planner, Selection
 from .blocks import Blocks
 from .fused_norm import FusedNorms
+from .slips import Told
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Pending(NamedTuple):
-    """A forward that generate has prepared: its plan, and its cache (which tells it from other calls)."""
+    """A forward that generate has prepared: its plan, and its cache (which tells it from other calls).
+
+    columns: (start, length, batch) that the plan was made for; None where there was nothing to plan.
+    """
 
     cache: object
     plan: BatchPlan | None
+    columns: tuple[int, int, int] | None
 
 
 class GenerateScope:
@@ -94,6 +99,11 @@ class _Scopes(threading.local):
 _scopes = _Scopes()
 
 
+def nested() -> bool:
+    """Whether this thread is inside generate already, of this or another patched model (as its assistant)."""
+    return bool(_scopes.stack)
+
+
 class Runtime:
     """What is shared by a model's `Reft`, its stand-ins and what reads its calls. One a patched model.
 
@@ -112,6 +122,7 @@ class Runtime:
         self.model, self.blocks, self.store = model, blocks, store
         self.planner = Planner(store)
         self.fused = FusedNorms()
+        self.told = Told()
         self.active: str | None = None
         self._rest()
 

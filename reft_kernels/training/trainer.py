@@ -57,7 +57,8 @@ class ReftTrainer(Trainer):
                     f"model: adapter {name!r} is to train, but somebody froze parameters of it (as "
                     "get_peft_model does); set model.reft.adapters[name].trainable = True once more"
                 )
-        kept = {id(p) for p in self.reft.parameters()} | peft_parameters(self.model)
+        adapters = self.reft.adapters.values()
+        kept = {id(p) for one in adapters for p in one.parameters()} | peft_parameters(self.model)
         lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in kept]
         if lost:
             raise ValueError(

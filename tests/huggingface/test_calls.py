@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import warnings
 
 import pytest
 import torch
+import transformers
 from support import model_oracle as oracle
 from support.adapters import patch_with_mixed, random_adapter
 from support.models import LAYERS, batch_of, make_model, row_alone
@@ -278,4 +282,73 @@ def test_bad_values_warn_with_the_tensors_name(model):
 
 def test_unknown_keywords_still_raise_in_generate(model, batch):
     with pytest.raises(ValueError, match="not used by the model"):
-        model.generate(**batch, adapter_name=["tied"], max_new_tokens=1)
+        model.generate(**batch, speed=["tied"], max_new_tokens=1)
+    # In forward's signature, by which generate tells: with the other name it would go from step to step.
+    with pytest.raises(ValueError, match="adapter_names: is not used by the model"):
+        model.generate(**batch, reft_adapter_names=["tied"] * 2, adapter_names=["tied"] * 2, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "slip, meant",
+    [
+        ("adapter_name", "adapter_names"),
+        ("adapters", "adapter_names"),
+        ("adapter", "adapter_names"),
+        ("Adapter_names", "adapter_names"),
+        ("reft_adapter_name", "reft_adapter_names"),
+        ("reft_adapter", "reft_adapter_names"),
+        ("prompt_length", "prompt_lengths"),
+        ("prompt_lens", "prompt_lengths"),
+    ],
+)
+def test_a_slip_in_a_keyword_is_an_error(model, batch, slip, meant):
+    """Llama's forward takes any keyword, and would run the active adapter on every row."""
+    message = rf"{slip}: is no argument of \w+; {meant} is"
+    for _ in range(2):  # what was let through once must not be let through for good
+        logits(model, batch, some_flag_of_the_models=1)
+        for call in (model, model.model, model.generate):
+            with pytest.raises(ValueError, match=message):
+                call(**batch, **{slip: ["tied"] * 2})
+
+
+def test_a_keyword_that_the_models_forward_has_is_no_slip(batch):
+    class Own(transformers.LlamaForCausalLM):
+        def forward(self, *args, adapter_name=None, prompt_lengths=None, **kwargs):
+            self.seen = adapter_name
+            return super().forward(*args, **kwargs)
+
+    model = Own(make_model().config)
+    rk.patch(model)
+    logits(model, batch, adapter_name="theirs")
+    assert model.seen == "theirs"
+    signature = inspect.signature(model.forward)
+    assert list(signature.parameters) == [
+        "args", "adapter_name", "prompt_lengths", "reft_adapter_names", "adapter_names", "kwargs"
+    ]  # fmt: skip
+
+
+def test_no_keyword_of_transformers_looks_like_a_slip():
+    """Of generate's settings, and of the forwards of all language models."""
+    from reft_kernels.patch.slips import OURS, meant_by
+    from transformers.models.auto import modeling_auto
+
+    found = {*vars(transformers.GenerationConfig()), *inspect.signature(make_model().generate).parameters}
+    for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        model = getattr(transformers, name, None)
+        if model is not None and hasattr(model, "forward"):
+            found |= set(inspect.signature(model.forward).parameters)
+    assert len(found) > 100
+    assert not [name for name in found - set(OURS) if meant_by(name)]
+
+
+def test_forwards_signature_shows_what_is_ours(model):
+    bare = make_model()
+    ours = ["reft_adapter_names", "adapter_names", "prompt_lengths"]
+    own = list(inspect.signature(bare.forward).parameters)
+    got = inspect.signature(model.forward)
+    assert list(got.parameters) == [*own[:-1], *ours, own[-1]]
+    assert all(got.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ours)
+    for there in (copy.deepcopy(model), functools.wraps(model.forward)(lambda *a, **k: None)):
+        assert inspect.signature(getattr(there, "forward", there)) == got
+    rk.unpatch(model)
+    assert inspect.signature(model.forward) == inspect.signature(bare.forward)

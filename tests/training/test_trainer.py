@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from pathlib import Path
@@ -188,21 +187,6 @@ def test_with_a_lora_on_the_same_model(tmp_path):
     assert any("lora" in name for name in state(whole)) and any("reft" in name for name in state(whole))
     same(state(resumed), state(whole))
     assert (tmp_path / "run/checkpoint-3/adapter_model.safetensors").exists()
-
-
-def test_the_plain_trainer_trains_too(tmp_path):
-    from transformers import Trainer
-
-    ours, theirs = model_of(), model_of()
-    trainer_of(ours, tmp_path / "a").train()
-    reference = trainer_of(theirs, tmp_path / "b")
-    Trainer(theirs, reference.args, reference.data_collator, train_dataset=Rows()).train()
-    same(parameters(theirs), parameters(ours))
-
-
-def test_the_loss_is_normalised_as_without_a_patch():
-    """Trainer asks forward's signature whether the loss takes num_items_in_batch."""
-    assert inspect.signature(model_of().forward) == inspect.signature(make_model().forward)
 
 
 def test_columns_reach_the_model_without_remove_unused_columns(tmp_path):
