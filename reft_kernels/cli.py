@@ -15,6 +15,23 @@ def _positions(text: str) -> str | list[int]:
     return [int(part) for part in text.split(",")] if re.fullmatch(r"-?\d+(,-?\d+)*", text) else text
 
 
+_CONVERT_NOTES = """\
+pyreft stores neither positions nor act_fn, dropout and the way it counted: give
+what was trained with.
+
+What an l position counts from depends on the data set that the adapter was
+trained with, by its name in pyreft 0.1:
+  length    ReftRawDataset, ReftPreferenceDataset,
+            make_last_position_supervised_data_module,
+            make_last_position_supervised_chat_data_module,
+            make_multiple_position_supervised_data_module
+  length-1  ReftSupervisedDataset, ReftGenerationDataset,
+            ReftClassificationDataset, ReftRewardDataset
+
+Exit status: 0, or 2 with one line on stderr if nothing was written.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reft-kernels", description="Fused representation finetuning: tools around the library."
@@ -32,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="turn a folder that pyreft saved into a native adapter folder",
-        epilog="pyreft stores neither positions nor act_fn, dropout and the way it counted: give what was "
-        "trained with. Exit status: 0, or 2 with one line on stderr if the folder can't be converted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_CONVERT_NOTES,
     )
     convert.add_argument("source", type=Path, metavar="PYREFT_DIR", help="folder with pyreft's config.json")
     convert.add_argument("target", type=Path, metavar="OUT_DIR", help="folder to write")
@@ -49,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         "--last-position",
         choices=("length", "length-1"),
         default="length",
-        help="where l positions count from: the prompt's length, or one less (default: length)",
+        help="where l positions count from: the prompt's length, or one less (default: length); see below",
+    )
+    convert.add_argument(
+        "--force", action="store_true", help="replace an adapter that OUT_DIR holds, without asking"
     )
     convert.set_defaults(run=_convert)
     return parser
@@ -63,10 +83,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if facts["fast"] else 1
 
 
+def _may_replace(target: Path) -> bool:
+    """Asks whether the adapter in a folder may be replaced. Raises ValueError where nobody can answer."""
+    if not sys.stdin.isatty():
+        raise ValueError(f"{target} holds an adapter already; give --force to replace it")
+    answer = input(f"{target} holds an adapter already. Replace it? [y/N] ")
+    return answer.strip().lower() in ("y", "yes")
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     from . import checkpoint
 
     try:
+        holds_one = (arguments.target / checkpoint.native.CONFIG).exists()
+        if holds_one and not arguments.force and not _may_replace(arguments.target):
+            raise ValueError(f"{arguments.target} was left as it is")
         checkpoint.convert(
             arguments.source,
             arguments.target,

@@ -110,6 +110,7 @@ def pack_spans(spans: Sequence[Span], device: torch.device | str, name: str = "s
     claims = claims_of(spans, name)
     table = torch.tensor([tuple(span) for span in spans], dtype=torch.int32, device=device).view(-1, 2)
     if claims is not None:
+        claims.version = table._version
         table._reft_claims = claims  # type: ignore[attr-defined]
     return table
 
@@ -118,7 +119,7 @@ def check_pool(spans: Tensor, pool: Pool) -> None:
     """Refuses a spans table of another pool, or of ranges that were removed. Reads nothing of the device."""
     claims = getattr(spans, "_reft_claims", None)
     if claims is not None:
-        claims.check(pool)
+        claims.check(spans, pool)
 
 
 def _as_span(entry: Any, name: str) -> Span:

@@ -53,16 +53,19 @@ class Span(_Range):
 class Claims:
     """The spans from `Pool.add` that a spans table was made of, and the pool that is known to have them."""
 
-    __slots__ = ("book", "removals", "spans")
+    __slots__ = ("book", "removals", "spans", "version")
 
     def __init__(self, spans: Sequence[Span], book: Book) -> None:
         self.spans, self.book, self.removals = spans, book, book.removals
+        self.version = 0
 
-    def check(self, pool: Pool) -> None:
+    def check(self, table: Tensor, pool: Pool) -> None:
         """Refuses a pool that lacks one of the spans. Costs two comparisons while nothing is removed."""
         book = pool.book
         if self.book is book and self.removals == book.removals:
             return
+        if table._version != self.version:
+            return  # other ranges were written into it since, as servers do with tables that graphs read
         removals = book.removals
         for span in self.spans:
             if not span.owned_in(book):

@@ -330,6 +330,17 @@ def test_a_plan_whose_span_was_removed_since_runs_no_more() -> None:
         functional.intervene_(h, pool, plan_of_kept)
 
 
+def test_a_table_that_was_written_over_is_taken_at_its_word() -> None:
+    """Tables that a CUDA graph reads stay where they are, and are filled with other spans."""
+    pool = Pool(WIDTH, capacity=4)
+    gone, kept = pool.add(fold(2, 0)), pool.add(fold(2, 1))
+    plan, h = make_plan([(gone, [0])]), torch.randn(3, WIDTH)
+    pool.remove(gone)
+    plan.spans.copy_(torch.tensor([kept]))
+    expected = functional.intervene(h, pool, make_plan([(kept, [0])]))
+    assert same_bits(functional.intervene_(h, pool, plan), expected)
+
+
 def test_a_span_of_another_pool() -> None:
     pool, other = Pool(WIDTH, capacity=4), Pool(WIDTH, capacity=4)
     span, foreign = pool.add(fold(2, 0)), other.add(fold(2, 1))

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..adapter import Adapter
 from .blocks import Blocks
+from .describe import unknown
 from .heads import share_heads
 from .prompts import Prompts, Selection, read_prompts, select
 from .state import GenerateScope, State, read_cache_length
@@ -48,10 +49,12 @@ class Planner:
             raise ValueError(f"adapter_names: must be a list with one name a row, was {given!r}")
         if len(given) != batch:
             raise ValueError(f"adapter_names: has {len(given)} names for a batch of {batch} rows")
-        for name in given:
-            if name != BASE and name not in self.adapters:
-                known = ", ".join(map(repr, [*self.adapters, BASE]))
-                raise ValueError(f"adapter_names: there is no adapter {name!r}; known are {known}")
+        try:
+            for name in given:
+                if name != BASE and name not in self.adapters:
+                    raise ValueError(f"adapter_names: {unknown(name, [*self.adapters, BASE], 'known are')}")
+        except TypeError:  # a name that can't be looked up
+            raise ValueError(f"adapter_names: must hold names, held {name!r}") from None
         return tuple(None if name == BASE else name for name in given)
 
     def _groups(self, name: str):

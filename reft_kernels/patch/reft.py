@@ -18,6 +18,7 @@ from ..config import ReftConfig
 from ..positions import LastPosition, Positions
 from .blocks import Blocks, NotPatchable, find_blocks, head_width, place_of, site_module, text_config
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
+from .describe import Names
 from .freezing import Freeze
 from .heads import Heads
 from .norms import next_norms
@@ -37,7 +38,7 @@ _CALLS = {
 }
 
 
-class Reft(nn.Module):
+class Reft(Names, nn.Module):
     """The adapters of a patched model; also found as `model.reft`.
 
     It is a submodule of the model, so that optimizers and `.to()` find its parameters, but keeps out of the
@@ -205,7 +206,12 @@ class Reft(nn.Module):
             self._heads.keep({path for other in others for path in other.heads.modules_by_path})
 
     def set_adapter(self, name: str | None) -> None:
-        """Makes `name` the adapter of calls that name none; None for the bare model."""
+        """Makes `name` the adapter of calls that name none; None or "__base__" for the bare model.
+
+        Raises ValueError for an unknown name, and for several: a call takes those as adapter_names.
+        """
+        if name == BASE:
+            name = None
         if name is not None:
             self._known(name)
         self._planner.active = name
@@ -218,12 +224,6 @@ class Reft(nn.Module):
             yield
         finally:
             self._planner.active = before if before in self._adapters else None
-
-    def _known(self, name: str) -> Adapter:
-        if name not in self._adapters:
-            known = ", ".join(map(repr, self._adapters)) or "none"
-            raise ValueError(f"name: there is no adapter {name!r}; loaded are {known}")
-        return self._adapters[name]
 
     def save_pretrained(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Saves one adapter (the active one by default) as reft_config.json and reft_model.safetensors."""
@@ -299,9 +299,6 @@ class Reft(nn.Module):
             return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
-
-    def extra_repr(self) -> str:
-        return f"adapters={list(self._adapters)}, active={self.active_adapter!r}"
 
 
 def _keys(adapter: Adapter) -> list[SiteKey]:

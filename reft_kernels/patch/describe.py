@@ -1,0 +1,109 @@
+"""What people read of the adapters of a model: a line for each, and the nearest names to a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+
+#: So many adapters are named one by one; of the others there is a count.
+_LISTED = 10
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 → "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _size(count: float) -> str:
+    """Bytes with a unit: 96 bytes, 4.1 KiB, 2.0 MiB."""
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    kib = count / 1024
+    return f"{kib:.1f} KiB" if kib < 1024 else f"{kib / 1024:.1f} MiB"
+
+
+def describe(name: str, adapter: Adapter) -> str:
+    """One line: method, rank, layers, site, positions, bytes of its tensors, and whether it trains."""
+    parts = adapter.interventions
+    ranks = sorted({one.rank for one in parts})
+    layers = sorted({one.layer for one in parts})
+    words = [
+        " and ".join(dict.fromkeys(one.method for one in parts)),
+        f"rank {_ranges(ranks)}",
+        f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}",
+        " and ".join(dict.fromkeys(one.site for one in parts)),
+        f"positions {' and '.join(map(str, adapter.groups))}",
+        _size(sum(tensor.numel() * tensor.element_size() for tensor in adapter.parameters())),
+        *(["trainable"] if adapter.trainable else []),
+    ]
+    return f"{name!r}: {', '.join(words)}"
+
+
+def listing(adapters: Mapping[str, Adapter]) -> list[str]:
+    """`describe` of the first adapters, and how many others there are."""
+    lines = [describe(name, adapters[name]) for name in list(adapters)[:_LISTED]]
+    rest = len(adapters) - len(lines)
+    return [*lines, f"and {rest} more"] if rest else lines
+
+
+def unknown(name: object, known: Collection[str], what: str) -> str:
+    """Says that there is no adapter of that name, and which there are: all, or the closest of many.
+
+    what: how they are called, as in "loaded are".
+    """
+    begin = f"there is no adapter {name!r}; {what} "
+    if len(known) <= _LISTED:
+        return begin + (", ".join(map(repr, known)) or "none")
+    close = difflib.get_close_matches(name, known, n=3) if isinstance(name, str) else []
+    nearest = f", the closest {', '.join(map(repr, close))}" if close else ""
+    return f"{begin}{len(known)}{nearest}"
+
+
+class Names:
+    """What a container of adapters by name has of a mapping, and how it prints. `_adapters` holds them."""
+
+    _adapters: dict[str, Adapter]
+
+    @property
+    def active_adapter(self) -> str | None:
+        raise NotImplementedError
+
+    def _known(self, name: object) -> Adapter:
+        """The adapter of that name. Raises ValueError."""
+        if not isinstance(name, str):
+            raise ValueError(f"name: must be one adapter's name, was {name!r}")
+        if name not in self._adapters:
+            raise ValueError(f"name: {unknown(name, self._adapters, 'loaded are')}")
+        return self._adapters[name]
+
+    def __len__(self) -> int:
+        """How many adapters there are."""
+        return len(self._adapters)
+
+    def __bool__(self) -> bool:
+        """True without adapters too: `if model.reft` asks whether the model is patched."""
+        return True
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._adapters
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the adapters, in the order in which they came."""
+        return iter(list(self._adapters))
+
+    def __repr__(self) -> str:
+        """A line for each adapter, and not its modules: there may be hundreds."""
+        lines = listing(self._adapters)
+        count = f"{len(self)} adapter{'' if len(self) == 1 else 's'}"
+        head = f"{type(self).__name__}({count}, active={self.active_adapter!r}"
+        return "\n  ".join([head, *lines]) + ("\n)" if lines else ")")
