@@ -1,4 +1,5 @@
-"""The command `reft-kernels`: `doctor` says what runs here, `convert` imports a folder that pyreft saved."""
+"""The command `reft-kernels`: `doctor` says what runs here, `build` compiles what is missing, and `convert`
+imports a folder that pyreft saved."""
 
 from __future__ import annotations
 
@@ -46,6 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the facts as JSON")
     doctor.set_defaults(run=_doctor)
 
+    build = commands.add_parser(
+        "build",
+        help="compile the native libraries of the installed package with the torch that is installed",
+        epilog="Takes a C++ compiler and ninja; where nvcc and a torch with CUDA are, the CUDA library is "
+        "built too (REFT_KERNELS_BUILD_CUDA=0 leaves it). Exit status: 0, or 1 if a library could not be "
+        "built.",
+    )
+    build.set_defaults(run=_build)
+
     convert = commands.add_parser(
         "convert",
         help="turn a folder that pyreft saved into a native adapter folder",
@@ -81,6 +91,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
     facts = doctor.diagnose()
     print(json.dumps(facts, indent=2) if arguments.json else doctor.report(facts))
     return 0 if facts["fast"] else 1
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    from . import build
+
+    with tempfile.TemporaryDirectory(prefix="reft_kernels-") as folder:
+        return build.build_all(Path(folder))
 
 
 def _may_replace(target: Path) -> bool:
