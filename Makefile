@@ -20,7 +20,7 @@ CPP_SOURCES := $(sort $(shell find csrc python_bindings -name '*.h' -o -name '*.
 
 BASE_STAMP := $(VENV)/stamp-base-$(call checksum,$(CONSTRAINTS) pyproject.toml setup.py)
 TEST_STAMP := $(VENV)/stamp-test-$(call checksum,$(CONSTRAINTS) pyproject.toml setup.py requirements/*)
-NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,$(CONSTRAINTS) setup.py $(CPP_SOURCES))
+NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,$(CONSTRAINTS) setup.py reft_kernels/build.py $(CPP_SOURCES))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow lint format bench clean

@@ -1,23 +1,16 @@
-"""Builds the native libraries: for CPUs where a C++ compiler, ninja and torch's headers are found, for CUDA
-where nvcc and a torch with CUDA are there besides.
+"""Builds the native libraries with reft_kernels/build.py, and lays their sources into the package.
 
-Without them the package installs all the same, pure Python, after one message that says what is missing.
-The libraries are built with torch's stable ABI and no Python, so one wheel serves every Python and torch from
-2.10 on. Everything else about the package is in pyproject.toml.
+Without a compiler or torch's headers the package installs all the same, pure Python, after one message that
+says what is missing; `reft-kernels build` makes up for it later. Everything else about the package is in
+pyproject.toml.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import os
-import platform
-import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import setuptools
 
@@ -33,204 +26,24 @@ from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
-OLDEST_TORCH = (2, 10)
 
 
-#: What machine code the CUDA library holds, where nvcc knows it; PTX of the last one serves newer GPUs.
-#: sm_80 runs on 8.x, sm_90a on Hopper, sm_100 on Blackwell of data centres. REFT_KERNELS_CUDA_ARCHS=90a, say,
-#: builds for those that it names, without PTX.
-CUDA_ARCHITECTURES = ("80", "90a", "100")
+def _load(path: Path) -> ModuleType:
+    """A module by its path: importing reft_kernels would ask for torch."""
+    spec = importlib.util.spec_from_file_location(f"reft_kernels_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-class CannotBuild(Exception):
-    """Something that a native library needs is missing."""
+native = _load(ROOT / "reft_kernels" / "build.py")
 
-
-@dataclasses.dataclass(frozen=True)
-class Library:
-    """A shared library of reft_kernels/lib: sources, each with flags of its own, and what it links."""
-
-    name: str
-    sources: dict[str, list[str]]
-    flags: list[str]
-    link: list[str]
-    cuda: bool = False
-
-
-def _cpu_library() -> Library:
-    sources = {
-        "csrc/cpu/activation.cpp": [],
-        "csrc/cpu/select.cpp": [],
-        "csrc/cpu/weight_ranges.cpp": [],
-        "csrc/cpu/isa_scalar.cpp": [],
-        "python_bindings/arguments.cpp": [],
-        "python_bindings/cpu.cpp": [],
-    }
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        avx2 = ["-mavx2", "-mfma", "-mf16c"]
-        sources["csrc/cpu/isa_avx2.cpp"] = avx2
-        avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-        sources["csrc/cpu/isa_avx512.cpp"] = avx512
-        sources["csrc/cpu/isa_avx512_bf16.cpp"] = [*avx512, "-mavx512bf16"]
-    # No contraction: a compiler that fuses a product and a sum in one block size and not in another
-    # would make a row's bits depend on its neighbours.
-    flags = ["-Icsrc/cpu", "-ffp-contract=off", "-fvisibility=hidden"]
-    return Library("reft_kernels_cpu", sources, flags, ["-ltorch_cpu"])
-
-
-def _cuda_library() -> Library:
-    kernels = ("forward", "forward_norm", "backward")
-    sources = {f"csrc/cuda/{name}.cu": [] for name in kernels} | {"python_bindings/cuda.cpp": []}
-    flags = ["-Icsrc/cuda", "-DUSE_CUDA", "-fvisibility=hidden"]
-    return Library("reft_kernels_cuda", sources, flags, ["-ltorch_cpu", "-ltorch_cuda"], cuda=True)
-
-
-LIBRARIES = [_cpu_library(), _cuda_library()]
-
-
-def _wanted(library: Library) -> bool:
-    """REFT_KERNELS_BUILD_NATIVE=0 leaves all libraries alone.
-
-    REFT_KERNELS_BUILD_CUDA: 0 leaves the CUDA library alone, 1 makes it an error if it can't be built, and
-    auto (the default) builds it where nvcc and a torch with CUDA are found, without a word where they are
-    not.
-    """
-    if os.environ.get("REFT_KERNELS_BUILD_NATIVE") == "0":
-        return False
-    choice = _build_cuda()
-    if not library.cuda or choice == "1":
-        return True
-    try:
-        return choice == "auto" and bool(shutil.which("nvcc")) and bool(_torch_with_cuda())
-    except CannotBuild:
-        return False
-
-
-def _build_cuda() -> str:
-    choice = os.environ.get("REFT_KERNELS_BUILD_CUDA", "auto")
-    if choice not in ("0", "1", "auto"):
-        raise SystemExit(f"REFT_KERNELS_BUILD_CUDA: must be 0, 1 or auto, was {choice!r}")
-    return choice
-
-
-def _torch_with_cuda() -> Path:
-    torch = _torch()
-    if not (torch / "lib" / "libtorch_cuda.so").is_file():
-        raise CannotBuild(f"a torch with CUDA ({torch} is one without)")
-    return torch
-
-
-def _gencodes(nvcc: str) -> str:
-    """nvcc's options: machine code for REFT_KERNELS_CUDA_ARCHS alone, or for CUDA_ARCHITECTURES, and PTX."""
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    known = [code.removeprefix("sm_") for code in listed]
-    wanted = os.environ.get("REFT_KERNELS_CUDA_ARCHS", "")
-    if wanted:
-        chosen = wanted.split(",")
-        if all(re.fullmatch(r"([89]|1\d)\da?", arch) and arch.rstrip("a") in known for arch in chosen):
-            return " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in chosen)
-        raise SystemExit(
-            f"REFT_KERNELS_CUDA_ARCHS: must be architectures from 80 on that nvcc knows, with commas between "
-            f"(90a, or {','.join(CUDA_ARCHITECTURES)}), was {wanted!r}; {nvcc} knows {', '.join(known)}"
-        )
-    found = [arch for arch in CUDA_ARCHITECTURES if arch.rstrip("a") in known]
-    if not found:
-        raise CannotBuild(f"an nvcc that knows one of {', '.join(CUDA_ARCHITECTURES)}")
-    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in found]
-    newest = found[-1].rstrip("a")
-    return " ".join([*codes, f"-gencode arch=compute_{newest},code=compute_{newest}"])
-
-
-def _torch() -> Path:
-    """The folder of the torch that is installed, without importing it.
-
-    Under build isolation torch can't be imported, but the environment that the package goes into has it.
-    """
-    spec = importlib.util.find_spec("torch")
-    places = list(spec.submodule_search_locations or []) if spec else []
-    for place in [*places, Path(sysconfig.get_path("platlib")) / "torch"]:
-        header = Path(place) / "include" / "torch" / "headeronly" / "version.h"
-        if not header.is_file():
-            continue
-        text = header.read_text()
-        found = [re.search(rf"#define TORCH_VERSION_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR")]
-        version = tuple(int(match[1]) for match in found if match)
-        if version < OLDEST_TORCH:
-            raise CannotBuild(f"torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or later (found {version})")
-        return Path(place)
-    raise CannotBuild("torch's headers (install torch first, then build with --no-build-isolation)")
-
-
-def _tool(name: str, what: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        beside = Path(sys.executable).parent / name  # an environment that is not activated
-        if not beside.is_file():
-            raise CannotBuild(f"{what} ({name} is not on PATH)")
-        path = str(beside)
-    return path
-
-
-def _escaped(path: Path | str) -> str:
-    return re.sub(r"([$ :])", r"$\1", str(path))
-
-
-def _ninja_file(library: Library, compiler: str, torch: Path, folder: Path) -> str:
-    """build.ninja with one compile edge a source, and one link edge."""
-    include = f"-isystem '{torch / 'include'}'"
-    common = ["-O3", "-std=c++17", "-fPIC", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    common += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *library.flags]
-    shared = "-shared" if sys.platform != "darwin" else "-dynamiclib -undefined dynamic_lookup"
-    link = f"{shared} -L'{torch / 'lib'}' {' '.join(library.link)}"
-    linker, cuda = "$cxx", []
-    if library.cuda:
-        nvcc = _tool("nvcc", "nvcc")
-        linker = f"{nvcc} -cudart static"
-        # --fmad=false: products are fused where the kernels say so, or a row's bits would depend on
-        # which kernel it went through.
-        flags = f"-O3 -std=c++17 --fmad=false --threads 0 {os.environ.get('NVCCFLAGS', '')}"
-        cuda = [
-            f"nvcc = {nvcc} {flags} {_gencodes(nvcc)}",
-            "rule cuda",
-            "  command = $nvcc -Xcompiler -fPIC,-fvisibility=hidden -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
-    lines = [
-        "ninja_required_version = 1.5",
-        f"cxx = {compiler}",
-        f"flags = {' '.join(common)} {include} {os.environ.get('CXXFLAGS', '')}",
-        "rule compile",
-        "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {linker} $in {link} {os.environ.get('LDFLAGS', '')} -o $out",
-        *cuda,
-    ]
-    objects = []
-    for source, extra in library.sources.items():
-        objects.append(_escaped(folder / (source.replace("/", "_") + ".o")))
-        rule = "cuda" if source.endswith(".cu") else "compile"
-        lines += [f"build {objects[-1]}: {rule} {source}", f"  extra = {' '.join(extra)}"]
-    lines += [f"build {_escaped(folder / (library.name + '.so'))}: link {' '.join(objects)}", ""]
-    return "\n".join(lines)
-
-
-def _build(library: Library, folder: Path) -> Path:
-    """Builds a library incrementally in `folder` and returns its path. Raises CannotBuild."""
-    if sys.platform == "win32":
-        raise CannotBuild("a Unix toolchain (there is no Windows build)")
-    torch = _torch_with_cuda() if library.cuda else _torch()
-    ninja = _tool("ninja", "ninja")
-    command = os.environ.get("CXX") or "c++"
-    _tool(command.split()[0], "a C++ compiler")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(_ninja_file(library, command, torch, folder))
-    done = subprocess.run([ninja, "-f", str(folder / "build.ninja")], cwd=ROOT)
-    if done.returncode:
-        raise CannotBuild(f"a compile of {library.name} without errors (they stand above)")
-    return folder / f"{library.name}.so"
+#: The C++ sources, as packages of no Python: reft_kernels/sources in a wheel.
+SOURCES = {
+    f"reft_kernels.sources.{name.replace('/', '.')}": name
+    for name in ("csrc/cpu", "csrc/cuda", "python_bindings")
+}
 
 
 class BuildNative(build_ext):
@@ -238,37 +51,39 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         self.built: list[str] = []
+        self.notes: list[str] = []
         folder = (Path(self.build_temp) / "native").resolve()
-        package = ROOT if self.inplace else Path(self.build_lib)
-        for library in filter(_wanted, LIBRARIES):
-            try:
-                made = _build(library, folder / library.name)
-            except CannotBuild as missing:
-                if library.cuda and _build_cuda() == "1":
-                    raise SystemExit(f"reft_kernels: {library.name} needs {missing}") from missing
-                without = (
-                    "GPUs then take the triton"
-                    if library.cuda
-                    else "on a CPU it then runs its slow reference"
-                )
-                print(
-                    f"reft_kernels: {library.name} was not built, it needs {missing}. The package works "
-                    f"without it; {without} backend.",
-                    file=sys.stderr,
-                )
-                continue
-            target = package / "reft_kernels" / "lib" / made.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # Under another name first: a process that has the old library loaded keeps it whole.
-            shutil.copy2(made, target.with_suffix(".new"))
-            os.replace(target.with_suffix(".new"), target)
-            self.built.append(str(target))
+        lib = (ROOT if self.inplace else Path(self.build_lib)) / "reft_kernels" / "lib"
+        for library in native.LIBRARIES:
+            reason = native.unwanted(library)
+            if reason is None:
+                try:
+                    made = native.build(library, folder / library.name)
+                    self.built.append(str(native.install(made, lib)))
+                    continue
+                except native.CannotBuild as missing:
+                    if library.cuda and native.cuda_choice() == "1":
+                        raise SystemExit(f"reft_kernels: {library.name} needs {missing}") from missing
+                    reason = f"it needs {missing}"
+                    _warn(library, reason)
+            noted = native.note(library, reason, lib)
+            if noted is not None:
+                self.notes.append(str(noted))
 
     def get_outputs(self) -> list[str]:
-        return [] if self.inplace else self.built
+        return [] if self.inplace else [*self.built, *self.notes]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
+
+
+def _warn(library, reason: str) -> None:
+    without = "GPUs then take the triton" if library.cuda else "on a CPU it then runs its slow reference"
+    print(
+        f"reft_kernels: {library.name} was not built, {reason}. The package works without it; {without} "
+        "backend. `reft-kernels build` compiles it once the package is installed.",
+        file=sys.stderr,
+    )
 
 
 class Wheel(bdist_wheel):
@@ -286,8 +101,10 @@ setup(
         *find_packages(include=["reft_kernels", "reft_kernels.*"]),
         "reft_bench",
         *(f"reft_bench.{name}" for name in find_packages("bench")),
+        *SOURCES,
     ],
-    package_dir={"reft_bench": "bench"},
-    ext_modules=[Extension(f"reft_kernels.lib.{library.name}", sources=[]) for library in LIBRARIES],
+    package_dir={"reft_bench": "bench", **SOURCES},
+    package_data={name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in SOURCES},
+    ext_modules=[Extension(f"reft_kernels.lib.{library.name}", sources=[]) for library in native.LIBRARIES],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -44,3 +44,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(training, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What `dir` and completion show: the training classes too, and nothing of typing's."""
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING"})

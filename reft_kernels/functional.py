@@ -8,13 +8,14 @@ Low level: no Hugging Face, no adapters. Serving stacks call these.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .plan import Plan, check_rows, one_segment
+from .plan import Plan, check_pool, check_rows, one_segment
 from .pool import Pool
 
 __all__ = ["intervene", "intervene_", "intervene_norm_", "loreft"]
@@ -28,7 +29,59 @@ def _check_dtype(h: Tensor) -> None:
         raise ValueError(f"h: must be float64, float32, bfloat16 or float16, was {h.dtype}")
 
 
+#: A complaint of the compiled library's about an argument, behind the function and line that made it.
+_COMPLAINT = re.compile(
+    r".*?[\w./]*\.(?:cpp|cu|cuh|h):\d+[,:] *"
+    r"((?:h|down|up|bias|kind|rows|tiles|spans|offsets|grad|hs|weight|shift|eps|norm): .*)",
+    re.DOTALL,
+)
+
+
+def _explained(error: Exception) -> Exception:
+    """What a backend says of an argument, as the ValueError that is promised; other errors as they are.
+
+    Asked only once something went wrong: a plan is not read back before every call.
+    """
+    if isinstance(error, IndexError):  # torch's own, in the reference backend
+        return ValueError(f"plan: names a row that h lacks, or pool rows that the pool lacks: {error}")
+    found = _COMPLAINT.fullmatch(str(error))
+    return ValueError(found[1]) if found else error
+
+
+def _check_in_place(h: Tensor) -> None:
+    """Refuses h whose rows don't lie in memory as an edit in place needs them."""
+    if h.is_contiguous():
+        return
+    shape, strides = h.shape, h.stride()
+    folded = shape[-1] == 1 or strides[-1] == 1
+    rows, stride = 1, 0
+    for size, step in reversed(list(zip(shape[:-1], strides[:-1]))):
+        if size == 1:
+            continue
+        if rows == 1:
+            stride = step
+        folded = folded and step == stride * rows
+        rows *= size
+    if not folded:
+        raise ValueError(
+            "h: its last dimension must be contiguous and the others collapse to rows with one stride "
+            "(h.view(-1, d) must work), because it is edited in place; its shape was "
+            f"{list(shape)}, its strides {list(strides)}. Use intervene, or h.contiguous()"
+        )
+    if rows > 1 and stride < shape[-1]:
+        raise ValueError(
+            f"h: its rows overlap in memory (row stride {stride}, width {shape[-1]}), so it can't be edited "
+            "in place"
+        )
+
+
 def _check(h: Tensor, pool: Pool, plan: Plan) -> None:
+    if not isinstance(pool, Pool):
+        raise ValueError(f"pool: must be a Pool, was a {type(pool).__name__}")
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan: must be a Plan, was a {type(plan).__name__}")
+    if not torch.compiler.is_compiling():  # there it would be a constant, or a reason to compile anew
+        check_pool(plan.spans, pool)
     _check_dtype(h)
     if h.dim() < 1 or h.shape[-1] != pool.width:
         raise ValueError(
@@ -53,15 +106,21 @@ def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
         plan: from `reft_kernels.make_plan`.
 
     Raises:
-        ValueError: h does not fit the pool or plan, or autograd would need h (use `intervene` there).
+        ValueError: h does not fit the pool or plan, its rows don't lie in memory as said above, or autograd
+            would need h (use `intervene` there); the plan is of another pool, or of a span that was removed
+            since. On an accelerator the plan is not read back, and a row that h lacks is skipped.
     """
     _check(h, pool, plan)
+    _check_in_place(h)
     if torch.is_grad_enabled() and h.requires_grad:
         raise ValueError(
             "h: requires a gradient, which an in-place edit would lose; use intervene, or no_grad"
         )
     op = ops.INTERVENE_[ops.current_backend(h.device)]
-    op(h, pool.down, pool.up, pool.bias, pool.kind, plan.rows, plan.tiles, plan.spans)
+    try:
+        op(h, pool.down, pool.up, pool.bias, pool.kind, plan.rows, plan.tiles, plan.spans)
+    except (RuntimeError, IndexError) as error:
+        raise _explained(error) from None
     return h
 
 
@@ -72,7 +131,11 @@ def intervene(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
     """
     _check(h, pool, plan)
     op = ops.INTERVENE[ops.current_backend(h.device)]
-    return op(h, pool.down, pool.up, pool.bias, pool.kind, plan.rows, plan.tiles, plan.spans, plan.offsets)
+    pool_tensors = pool.down, pool.up, pool.bias, pool.kind
+    try:
+        return op(h, *pool_tensors, plan.rows, plan.tiles, plan.spans, plan.offsets)
+    except (RuntimeError, IndexError) as error:
+        raise _explained(error) from None
 
 
 _NORM_BITS = int(ops.Norm.CENTRED | ops.Norm.PLUS_ONE | ops.Norm.ROUND)
@@ -125,11 +188,12 @@ def intervene_norm_(
 
     Raises:
         ValueError: what `intervene_` raises; a weight, shift, eps or norm that does not fit; a plan with
-            fewer rows than h; or autograd would need h, weight or shift.
-        RuntimeError: a row of h in no tile, or in two (on a CPU, by the native backend). On an accelerator
-            the plan is not read back, and what is returned for a row that it lacks is undefined.
+            fewer rows than h; a row of h in no tile, or in two (on a CPU, by the native backend; on an
+            accelerator the plan is not read back, and what is returned for a row that it lacks is
+            undefined); or autograd would need h, weight or shift.
     """
     _check(h, pool, plan)
+    _check_in_place(h)
     _check_norm(h, weight, shift, eps, norm)
     rows = h.numel() // h.shape[-1] if h.shape[-1] else 0
     if plan.rows.shape[0] < rows:
@@ -145,20 +209,12 @@ def intervene_norm_(
                     "norm by itself, or no_grad"
                 )
     op = ops.INTERVENE_NORM_[ops.current_backend(h.device)]
-    return op(
-        h,
-        pool.down,
-        pool.up,
-        pool.bias,
-        pool.kind,
-        plan.rows,
-        plan.tiles,
-        plan.spans,
-        weight,
-        shift,
-        float(eps),
-        int(norm),
-    )
+    pool_tensors = pool.down, pool.up, pool.bias, pool.kind
+    plan_tensors = plan.rows, plan.tiles, plan.spans
+    try:
+        return op(h, *pool_tensors, *plan_tensors, weight, shift, float(eps), int(norm))
+    except (RuntimeError, IndexError) as error:
+        raise _explained(error) from None
 
 
 def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor | Sequence[int] | None = None) -> Tensor:
@@ -199,11 +255,14 @@ def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor | Sequence[i
         check_rows(rows, count)
     plan = one_segment(rows, count, rank, h.device)
     wide = torch.promote_types(R.dtype, W.dtype)
-    up = R.to(wide)
+    up = R.to(wide).contiguous()
     # The difference is taken in float32 at least and rounded once.
     fold_dtype = torch.promote_types(wide, torch.float32)
-    down = (W.to(fold_dtype) - R.to(fold_dtype)).to(wide)
-    bias = b.to(fold_dtype)
+    down = (W.to(fold_dtype) - R.to(fold_dtype)).to(wide).contiguous()
+    bias = b.to(fold_dtype).contiguous()
     kind = torch.zeros(rank, dtype=torch.int32, device=h.device)
     op = ops.INTERVENE[ops.current_backend(h.device)]
-    return op(h, down, up, bias, kind, plan.rows, plan.tiles, plan.spans, plan.offsets)
+    try:
+        return op(h, down, up, bias, kind, plan.rows, plan.tiles, plan.spans, plan.offsets)
+    except (RuntimeError, IndexError) as error:
+        raise _explained(error) from None

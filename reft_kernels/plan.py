@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .ops.schema import TILE
-from .pool import Span
+from .pool import Pool, Span, claims_of
 
 #: On a GPU, rows that are only normed are a tile each in steps of so few rows: nothing is shared between
 #: them, and a program for each is done soonest.
@@ -124,13 +124,41 @@ def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
 
 # No inference tensor: a table is kept, and may be trained through after a generate made it.
 @torch.inference_mode(False)
-def pack_spans(spans: Sequence[Span], device: torch.device | str) -> Tensor:
-    """The spans table [S, 2] of one layer."""
-    return torch.tensor([tuple(span) for span in spans], dtype=torch.int32, device=device).view(-1, 2)
+def pack_spans(spans: Sequence[Span], device: torch.device | str, name: str = "spans") -> Tensor:
+    """The spans table [S, 2] of one layer. It remembers the pool that gave them out, for `check_pool`.
+
+    Raises ValueError that begins with `name` and an index: a span that was removed, or spans of two pools.
+    """
+    claims = claims_of(spans, name)
+    table = torch.tensor([tuple(span) for span in spans], dtype=torch.int32, device=device).view(-1, 2)
+    if claims is not None:
+        claims.version = table._version
+        table._reft_claims = claims  # type: ignore[attr-defined]
+    return table
+
+
+def check_pool(spans: Tensor, pool: Pool) -> None:
+    """Refuses a spans table of another pool, or of ranges that were removed. Reads nothing of the device."""
+    claims = getattr(spans, "_reft_claims", None)
+    if claims is not None:
+        claims.check(spans, pool)
+
+
+def _as_span(entry: Any, name: str) -> Span:
+    """The span of an entry of `make_plan`."""
+    if not isinstance(entry, tuple | list) or len(entry) != 2 or not isinstance(entry[0], tuple):
+        raise ValueError(f"{name}: must be a pair of a Span and rows of h, was {entry!r}")
+    span = entry[0]
+    if len(span) != 2 or not all(isinstance(part, int | np.integer) and 0 <= part < 2**31 for part in span):
+        raise ValueError(f"{name}: its Span must have two integers, 0 or more, was {span!r}")
+    return span if isinstance(span, Span) else Span(*span)
 
 
 def _as_rows(rows: Tensor | Sequence[int] | np.ndarray, name: str) -> np.ndarray:
-    array = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+    try:
+        array = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: rows must be a list of integers, were {rows!r}") from None
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)
     if array.dtype == bool or not np.issubdtype(array.dtype, np.integer):
@@ -186,11 +214,16 @@ def make_plan(
             `functional.intervene_norm_` needs. Takes total_rows.
 
     Raises:
-        ValueError: a negative row, a row ≥ total_rows, a row named twice (its edits would race), or
-            cover without total_rows.
+        ValueError: a negative row, a row ≥ total_rows, a row named twice (its edits would race); a range
+            that was removed from its pool, ranges of two pools; or cover without total_rows.
     """
+    if total_rows is not None and (not isinstance(total_rows, int) or total_rows < 0):
+        raise ValueError(f"total_rows: must be an integer, 0 or more, or None, was {total_rows!r}")
     if cover and total_rows is None:
         raise ValueError("cover: needs total_rows, the number of rows of h")
+    if not isinstance(entries, Sequence) or isinstance(entries, Span | str):
+        raise ValueError(f"entries: must be a list of pairs of a Span and rows of h, was {entries!r}")
+    spans = [_as_span(entry, f"entries[{number}]") for number, entry in enumerate(entries)]
     by_segment = [_as_rows(rows, f"entries[{number}]") for number, (_, rows) in enumerate(entries)]
     everything = np.concatenate(by_segment) if by_segment else np.zeros(0, dtype=np.int64)
     _check_distinct(everything, 2**31 if total_rows is None else total_rows, "entries")
@@ -198,4 +231,4 @@ def make_plan(
     if cover and total_rows is not None:
         listed = _covering(listed, total_rows)
     packed = _pack(listed, len(by_segment), device, TILE)
-    return Plan(packed.rows, packed.tiles, pack_spans([span for span, _ in entries], device), packed.offsets)
+    return Plan(packed.rows, packed.tiles, pack_spans(spans, device, "entries"), packed.offsets)

@@ -1,23 +1,102 @@
 """The pool: device memory that holds the folded rows of many interventions of any rank, without padding.
 
 An intervention owns a contiguous range of rows (a `Span`). Ranges are handed out first fit and joined
-again when freed, so room is reused; a pool without a fixed capacity grows by itself.
+again when freed, so room is reused; a pool without a fixed capacity grows by itself. A span that a pool gave
+out is known to it until it is removed, so that a plan for rows that are another's by then is refused.
 """
 
 from __future__ import annotations
 
 import threading
+import uuid
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Span(NamedTuple):
-    """A range of pool rows: [first, first + rank)."""
+class Book:
+    """Which ranges of a pool are owned. The pool has it, and every span that the pool gave out.
 
+    owners: first row → (rank, ticket); a ticket is like no other, in copies of the pool too.
+    removals: how many ranges were given back.
+    """
+
+    __slots__ = ("owners", "removals")
+
+    def __init__(self) -> None:
+        self.owners: dict[int, tuple[int, str]] = {}
+        self.removals = 0
+
+
+class _Range(NamedTuple):
     first: int
     rank: int
+
+
+class Span(_Range):
+    """A range of pool rows: [first, first + rank).
+
+    One from `Pool.add` knows its pool and whether it was removed there. One made by hand, Span(first, rank),
+    is taken at its word; rank 0 means that nothing is edited. They compare as the pairs that they are.
+    """
+
+    book: Book | None = None
+    ticket: str = ""
+
+    def owned_in(self, book: Book) -> bool:
+        """Whether the range is this span's in the pool of that book."""
+        return book.owners.get(self.first) == (self.rank, self.ticket)
+
+
+class Claims:
+    """The spans from `Pool.add` that a spans table was made of, and the pool that is known to have them."""
+
+    __slots__ = ("book", "removals", "spans", "version")
+
+    def __init__(self, spans: Sequence[Span], book: Book) -> None:
+        self.spans, self.book, self.removals = spans, book, book.removals
+        self.version = 0
+
+    def check(self, table: Tensor, pool: Pool) -> None:
+        """Refuses a pool that lacks one of the spans. Costs two comparisons while nothing is removed."""
+        book = pool.book
+        if self.book is book and self.removals == book.removals:
+            return
+        if table._version != self.version:
+            return  # other ranges were written into it since, as servers do with tables that graphs read
+        removals = book.removals
+        for span in self.spans:
+            if not span.owned_in(book):
+                raise ValueError(f"plan: {_lost(span, book)}")
+        self.book, self.removals = book, removals
+
+
+def _lost(span: Span, book: Book) -> str:
+    """Why a span is not owned in a pool."""
+    if span.book is not book and span.book is not None and span.owned_in(span.book):
+        return f"{span} is of another pool"
+    return f"{span} was removed from its pool; its rows are free already, or another's"
+
+
+def claims_of(spans: Sequence[Span], name: str) -> Claims | None:
+    """The claims of one table's spans, or None where all were made by hand.
+
+    Raises ValueError that begins with `name` and an index: a span that was removed, or spans of two pools.
+    """
+    book: Book | None = None
+    known = []
+    for index, span in enumerate(spans):
+        if span.book is None:
+            continue
+        book = book or span.book
+        if not span.owned_in(span.book):
+            raise ValueError(f"{name}[{index}]: {_lost(span, span.book)}")
+        if span.book is not book and not span.owned_in(book):
+            raise ValueError(f"{name}[{index}]: {_lost(span, book)}; a plan takes rows of one")
+        known.append(span)
+    return None if book is None else Claims(known, book)
 
 
 class Fold(NamedTuple):
@@ -76,8 +155,9 @@ class Pool:
         self.width, self.dtype, self.device = width, dtype, torch.device(device)
         self.fixed = capacity is not None
         self._lock = threading.Lock()
-        self._free: list[Span] = []
+        self._free: list[_Range] = []
         self._size = 0
+        self.book = Book()
         self.down = torch.zeros(0, width, dtype=self.dtype, device=self.device)
         self.up = torch.zeros(0, width, dtype=self.dtype, device=self.device)
         self.bias = torch.zeros(0, dtype=self._bias_dtype, device=self.device)
@@ -124,18 +204,16 @@ class Pool:
             torch._dynamo.mark_static_address(grown)
             setattr(self, name, grown)
         self._size = size
-        self._release(Span(old, size - old))
+        self._release(_Range(old, size - old))
 
-    def _release(self, span: Span) -> None:
-        """Gives a range back and joins it with free neighbours."""
+    def _release(self, span: _Range) -> None:
+        """Adds a range to the free ones and joins it with its neighbours."""
         if span.rank == 0:
             return
-        joined: list[Span] = []
+        joined: list[_Range] = []
         for piece in sorted([*self._free, span]):
-            if joined and joined[-1].first + joined[-1].rank > piece.first:
-                raise ValueError(f"span: rows {span.first}..{span.first + span.rank} were free already")
             if joined and joined[-1].first + joined[-1].rank == piece.first:
-                joined[-1] = Span(joined[-1].first, joined[-1].rank + piece.rank)
+                joined[-1] = _Range(joined[-1].first, joined[-1].rank + piece.rank)
             else:
                 joined.append(piece)
         self._free = joined
@@ -143,7 +221,7 @@ class Pool:
     def _fit(self, rank: int) -> int | None:
         for index, span in enumerate(self._free):
             if span.rank >= rank:
-                rest = Span(span.first + rank, span.rank - rank)
+                rest = _Range(span.first + rank, span.rank - rank)
                 self._free[index : index + 1] = [rest] if rest.rank else []
                 return span.first
         return None
@@ -161,21 +239,48 @@ class Pool:
         return True
 
     def _check_span(self, span: Span) -> None:
-        if span.rank and not 0 <= span.first <= span.first + span.rank <= self._size:
-            raise ValueError(f"span: {tuple(span)} lies outside the pool's {self._size} rows")
+        """Refuses a range that `add` did not return, or that was removed since."""
+        if not isinstance(span, Span):
+            raise ValueError(f"span: must be a Span that add returned, was {span!r}")
+        if not span.rank:
+            return
+        found = self.book.owners.get(span.first)
+        if span.book is not None and not span.owned_in(self.book):
+            raise ValueError(f"span: {_lost(span, self.book)}")
+        if found is None or found[0] != span.rank:
+            raise ValueError(
+                f"span: {span} is no range that add returned; its rows are free already, or others'"
+            )
 
     def _check(self, fold: Fold) -> None:
+        if not isinstance(fold, tuple) or len(fold) != 4 or not all(isinstance(t, Tensor) for t in fold):
+            raise ValueError(
+                "fold: must be a Fold of the tensors down [r, d], up [r, d], bias [r] and kind [r], was "
+                f"a {type(fold).__name__}"
+            )
+        fold = Fold(*fold)
+        if fold.up.dim() != 2 or fold.up.shape[1] != self.width:
+            raise ValueError(
+                f"fold: up must be [r, {self.width}] to fit a pool of width {self.width}, was "
+                f"{list(fold.up.shape)}"
+            )
         rank, width = fold.up.shape
-        if width != self.width:
-            raise ValueError(f"fold: width {width} does not fit a pool of width {self.width}")
         if fold.down.shape != (rank, width) or fold.bias.shape != (rank,) or fold.kind.shape != (rank,):
             raise ValueError(
                 f"fold: expected down and up [{rank}, {width}], bias and kind [{rank}]; got down "
                 f"{list(fold.down.shape)}, bias {list(fold.bias.shape)}, kind {list(fold.kind.shape)}"
             )
+        for name in ("down", "up", "bias"):
+            if not getattr(fold, name).is_floating_point():
+                raise ValueError(f"fold: {name} must be floating, was {getattr(fold, name).dtype}")
+        if fold.kind.dtype is not torch.int32:
+            raise ValueError(f"fold: kind must be torch.int32, was {fold.kind.dtype}")
 
     def add(self, fold: Fold) -> Span:
-        """Lays a fold into the pool and returns its range. Raises PoolFull, ValueError."""
+        """Lays a fold into the pool and returns its range, rank 0 for an empty one.
+
+        Raises PoolFull; ValueError: no fold, or one whose shapes or dtypes don't fit.
+        """
         self._check(fold)
         with self._lock:
             if fold.rank == 0:
@@ -194,16 +299,21 @@ class Pool:
                 first = self._fit(fold.rank)
                 assert first is not None
             span = Span(first, fold.rank)
+            span.book, span.ticket = self.book, uuid.uuid4().hex
             self._write(span, fold)
+            self.book.owners[first] = (span.rank, span.ticket)
         return span
 
     def write(self, span: Span, fold: Fold) -> None:
-        """Renews the rows of a range in place (one rounding, from the fold's dtype to the pool's)."""
+        """Renews the rows of a range in place (one rounding, from the fold's dtype to the pool's).
+
+        Raises ValueError: a fold of another shape, or a range that this pool did not give out or took back.
+        """
         self._check(fold)
-        if span.rank != fold.rank:
-            raise ValueError(f"fold: rank {fold.rank} does not fit a span of {span.rank} rows")
         with self._lock:
             self._check_span(span)
+            if span.rank != fold.rank:
+                raise ValueError(f"fold: rank {fold.rank} does not fit a span of {span.rank} rows")
             self._write(span, fold)
 
     # Under the lock: a row written while another thread copies the pool to grow it would be lost.
@@ -216,7 +326,14 @@ class Pool:
         self.kind[rows].copy_(fold.kind)
 
     def remove(self, span: Span) -> None:
-        """Gives a range back. Its rows keep their bytes until they are reused. Raises ValueError."""
+        """Gives a range back. Its rows keep their bytes until they are reused.
+
+        Plans that were made with it are refused from then on. Raises ValueError: a range that this pool did
+        not give out, or took back already.
+        """
         with self._lock:
             self._check_span(span)
-            self._release(span)
+            if span.rank:
+                del self.book.owners[span.first]
+                self.book.removals += 1
+                self._release(_Range(*span))

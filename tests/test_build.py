@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from reft_kernels import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("bench", "csrc", "python_bindings", "reft_kernels")
@@ -48,10 +51,11 @@ def build_wheel(folder: Path, compiler: str) -> tuple[Path, str]:
     return wheel, done.stderr
 
 
-def try_wheel(wheel: Path, folder: Path) -> list[str]:
-    """Runs TRIAL on the unpacked wheel, away from the sources."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
+def try_wheel(wheel: Path | None, folder: Path) -> list[str]:
+    """Runs TRIAL on the unpacked wheel (None: one that was unpacked before), away from the sources."""
+    if wheel is not None:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
     environment.pop("REFT_KERNELS_BACKEND", None)
     command = [sys.executable, "-W", "ignore", "-c", TRIAL]
@@ -71,7 +75,74 @@ def test_without_a_compiler_the_package_installs_and_says_so_once(tmp_path):
     bench = ROOT / "bench"
     assert {f"reft_bench/{path.relative_to(bench).as_posix()}" for path in bench.rglob("*.py")} <= set(names)
     assert not [name for name in names if name.endswith(".so")]
-    assert try_wheel(wheel, tmp_path / "away") == ["reference", "None"]
+    away = tmp_path / "away"
+    assert try_wheel(wheel, away) == ["reference", "None"]
+    doctor = run_command(away, "doctor", "--json")
+    reason = json.loads(doctor.stdout)["devices"]["cpu"]["backends"]["native"]["detail"]
+    assert reason == (
+        "reft_kernels_cpu.so was not built: it needs a C++ compiler (/nonexistent/c++ is not on PATH); "
+        "`reft-kernels build` compiles it"
+    )
+
+
+def run_command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`reft-kernels` of the wheel that was unpacked to `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "reft_kernels.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("c++"), reason="needs Linux and a C++ compiler"
+)
+def test_an_installed_package_builds_what_it_lacks(tmp_path: Path) -> None:
+    """From the sources that the wheel carries, with the torch that is there by then."""
+    wheel, _ = build_wheel(tmp_path, "/nonexistent/c++")
+    shutil.rmtree(tmp_path / "source")
+    away = tmp_path / "away"
+    assert try_wheel(wheel, away) == ["reference", "None"]
+    failed = run_command(away, "build", CXX="/nonexistent/c++", REFT_KERNELS_BUILD_CUDA="0")
+    assert (
+        failed.returncode == 1 and "needs a C++ compiler (/nonexistent/c++ is not on PATH)" in failed.stderr
+    )
+    done = run_command(away, "build", CXX="c++", CXXFLAGS="-O0", REFT_KERNELS_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert f"reft_kernels_cpu: built, {away / 'reft_kernels' / 'lib' / 'reft_kernels_cpu.so'}" in done.stdout
+    assert "reft_kernels_cuda: not built, REFT_KERNELS_BUILD_CUDA was 0" in done.stdout
+    backend, level = try_wheel(None, away)
+    assert backend == "native" and level != "None"
+
+
+def test_without_torch_the_reason_is_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As under pip's build isolation where torch is not installed yet."""
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    library = build.LIBRARIES[0]
+    with pytest.raises(build.CannotBuild) as caught:
+        build.build(library, tmp_path / "build")
+    build.note(library, f"it needs {caught.value}", tmp_path / "lib")
+    assert build.why_missing(tmp_path / "lib" / "reft_kernels_cpu.so") == (
+        "reft_kernels_cpu.so was not built: it needs torch's headers (torch was not installed yet); "
+        "`reft-kernels build` compiles it"
+    )
+    assert build.why_missing(tmp_path / "reft_kernels_cpu.so") == (
+        "reft_kernels_cpu.so was not built; `reft-kernels build` compiles it"
+    )
+
+
+def test_a_library_that_is_there_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    library, made = build.LIBRARIES[0], tmp_path / "reft_kernels_cpu.so"
+    made.write_bytes(b"new")
+    lib = tmp_path / "lib"
+    noted = build.note(library, "it needs ninja", lib)
+    assert noted is not None and noted.exists()
+    target = build.install(made, lib)
+    assert target.read_bytes() == b"new" and not noted.exists()
+    assert build.note(library, "it needs ninja", lib) is None and not noted.exists()
 
 
 @pytest.mark.skipif(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import reft_kernels as rk
 from reft_kernels import adapter, cli, doctor, ops
 from reft_kernels.ops import dispatch
 
@@ -127,6 +129,67 @@ def test_convert_of_what_is_no_checkpoint_is_one_line(
     assert captured.err.startswith("reft-kernels convert: ") and captured.err.count("\n") == 1
     assert str(tmp_path) in captured.err
     assert not target.exists()
+
+
+@pytest.fixture
+def occupied(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder to convert, and one that holds another adapter."""
+    adapters = [rk.Adapter.from_config(rk.ReftConfig(r=r, layers=[0]), 2, 8) for r in (1, 2)]
+    for adapter, name in zip(adapters, ("source", "target")):
+        adapter.save_pretrained(tmp_path / name)
+    return tmp_path / "source", tmp_path / "target"
+
+
+def convert_to(target: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None, *options: str) -> tuple:
+    """(exit status, whether an adapter was written, what was asked). answer: None where there is no tty."""
+    written, asked = [], []
+    monkeypatch.setattr(checkpoint, "convert", lambda *args, **kwargs: written.append(args))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: answer is not None, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or answer)
+    status = cli.main(["convert", "somewhere", str(target), "--positions", "l1", *options])
+    return status, len(written), asked
+
+
+def test_convert_asks_before_it_replaces_an_adapter(
+    occupied: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = occupied[1]
+    question = f"{target} holds an adapter already. Replace it? [y/N] "
+    assert convert_to(target, monkeypatch, "y") == (0, 1, [question])
+    assert convert_to(target, monkeypatch, "") == (2, 0, [question])
+    assert f"{target} was left as it is" in capsys.readouterr().err
+    assert convert_to(target, monkeypatch, None) == (2, 0, [])
+    assert "give --force to replace it" in capsys.readouterr().err
+    assert convert_to(target, monkeypatch, None, "--force") == (0, 1, [])
+    assert convert_to(target.parent / "new", monkeypatch, None) == (0, 1, [])
+
+
+def test_convert_says_which_data_sets_count_how(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    _, counts_from_length, one_less = re.split(r"\n  length(?:-1)? +", capsys.readouterr().out)
+    assert "ReftRawDataset" in counts_from_length and "ReftSupervisedDataset" not in counts_from_length
+    for name in ("Supervised", "Generation", "Classification", "Reward"):
+        assert f"Reft{name}Dataset" in one_less
+
+
+def test_the_data_sets_are_those_of_the_live_pyreft(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every class of pyreft's that reckons a last position stands under what it reckons with."""
+    spec = importlib.util.find_spec("pyreft")
+    if spec is None or spec.origin is None:
+        pytest.skip("pyreft is not installed")
+    source = (Path(spec.origin).parent / "dataset.py").read_text()
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    groups = re.split(r"\n  length(?:-1)? +", capsys.readouterr().out)[1:]
+    found = 0
+    for part in re.split(r"\n(?=class |def )", source):
+        match = re.search(r"last_position ?= ?base_prompt_length( - 1)?,?\s", part)
+        if match:
+            found += 1
+            name = re.match(r"(?:class|def) (\w+)", part)[1]
+            assert name in groups[bool(match[1])].split("Exit status")[0], name
+    assert found >= 6
 
 
 def test_convert_without_positions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

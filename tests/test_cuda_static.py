@@ -8,10 +8,10 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
-import setuptools
+
+from reft_kernels import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "csrc" / "cuda"
@@ -170,28 +170,15 @@ def test_kernels_for_other_architectures(arch: str) -> None:
     _check_all(arch)
 
 
-@pytest.fixture
-def build_script(monkeypatch: pytest.MonkeyPatch):
-    """setup.py as a module."""
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    spec = importlib.util.spec_from_file_location("build_script", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "build_script", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_machine_code_for_the_architectures_that_are_named(
-    build_script, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_machine_code_for_the_architectures_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     variable = "REFT_KERNELS_CUDA_ARCHS"
     monkeypatch.delenv(variable, raising=False)
-    assert build_script._gencodes(NVCC).count("code=sm_") >= 2
-    assert "code=compute_" in build_script._gencodes(NVCC)
+    assert build.gencodes(NVCC).count("code=sm_") >= 2
+    assert "code=compute_" in build.gencodes(NVCC)
     monkeypatch.setenv(variable, "80,90a")
     codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
-    assert build_script._gencodes(NVCC) == " ".join(codes)
+    assert build.gencodes(NVCC) == " ".join(codes)
     for bad in ("75", "hopper", "90a,", "9.0", "805"):
         monkeypatch.setenv(variable, bad)
         with pytest.raises(SystemExit, match=f"{variable}: must be .*, was '{bad}'"):
-            build_script._gencodes(NVCC)
+            build.gencodes(NVCC)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -98,7 +100,14 @@ def _pool_and_plan(
     for rank in (2, 3):
         down, up, bias = draw(rank, (rank, 8), (rank, 8), (rank,), device=device)
         spans.append(pool.add(rk.Fold(down, up, bias, torch.zeros(rank, dtype=torch.int32))))
-    return pool, rk.make_plan([(spans[0], [1, 5]), (spans[1], [0])], device, total_rows=6, cover=cover)
+    return pool, _plan(device, cover, spans)
+
+
+def _plan(
+    device: str = "cpu", cover: bool = False, spans: Sequence[rk.Span] = (rk.Span(0, 2), rk.Span(2, 3))
+) -> rk.Plan:
+    """By default one for every pool of `_pool_and_plan`."""
+    return rk.make_plan([(spans[0], [1, 5]), (spans[1], [0])], device, total_rows=6, cover=cover)
 
 
 def _by_hand(h: Tensor, pool: rk.Pool) -> Tensor:
@@ -124,7 +133,7 @@ def test_intervene_and_intervene_in_place(backend: str, device: str) -> None:
 def test_a_plan_that_covers_edits_the_same_forward_and_backward(backend: str, device: str) -> None:
     """Tiles of segment −1 edit nothing: what stands before the spans table is not a span of theirs."""
     pool, plan = _pool_and_plan(device)
-    cover = _pool_and_plan(device, cover=True)[1]
+    cover = _plan(device, cover=True)
     before = cover.spans.new_tensor([[0, 2]])
     cover = cover._replace(spans=torch.cat([before, cover.spans])[1:])
     h, grad = draw(0, (6, 8), (6, 8), device=device)
@@ -144,7 +153,7 @@ def test_intervene_norm_is_the_edit_and_the_norm(backend: str, device: str, norm
     (h,), (weight, shift) = draw(0, (6, 8), device=device), draw(1, (8,), (8,), device=device)
     edited = h.clone()
     with rk.backend(backend):
-        functional.intervene_(edited, pool, _pool_and_plan(device)[1])
+        functional.intervene_(edited, pool, _plan(device))
         plain = functional.intervene_norm_(
             edited, pool, rk.make_plan([], device, 6, cover=True), weight, norm=norm
         )
@@ -211,7 +220,7 @@ def test_in_place_edits_are_refused_where_autograd_needs_h() -> None:
 
 def _bad_calls() -> dict[str, tuple]:
     """name → (h, pool, plan, message)."""
-    pool, plan = _pool_and_plan()
+    pool, plan = _pool_and_plan()[0], _plan()
     (h,) = draw(0, (6, 8))
     half, _ = _pool_and_plan(dtype=torch.bfloat16)
     meta = rk.Pool(8, device="meta", capacity=8)
@@ -220,6 +229,8 @@ def _bad_calls() -> dict[str, tuple]:
     devices = "h, pool and plan must be on one device"
     dtype = "h: must be float64, float32, bfloat16 or float16, was torch."
     return {
+        "a plan for a pool": (h, plan, plan, "pool: must be a Pool, was a Plan"),
+        "tensors for a plan": (h, pool, tuple(plan), "plan: must be a Plan, was a tuple"),
         "narrow": (h[:, :7].clone(), pool, plan, width),
         "wide": (torch.ones(6, 9), pool, plan, width),
         "scalar": (torch.tensor(1.0), pool, plan, width),
@@ -290,7 +301,7 @@ def test_a_norm_needs_a_plan_that_names_every_row(backend: str, device: str) -> 
         with pytest.raises(ValueError, match="plan: must name every row of h, has 3 of 6; make_plan takes"):
             functional.intervene_norm_(h, pool, plan, weight)
         with pytest.raises(ValueError, match="h: requires a gradient"):
-            cover = _pool_and_plan(device, cover=True)[1]
+            cover = _plan(device, cover=True)
             functional.intervene_norm_(h.clone().requires_grad_(), pool, cover, weight)
     assert same_bits(h, before)
 
@@ -307,8 +318,8 @@ def test_a_row_that_h_lacks_reaches_no_other_memory(backend: str, device: str) -
     with rk.backend(backend):
         try:
             functional.intervene_(h, pool, plan)
-        except (ValueError, IndexError, RuntimeError) as error:
-            assert "row" in str(error) or "index" in str(error)
+        except ValueError as error:
+            assert re.match("(rows|plan): ", str(error)) and ".cpp" not in str(error)
         else:
             functional.intervene_(wanted[:6], pool, rk.make_plan([(rk.Span(0, 2), [1])], device))
     assert same_bits(memory, wanted)
@@ -326,11 +337,96 @@ def test_h_whose_rows_have_no_single_stride_is_no_silent_copy(backend: str, devi
                 before = h.clone()
                 try:
                     got = function(h, pool, plan)
-                except (RuntimeError, ValueError):
+                except ValueError as error:
+                    assert str(error).startswith("h: its last dimension must be contiguous and the others")
                     assert same_bits(h, before)
                 else:
                     assert same_bits(got, want)
                     assert same_bits(h, before if function is functional.intervene else want)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_h_that_lies_wrong_in_memory_is_a_value_error_on_every_backend(
+    backend: str, device: str, norm: bool
+) -> None:
+    pool, plan = _pool_and_plan(device, cover=norm)
+    wrong = {
+        "h: its last dimension must be contiguous": draw(0, (6, 16), device=device)[0][:, ::2],
+        r"h: .* its shape was \[6, 8\], its strides \[1, 6\]": draw(0, (8, 6), device=device)[0].T,
+        "h: its rows overlap in memory .row stride 0": draw(0, (1, 8), device=device)[0].expand(6, 8),
+        "h: its rows overlap in memory .row stride 4": draw(0, (28,), device=device)[0].as_strided(
+            (6, 8), (4, 1)
+        ),
+    }
+    with rk.backend(backend):
+        for message, h in wrong.items():
+            before = h.clone()
+            with pytest.raises(ValueError, match=message):
+                if norm:
+                    functional.intervene_norm_(h, pool, plan, torch.ones(8, device=device))
+                else:
+                    functional.intervene_(h, pool, plan)
+            assert same_bits(h, before)
+        wide = draw(0, (2, 3, 24), device=device)[0][..., 8:16]  # one stride, rows apart: as good as any
+        edited = functional.intervene(wide, pool, plan)
+        assert same_bits(functional.intervene_(wide, pool, plan), edited)
+
+
+def test_what_the_compiled_library_refuses_is_a_value_error_without_a_source_line() -> None:
+    if rk.ops.why_not("native", "cpu") is not None:
+        pytest.skip("the native library is not there")
+    pool, plan = _pool_and_plan(cover=True)
+    (h,), weight = draw(0, (6, 8)), torch.ones(8)
+    beyond = rk.make_plan([(rk.Span(0, 2), [1, 7])])
+    no_range = rk.make_plan([(rk.Span(7, 3), [1])])
+    twice = plan._replace(rows=plan.rows.clone().fill_(2))
+    wide = rk.Pool(8, torch.float64)
+    calls = [
+        (
+            lambda: functional.intervene_(h, pool, beyond),
+            "rows: must be less than 6, the number of rows of h; ",
+        ),
+        (lambda: functional.intervene(h, pool, beyond), "rows: must be less than 6"),
+        (
+            lambda: functional.intervene(h, pool, no_range),
+            "spans: segment 0 takes pool rows [7, 10), the pool",
+        ),
+        (lambda: functional.intervene_norm_(h, pool, twice, weight), "rows: row 2 of h is named twice"),
+        (lambda: functional.intervene_(pool.down, pool, plan), "h: shares memory with down, so it can't"),
+        (lambda: functional.intervene_norm_(h, pool, plan, h[0]), "weight"),
+        (lambda: functional.intervene(h.double(), wide, beyond), "h: dtype must be Float, BFloat16 or Half"),
+        (lambda: functional.loreft(h.double(), *draw(0, (2, 8), (2, 8), (2,))), "h: dtype must be Float"),
+    ]
+    before = h.clone()
+    with rk.backend("native"):
+        for call, message in calls:
+            with pytest.raises(ValueError) as caught:
+                call()
+            if message != "weight":  # "h: shares memory with weight"
+                assert str(caught.value).startswith(message)
+            assert ".cpp" not in str(caught.value) and ".h:" not in str(caught.value)
+            assert caught.value.__suppress_context__
+    assert same_bits(h, before)
+
+
+def test_errors_that_are_no_fault_of_an_argument_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("python_bindings/cuda.cpp:7, the CUDA kernel was not launched")
+
+    pool, plan = _pool_and_plan()
+    monkeypatch.setitem(rk.ops.INTERVENE_, current_backend("cpu"), out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="the CUDA kernel was not launched"):
+        functional.intervene_(draw(0, (6, 8))[0], pool, plan)
+
+
+def test_loreft_takes_parameters_of_any_strides(backend: str, device: str) -> None:
+    (h,), (R, W), (b,) = (
+        draw(s, *shapes, device=device) for s, shapes in enumerate((((6, 8),), ((8, 2),) * 2, ((4,),)))
+    )
+    with rk.backend(backend):
+        strided = functional.loreft(h, R.T, W.T, b[::2])
+        plain = functional.loreft(h, R.T.contiguous(), W.T.contiguous(), b[::2].contiguous())
+    assert same_bits(strided, plain)
 
 
 def _bad_loreft() -> dict[str, tuple]:
@@ -372,7 +468,7 @@ def test_unavailable_backend_before_anything_is_written() -> None:
     functions = (
         functional.intervene_,
         functional.intervene,
-        lambda h, pool, _: functional.intervene_norm_(h, pool, _pool_and_plan(cover=True)[1], torch.ones(8)),
+        lambda h, pool, _: functional.intervene_norm_(h, pool, _plan(cover=True), torch.ones(8)),
     )
     for name, function in itertools.product(missing, functions):
         with rk.backend(name), pytest.raises(rk.BackendUnavailable, match=f"'{name}'"):

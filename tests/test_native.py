@@ -136,6 +136,39 @@ def rows_stand_alone(dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> Non
         assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
 
 
+def undefined_rows_stand_alone(dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> None:
+    """NaN of any sign and payload, and Inf, in rows and gradients: the same bits whatever is beside them."""
+    rank, total = 6, 2 * TILE + 3
+    pool = make_pool(rank, d, pool_dtype)
+    h, grad = torch.randn(2, total, d).to(dtype)
+    bits = torch.int32 if dtype is torch.float32 else torch.int16
+    size = torch.iinfo(bits)
+    infinity = torch.tensor(float("inf"), dtype=dtype).view(bits).item()
+    payloads = torch.randint(infinity + 1, size.max, (2, total, d)).to(bits)
+    payloads[:, ::2] |= size.min  # a sign
+    hit = torch.rand(2, total, d) < 0.5 * torch.rand(2, total, 1) ** 4
+    for values, payload, where in zip((h, grad), payloads, hit):
+        values.view(bits)[where] = payload[where]
+        values[torch.rand(total, d) < 0.5 / d] = float("inf")
+        values[torch.rand(total, d) < 0.5 / d] = -float("inf")
+    outcomes = []
+    for tile in (1, 2, 3, 5, TILE, total):
+        edited, gradient = h.clone(), grad.clone()
+        for rows in torch.randperm(total).split(tile):
+            plan = rk.make_plan([(rk.Span(0, rank), rows)])
+            INTERVENE_["native"](edited, *arguments(pool, plan))
+            saved = (grad, h[plan.rows.long()], *arguments(pool, plan), plan.offsets, True, False)
+            gradient[rows] = INTERVENE_BACKWARD["native"](*saved)[0][rows]
+        outcomes.append((edited, gradient))
+    # What is NaN is so by the formula, too.
+    expected = h.clone()
+    INTERVENE_["reference"](expected, *arguments(pool, rk.make_plan([(rk.Span(0, rank), range(total))])))
+    assert torch.equal(outcomes[0][0].isnan(), expected.isnan())
+    for other in outcomes[1:]:
+        for one, same in zip(outcomes[0], other):
+            assert torch.equal(one.view(bits), same.view(bits)), f"{dtype}, pool {pool_dtype}, d={d}"
+
+
 def conversions(dtype: torch.dtype, keeps_subnormals: bool) -> None:
     """Every bit pattern is read right, and numbers are rounded as torch rounds them."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, -1)
@@ -170,6 +203,7 @@ def check_level() -> None:
             compare(dtype, pool_dtype, d)
         for d in (5, 128, 331):
             rows_stand_alone(dtype, pool_dtype, d)
+            undefined_rows_stand_alone(dtype, pool_dtype, d)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for d in (1, 3, 8, 17, 64, 100, 333):
             compare_norms(dtype, d)

@@ -112,11 +112,27 @@ def test_a_plan_on_a_gpu_is_the_plan_on_the_host() -> None:
         ([(SPAN, torch.ones(2, dtype=torch.bool))], "rows must be integers, were bool"),
         ([(SPAN, [[1, 2]])], r"one-dimensional, had shape \(1, 2\)"),
         ([(SPAN, np.array(3))], r"one-dimensional, had shape \(\)"),
+        ([(SPAN, [[0], [1, 2]])], r"entries\[0\]: rows must be a list of integers, were \[\[0\], \[1, 2\]\]"),
+        ([(0, [0])], r"entries\[0\]: must be a pair of a Span and rows of h, was \(0, \[0\]\)"),
+        ([(SPAN, [0]), [1, 2, 3]], r"entries\[1\]: must be a pair"),
+        ((SPAN, [0]), r"entries\[0\]: must be a pair of a Span and rows of h, was Span\(first=0, rank=2\)"),
+        (SPAN, r"entries: must be a list of pairs of a Span and rows of h, was Span"),
+        (7, "entries: must be a list of pairs.*, was 7"),
+        ([((0, 1, 2), [0])], r"entries\[0\]: its Span must have two integers, 0 or more, was \(0, 1, 2\)"),
+        ([(Span(-1, 2), [0])], r"entries\[0\]: its Span must have two integers, 0 or more"),
+        ([(Span(0, 2**31), [0])], r"entries\[0\]: its Span must have"),
+        ([(Span(0.0, 2), [0])], r"entries\[0\]: its Span must have"),
     ],
 )
 def test_bad_rows(entries: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(entries, total_rows=10)
+
+
+@pytest.mark.parametrize("total", [-1, 2.0, "6"])
+def test_bad_total_rows(total: object) -> None:
+    with pytest.raises(ValueError, match="total_rows: must be an integer, 0 or more, or None, was"):
+        make_plan([], total_rows=total)
 
 
 def test_rows_that_no_int32_holds_are_refused_without_total_rows() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import threading
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support.cases import same_bits
 
-from reft_kernels import Fold, Pool, PoolFull, Span
+from reft_kernels import Fold, Pool, PoolFull, Span, functional, make_plan
 
 WIDTH = 3
 TENSORS = ("down", "up", "bias", "kind")
@@ -255,3 +257,133 @@ def test_ranges_outside_the_pool(span: Span) -> None:
     with pytest.raises(ValueError, match="span: "):
         pool.write(span, fold(span.rank, 1))
     assert pool.used == 4 and not pool.room_for([1])
+
+
+BAD_FOLDS = {
+    "a tensor": (torch.zeros(2, WIDTH), "fold: must be a Fold of the tensors down .*, was a Tensor"),
+    "three tensors": (fold(2, 0)[:3], "fold: must be a Fold .*, was a tuple"),
+    "no tensor in it": (fold(2, 0)._replace(kind=[0, 0]), "fold: must be a Fold of the tensors"),
+    "one dimension": (fold(2, 0)._replace(up=torch.zeros(WIDTH)), r"fold: up must be \[r, 3\].*was \[3\]"),
+    "integers": (fold(2, 0)._replace(down=torch.zeros(2, WIDTH).int()), "fold: down must be floating, was"),
+    "a floating kind": (fold(2, 0)._replace(kind=torch.zeros(2)), "fold: kind must be torch.int32, was"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDS)
+def test_what_is_no_fold(name: str) -> None:
+    pool = Pool(WIDTH, capacity=4)
+    bad, message = BAD_FOLDS[name]
+    with pytest.raises(ValueError, match=message):
+        pool.add(bad)
+    assert pool.used == 0 and pool.room_for([4])
+
+
+# Spans that a pool gave out ------------------------------------------------------------------------------
+
+
+def test_a_span_is_the_pair_that_it_was() -> None:
+    span = Pool(WIDTH).add(fold(2, 0))
+    assert span == (0, 2) == Span(0, 2) and tuple(span) == (0, 2) and hash(span) == hash((0, 2))
+    assert sorted([Span(4, 1), span]) == [span, Span(4, 1)] and repr(span) == "Span(first=0, rank=2)"
+    first, rank = span
+    assert (first, rank) == (span.first, span.rank) == (0, 2)
+
+
+def test_a_span_that_was_removed_makes_no_plan() -> None:
+    pool = Pool(WIDTH, capacity=4)
+    kept, gone = pool.add(fold(2, 0)), pool.add(fold(2, 1))
+    pool.remove(gone)
+    message = r"entries\[1\]: Span\(first=2, rank=2\) was removed from its pool; its rows are free already"
+    with pytest.raises(ValueError, match=message):
+        make_plan([(kept, [0]), (gone, [1])])
+    new = pool.add(fold(2, 2))
+    assert new == gone  # the same rows, which are another's now
+    with pytest.raises(ValueError, match=message):
+        make_plan([(kept, [0]), (gone, [1])])
+    make_plan([(kept, [0]), (new, [1]), (Span(0, 0), [2])])
+    for call in (lambda: pool.remove(gone), lambda: pool.write(gone, fold(2, 3))):
+        with pytest.raises(ValueError, match="span: .* was removed from its pool"):
+            call()
+    assert pool.used == 4
+    for now, then in zip(contents(pool, new), fold(2, 2)):
+        assert same_bits(now, then)
+
+
+def test_a_plan_whose_span_was_removed_since_runs_no_more() -> None:
+    pool = Pool(WIDTH, capacity=6)
+    kept, gone, other = (pool.add(fold(2, seed)) for seed in range(3))
+    plan, plan_of_kept = make_plan([(kept, [0]), (gone, [1])]), make_plan([(kept, [0])])
+    h = torch.randn(3, WIDTH)
+    before = h.clone()
+    pool.remove(gone)
+    pool.add(fold(2, 3))
+    for function in (functional.intervene_, functional.intervene):
+        with pytest.raises(ValueError, match=r"plan: Span\(first=2, rank=2\) was removed from its pool"):
+            function(h, pool, plan)
+    assert same_bits(h, before)
+    for _ in range(2):
+        functional.intervene_(h, pool, plan_of_kept)
+    pool.remove(other)
+    functional.intervene_(h, pool, plan_of_kept)
+    pool.remove(kept)
+    with pytest.raises(ValueError, match=r"plan: Span\(first=0, rank=2\) was removed"):
+        functional.intervene_(h, pool, plan_of_kept)
+
+
+def test_a_table_that_was_written_over_is_taken_at_its_word() -> None:
+    """Tables that a CUDA graph reads stay where they are, and are filled with other spans."""
+    pool = Pool(WIDTH, capacity=4)
+    gone, kept = pool.add(fold(2, 0)), pool.add(fold(2, 1))
+    plan, h = make_plan([(gone, [0])]), torch.randn(3, WIDTH)
+    pool.remove(gone)
+    plan.spans.copy_(torch.tensor([kept]))
+    expected = functional.intervene(h, pool, make_plan([(kept, [0])]))
+    assert same_bits(functional.intervene_(h, pool, plan), expected)
+
+
+def test_a_span_of_another_pool() -> None:
+    pool, other = Pool(WIDTH, capacity=4), Pool(WIDTH, capacity=4)
+    span, foreign = pool.add(fold(2, 0)), other.add(fold(2, 1))
+    h = torch.randn(3, WIDTH)
+    before = h.clone()
+    with pytest.raises(ValueError, match=r"plan: Span\(first=0, rank=2\) is of another pool"):
+        functional.intervene_(h, pool, make_plan([(foreign, [0])]))
+    with pytest.raises(ValueError, match=r"entries\[1\]: .* is of another pool; a plan takes rows of one"):
+        make_plan([(span, [0]), (foreign, [1])])
+    for call in (lambda: pool.remove(foreign), lambda: pool.write(foreign, fold(2, 3))):
+        with pytest.raises(ValueError, match="span: .* is of another pool"):
+            call()
+    assert same_bits(h, before) and pool.used == other.used == 2
+
+
+def test_spans_and_pools_that_were_copied_together_belong_together() -> None:
+    pool = Pool(WIDTH, capacity=4)
+    held = {"pool": pool, "span": pool.add(fold(2, 0)), "other": pool.add(fold(1, 1))}
+    for copied in (copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
+        # The original's span and a span that was sent alone name the same rows of the copy.
+        alone = pickle.loads(pickle.dumps(held["span"]))
+        h = torch.randn(3, WIDTH)
+        for span in (copied["span"], held["span"], alone):
+            functional.intervene_(h, copied["pool"], make_plan([(span, [0])]))
+        copied["pool"].remove(copied["span"])
+        with pytest.raises(ValueError, match="was removed"):
+            make_plan([(copied["span"], [0])])
+        with pytest.raises(ValueError, match="plan: "):
+            functional.intervene_(h, copied["pool"], make_plan([(held["span"], [0])]))
+        # What was removed in a copy is still there.
+        functional.intervene_(h, pool, make_plan([(held["span"], [0]), (held["other"], [1])]))
+
+
+def test_only_ranges_that_add_returned_are_removed() -> None:
+    pool = Pool(WIDTH, capacity=8)
+    spans = [pool.add(fold(4, 0)), pool.add(fold(2, 1))]
+    for bad in (Span(0, 2), Span(1, 3), Span(0, 6), Span(6, 2)):
+        with pytest.raises(ValueError, match="span: .* is no range that add returned"):
+            pool.remove(bad)
+    with pytest.raises(ValueError, match="span: must be a Span that add returned, was 0"):
+        pool.remove(0)
+    assert pool.used == 6
+    pool.remove(Span(0, 4))  # one that was noted down as numbers
+    with pytest.raises(ValueError, match="was removed"):
+        pool.remove(spans[0])
+    assert pool.used == 2

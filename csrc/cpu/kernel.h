@@ -173,6 +173,35 @@ void expand(const H* const* from, H* const* to, int64_t count, const W* w, const
   for (; m < count; ++m) expand_rows<1>(from + m, to + m, w, kind, rank, d, v + m);
 }
 
+// Fills the rows to_m that a NaN among v[r][m] makes NaN throughout with one and the same NaN,
+// moves the others to the front of v, from and to, and returns how many these are. Left to the
+// sums, sign and payload of a NaN would follow the order of operands, which compilers choose anew
+// for each block size.
+template <class From, class H>
+int64_t fill_undefined(From** from, H** to, int64_t count, const int32_t* kind, int64_t rank,
+                       int64_t d, float* v) {
+  int64_t kept = 0;
+  for (int64_t m = 0; m < count; ++m) {
+    bool undefined = false;
+    for (int64_t r = 0; r < rank; ++r) {
+      if (kind != nullptr && (kind[r] & kNoProduct)) continue;
+      undefined |= v[r * kTile + m] != v[r * kTile + m];
+    }
+    if (undefined) {
+      const Vec nan = broadcast(__builtin_nanf(""));
+      int64_t j = 0;
+      for (; j + Vec::kLanes <= d; j += Vec::kLanes) store(to[m] + j, nan);
+      if (j < d) store_part(to[m] + j, nan, d - j);
+      continue;
+    }
+    from[kept] = from[m];
+    to[kept] = to[m];
+    for (int64_t r = 0; r < rank && kept != m; ++r) v[r * kTile + kept] = v[r * kTile + m];
+    ++kept;
+  }
+  return kept;
+}
+
 template <class H, class P>
 void forward_typed(const Forward& a, const Tile& tile, float* z) {
   const Span span = a.plan.spans[tile.segment];
@@ -191,7 +220,9 @@ void forward_typed(const Forward& a, const Tile& tile, float* z) {
     for (int64_t m = 0; m < count; ++m)
       z[r * kTile + m] = activate(z[r * kTile + m] + bias[r], kind[r]);
   const P* up = static_cast<const P*>(a.pool.up) + skip;
-  expand(rows, rows, count, up, static_cast<const int32_t*>(nullptr), span.rank, a.d, z);
+  const int32_t* const every = nullptr;
+  count = fill_undefined(rows, rows, count, every, span.rank, a.d, z);
+  expand(rows, rows, count, up, every, span.rank, a.d, z);
 }
 
 template <class H, class P>
@@ -228,7 +259,9 @@ void backward_typed(const Backward& a, const Tile& tile, float* z) {
       a.v[place[m] + r] = activate(before, kind[r]);
     }
   }
-  if (a.dh.data != nullptr) expand(g, dh, count, down, kind, span.rank, a.d, p);
+  if (a.dh.data == nullptr) return;
+  count = fill_undefined(g, dh, count, kind, span.rank, a.d, p);
+  expand(g, dh, count, down, kind, span.rank, a.d, p);
 }
 
 // Adds Σ_m coefficient_m[r] x_m[j] over `count` rows to sums[r][j], for R rows and V vectors of j

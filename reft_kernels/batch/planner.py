@@ -9,6 +9,7 @@ import numpy as np
 
 from ..plan import SegmentRows
 from .batch_plan import BatchPlan
+from .names import unknown
 from .prompts import Prompts
 from .selection import Selection, select
 from .store import AdapterStore
@@ -34,10 +35,12 @@ class Planner:
         return names
 
     def _check_known(self, names: Sequence[str | None]) -> None:
+        adapters = self.store.adapters
         for name in names:
-            if name is not None and name not in self.store.adapters:
-                known = ", ".join(map(repr, [*self.store.adapters, BASE]))
-                raise ValueError(f"adapter_names: there is no adapter {name!r}; known are {known}")
+            if not isinstance(name, str | None):
+                raise ValueError(f"adapter_names: must hold names, held {name!r}")
+            if name is not None and name not in adapters:
+                raise ValueError(f"adapter_names: {unknown(name, [*adapters, BASE], 'known are')}")
 
     def needs_prompt(self, names: Sequence[str | None]) -> bool:
         """Whether what these adapters edit depends on which tokens are prompt."""

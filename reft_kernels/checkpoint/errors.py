@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -51,7 +52,17 @@ def take(where: str, entry: Mapping[str, Any], key: str, *types: type) -> Any:
     return value
 
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def warn_if_not_finite(file: Path, name: str, tensor: Tensor) -> None:
-    """Warns of NaN or Inf in a tensor that was read."""
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    """Warns of NaN or Inf in a tensor that was read. Raises CheckpointError for float8 and the like."""
+    if not tensor.is_floating_point():
+        return
+    if tensor.dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{file}: {name!r} is {tensor.dtype}; an adapter's tensors must be float64, float32, bfloat16 or "
+            "float16"
+        )
+    if not tensor.isfinite().all():
         warnings.warn(f"{file}: {name!r} holds NaN or Inf", stacklevel=2)

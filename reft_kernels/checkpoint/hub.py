@@ -1,4 +1,4 @@
-"""From a path or a hub id to a local folder."""
+"""From a path or a hub id to a local folder, and which folders in one hold adapters."""
 
 from __future__ import annotations
 
@@ -33,3 +33,17 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # the hub client has many: no network, no such repository, no permission
         raise CheckpointError(f"{name}: is no local folder, and the hub did not give it: {error}") from error
+
+
+def adapters_below(folder: Path, most: int = 10) -> str:
+    """The end of an error about a folder that holds no adapter: which of the folders in it do."""
+    found = sorted(
+        child
+        for child in folder.iterdir()
+        if (child / "reft_config.json").is_file()
+        or ((child / "config.json").is_file() and any(child.glob("intkey_*.bin")))
+    )
+    if not found:
+        return ""
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return f"; these do: {', '.join(map(str, found[:most]))}{more}"

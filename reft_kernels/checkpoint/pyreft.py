@@ -18,6 +18,7 @@ from torch import Tensor
 from ..positions import LastPosition, Positions
 from ..sites import HEAD_SITE, SITES
 from .errors import CheckpointError, read_json, take, warn_if_not_finite
+from .hub import adapters_below
 from .records import AdapterRecord, InterventionRecord
 
 _SITES = tuple(site for site in SITES if site != HEAD_SITE)
@@ -213,7 +214,7 @@ def _places(folder: Path) -> list[_Place]:
                 "copy the config.json of a folder that reft_model.save wrote with the same layers beside them"
             )
         inner = folder / "intervenable_model"
-        hint = f"; {inner} may hold one" if inner.is_dir() else ""
+        hint = f"; {inner} may hold one" if inner.is_dir() else adapters_below(folder)
         raise CheckpointError(
             f"{folder}: holds no adapter (neither reft_config.json nor pyreft's config.json){hint}"
         )

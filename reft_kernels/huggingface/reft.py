@@ -19,6 +19,7 @@ from .base_model import meet_base
 from .blocks import Blocks, head_width, place_of, site_module, text_config
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
 from .checkpointing import forget_plans
+from .describe import Names
 from .freezing import Freeze
 from .fused_norm import next_norms
 from .reading import CallReader
@@ -37,7 +38,7 @@ _CALLS = {
 }
 
 
-class Reft(nn.Module):
+class Reft(Names, nn.Module):
     """The adapters of a patched model; also found as `model.reft`.
 
     It is a submodule of the model, so that optimizers and `.to()` find its parameters, but keeps out of the
@@ -60,6 +61,10 @@ class Reft(nn.Module):
         self._freeze = Freeze()
         self._calls: list[StandIn] = []
         self.register_load_state_dict_post_hook(_forget_missing)
+
+    @property
+    def _adapters(self) -> dict[str, Adapter]:  # type: ignore[override]
+        return self._runtime.store.adapters
 
     @property
     def _store(self) -> AdapterStore:
@@ -206,7 +211,12 @@ class Reft(nn.Module):
             self._copied.keep({path for other in others for path in other.saved_modules.modules_by_path})
 
     def set_adapter(self, name: str | None) -> None:
-        """Makes `name` the adapter of calls that name none; None for the bare model."""
+        """Makes `name` the adapter of calls that name none; None or "__base__" for the bare model.
+
+        Raises ValueError for an unknown name, and for several: a call takes those as adapter_names.
+        """
+        if name == BASE:
+            name = None
         if name is not None:
             self._known(name)
         self._runtime.active, self._runtime.told.active_chosen = name, True
@@ -219,12 +229,6 @@ class Reft(nn.Module):
             yield
         finally:
             self._runtime.active = before if before in self._store.adapters else None
-
-    def _known(self, name: str) -> Adapter:
-        if name not in self._store.adapters:
-            known = ", ".join(map(repr, self._store.adapters)) or "none"
-            raise ValueError(f"name: there is no adapter {name!r}; loaded are {known}")
-        return self._store.adapters[name]
 
     def save_pretrained(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Saves one adapter (the active one by default) as reft_config.json and reft_model.safetensors."""
@@ -294,9 +298,6 @@ class Reft(nn.Module):
             return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
-
-    def extra_repr(self) -> str:
-        return f"adapters={list(self._store.adapters)}, active={self.active_adapter!r}"
 
 
 def _module_key(name: str, taken: nn.ModuleDict) -> str:

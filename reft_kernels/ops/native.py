@@ -7,21 +7,21 @@ from pathlib import Path
 
 import torch
 
+from .. import build
 from . import schema
 
-_LIBRARIES = Path(__file__).resolve().parent.parent / "lib"
-_CPU_LIBRARY = _LIBRARIES / "reft_kernels_cpu.so"
-_CUDA_LIBRARY = _LIBRARIES / "reft_kernels_cuda.so"
+_CPU_LIBRARY = build.LIB / "reft_kernels_cpu.so"
+_CUDA_LIBRARY = build.LIB / "reft_kernels_cuda.so"
 
 
-def _load(path: Path, builder: str) -> str | None:
+def _load(path: Path) -> str | None:
     """Loads a compiled library; returns why that failed, or None."""
     if not path.exists():
-        return f"{path.name} was not built (no {builder} when the package was installed?)"
+        return build.why_missing(path)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        return f"{path.name} does not load: {error}; `reft-kernels build` compiles it anew"
     return None
 
 
@@ -48,9 +48,7 @@ def cpu_isa() -> str | None:
 assert schema.NAMESPACE == "reft_kernels"  # the name that the compiled library registers under
 
 #: Why the compiled CPU library is not there; None when it is loaded.
-cpu_missing: str | None = _load(_CPU_LIBRARY, "C++ compiler")
+cpu_missing: str | None = _load(_CPU_LIBRARY)
 
 #: The same of the CUDA library, which only a machine with a GPU loads.
-cuda_missing: str | None = (
-    _load(_CUDA_LIBRARY, "nvcc") if torch.cuda.is_available() else "torch finds no CUDA device"
-)
+cuda_missing: str | None = _load(_CUDA_LIBRARY) if torch.cuda.is_available() else "torch finds no CUDA device"

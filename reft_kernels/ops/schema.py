@@ -33,8 +33,8 @@ offsets    [S + 1] int32      rows[offsets[s] : offsets[s+1]] is segment s (back
 
 Rules for every backend: each row of h appears at most once among the segments with rank > 0;
 sums are float32 or wider; a row's result depends, to the bit, on that row and its pool range only
-(not on the tile it shares, nor on the order of rows); rows that no tile names are not written;
-pool rows outside the named spans are never read.
+(not on the tile it shares, nor on the order of rows), NaN and Inf in the row included, where the pool
+range is finite; rows that no tile names are not written; pool rows outside the named spans are never read.
 
 `intervene_norm_` takes a plan that names every row of h exactly once (`reft_kernels.plan.cover` makes
 one). Beside it:

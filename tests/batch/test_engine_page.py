@@ -57,7 +57,7 @@ def test_the_pages_loop_serves_mixed_adapters_in_chunks(tmp_path: Path) -> None:
     for name, positions in (("math", "f2+l2"), ("tone", "all")):
         config = rk.ReftConfig(r=3, layers=[0, 2], positions=positions)
         random_adapter(config, 64, n_layers=4).save_pretrained(tmp_path / "adapters" / name)
-    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    script = CHECK.format(page="\n".join(code))
+    _, code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    script = CHECK.format(page=code)
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "ok", done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -303,3 +304,34 @@ def test_a_hub_that_does_not_answer_is_a_clear_error(monkeypatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError, match="some-one/adapter: is no local folder.*no route"):
         load("some-one/adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_is_refused_by_name(folder: Path, dtype: torch.dtype) -> None:
+    weights = folder / "reft_model.safetensors"
+    tensors = load_file(weights)
+    tensors["interventions.0.W"] = tensors["interventions.0.W"].to(dtype)
+    save_file(tensors, weights)
+    config = json.loads((folder / "reft_config.json").read_text())
+    del config["weights_sha256"]
+    (folder / "reft_config.json").write_text(json.dumps(config))
+    message = rf"reft_model.safetensors: 'interventions.0.W' is {dtype}; an adapter's tensors must be"
+    with pytest.raises(CheckpointError, match=message):
+        Adapter.from_pretrained(folder)
+
+
+def test_a_folder_of_adapters_names_them(folder: Path, tmp_path: Path) -> None:
+    """As a checkpoint of several trained adapters is."""
+    several = tmp_path / "checkpoint-60"
+    for name in ("b", "a", "empty"):
+        (several / name).mkdir(parents=True)
+    for name in ("a", "b"):
+        shutil.copytree(folder, several / name, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError) as caught:
+        Adapter.from_pretrained(several)
+    assert str(caught.value).startswith(f"{several}: holds no adapter")
+    assert str(caught.value).endswith(f"; these do: {several / 'a'}, {several / 'b'}")
+    for number in range(10):
+        shutil.copytree(folder, several / f"c{number}")
+    with pytest.raises(CheckpointError, match="c7 and 2 more$"):
+        Adapter.from_pretrained(several)

@@ -400,3 +400,18 @@ def test_values_that_are_not_finite_warn(folder: Path) -> None:
     torch.save(state, file)
     with pytest.warns(UserWarning, match="intkey_.*'weight' holds NaN"):
         load(folder, positions="all")
+
+
+def test_float8_is_refused_by_name(folder: Path) -> None:
+    (file,) = folder.glob("intkey_*.bin")
+    state = dict(torch.load(file, weights_only=True))
+    state["weight"] = state["weight"].to(torch.float8_e4m3fn)
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match="intkey_.*'weight' is torch.float8_e4m3fn; an adapter's"):
+        load(folder, positions="all")
+
+
+def test_a_folder_of_pyreft_folders_names_them(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "several" / "mine")
+    with pytest.raises(CheckpointError, match="holds no adapter.*; these do: .*several/mine$"):
+        load(tmp_path / "several", positions="all")

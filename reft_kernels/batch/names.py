@@ -1,0 +1,22 @@
+"""What is said of a name that no adapter has."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+#: So many adapters are named one by one; of the others there is a count.
+LISTED = 10
+
+
+def unknown(name: object, known: Collection[str], what: str) -> str:
+    """Says that there is no adapter of that name, and which there are: all, or the closest of many.
+
+    what: how they are called, as in "loaded are".
+    """
+    begin = f"there is no adapter {name!r}; {what} "
+    if len(known) <= LISTED:
+        return begin + (", ".join(map(repr, known)) or "none")
+    close = difflib.get_close_matches(name, known, n=3) if isinstance(name, str) else []
+    nearest = f", the closest {', '.join(map(repr, close))}" if close else ""
+    return f"{begin}{len(known)}{nearest}"
