@@ -135,15 +135,15 @@ def test_convert_of_what_is_no_checkpoint_is_one_line(
 def occupied(tmp_path: Path) -> tuple[Path, Path]:
     """A folder to convert, and one that holds another adapter."""
     adapters = [rk.Adapter.from_config(rk.ReftConfig(r=r, layers=[0]), 2, 8) for r in (1, 2)]
-    for adapter, name in zip(adapters, ("source", "target")):
-        adapter.save_pretrained(tmp_path / name)
+    for one, name in zip(adapters, ("source", "target")):
+        one.save_pretrained(tmp_path / name)
     return tmp_path / "source", tmp_path / "target"
 
 
 def convert_to(target: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None, *options: str) -> tuple:
     """(exit status, whether an adapter was written, what was asked). answer: None where there is no tty."""
     written, asked = [], []
-    monkeypatch.setattr(checkpoint, "convert", lambda *args, **kwargs: written.append(args))
+    monkeypatch.setattr(adapter, "convert", lambda *args, **kwargs: written.append(args))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: answer is not None, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or answer)
     status = cli.main(["convert", "somewhere", str(target), "--positions", "l1", *options])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support import floors
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "reft_kernels"
@@ -166,6 +167,12 @@ def test_what_stands_in_the_table_is_imported(imports, table) -> None:
     for part, row in table.items():
         idle = (row.parts | row.libraries) - used[part]
         assert not idle, f"{part} may import {sorted(idle)}, but does not"
+
+
+def test_the_picture_is_drawn_from_the_table() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    drawn = (ROOT / "docs/floors.svg").read_text(encoding="utf-8")
+    assert drawn == floors.draw(text), "run python tests/support/floors.py"
 
 
 def test_leftovers_are_still_there(imports) -> None:
