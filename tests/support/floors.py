@@ -57,10 +57,8 @@ def draw(text: str) -> str:
         x, y = at[part]
         for other in sorted(parts):
             to_x, to_y = at[other]
-            lines.append(
-                f'<line x1="{x + _WIDTH / 2:g}" y1="{y + _HEIGHT:g}" x2="{to_x + _WIDTH / 2:g}" y2="{to_y:g}" '
-                'stroke="#b8c0cc" stroke-width="1"/>'
-            )
+            ends = f'x1="{x + _WIDTH / 2:g}" y1="{y + _HEIGHT:g}" x2="{to_x + _WIDTH / 2:g}" y2="{to_y:g}"'
+            lines.append(f'<line {ends} stroke="#b8c0cc" stroke-width="1"/>')
     for part, _, _, what in rows:
         x, y = at[part]
         fill = "#dce9f9" if part in _FRONT_DOORS else "#f1f3f6"
