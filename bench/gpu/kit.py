@@ -116,7 +116,7 @@ def test_steps(folder: pathlib.Path) -> list[Step]:
     for name, chosen in (("native", "native"), ("others", "not native")):
         command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen]
         command += [*spread, "--junitxml", str(folder / f"junit-{name}.xml"), "tests/ops", "tests/gpu"]
-        command += ["tests/test_functional.py"]
+        command += ["tests/test_functional.py", "tests/test_functional_errors.py"]
         steps.append(Step(f"tests {name}", command, 210))
     return steps
 
