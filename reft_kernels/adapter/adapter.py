@@ -257,6 +257,7 @@ class Adapter(nn.Module):
             adapter.trainable = keep_raw
         return adapter
 
+    @torch.no_grad()
     def to_record(self, raw: bool = False) -> AdapterRecord:
         """What a file holds of the adapter; the tensors are not copied.
 
