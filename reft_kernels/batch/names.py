@@ -1,9 +1,14 @@
-"""What is said of a name that no adapter has."""
+"""The arguments that say which adapters a batch takes, and what is said of a wrong adapter's name."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+
+#: Arguments with one adapter's name a row. The first wins: under PEFT the second is PEFT's own.
+NAMES = ("reft_adapter_names", "adapter_names")
+#: The argument with the length of each row's prompt.
+LENGTHS = "prompt_lengths"
 
 #: So many adapters are named one by one; of the others there is a count.
 LISTED = 10

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import BatchPlan
+from ..batch.names import LENGTHS, NAMES
 from .checkpointing import keep_plans
 from .reading import CallReader
 from .runtime import GenerateScope, Pending, cache_length
-from .slips import LENGTHS, NAMES, Keywords
+from .slips import Keywords
 from .standin import StandIn
 
 #: What the model's forward takes beside its own arguments.

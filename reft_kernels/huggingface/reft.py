@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,23 @@ _CALLS = {
     "generate_batch": ContinuousBatching,
     "init_continuous_batching": ContinuousBatching,
 }
+
+
+_Result = TypeVar("_Result")
+
+
+def _named_as_in_peft(method: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Lets a method's `name` be given as `adapter_name`, too, as PEFT's methods call it."""
+
+    @functools.wraps(method)
+    def call(self: Reft, *args: Any, **kwargs: Any) -> _Result:
+        if "adapter_name" in kwargs:
+            if "name" in kwargs:
+                raise TypeError(f"{method.__name__}: name and adapter_name are the same; give one of them")
+            kwargs["name"] = kwargs.pop("adapter_name")
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 class Reft(Names, nn.Module):
@@ -87,6 +105,7 @@ class Reft(Names, nn.Module):
         """The adapter of calls that name none; None for the bare model."""
         return self._runtime.active
 
+    @_named_as_in_peft
     @torch.inference_mode(False)  # what is loaded in inference mode must be fit to train with
     def load_adapter(
         self,
@@ -101,9 +120,12 @@ class Reft(Names, nn.Module):
     ) -> Adapter:
         """Loads an adapter from a folder (ours, or one that pyreft saved) or a hub id, under `name`.
 
+        The first adapter of a model becomes the active one; later ones wait for `set_adapter`, or for a call
+        that names them.
+
         Args:
             path: the folder or "org/name" on the hub.
-            name: how calls refer to it.
+            name: how calls refer to it; `adapter_name`, as in PEFT, is the same.
             positions, act_fn, dropout, last_position: what a folder of pyreft's does not hold.
             is_trainable: to train on; freezes the base model.
 
@@ -122,9 +144,12 @@ class Reft(Names, nn.Module):
         self._install(name, adapter)
         return adapter
 
+    @_named_as_in_peft
     @torch.inference_mode(False)
     def add_adapter(self, name: str, adapter: ReftConfig | Adapter) -> Adapter:
         """Adds a fresh trainable adapter made from a config (the base is frozen), or one made elsewhere.
+
+        The first adapter of a model becomes the active one.
 
         Raises ValueError as `load_adapter` does, for a layer that the model lacks, and for r > d.
         """
@@ -195,6 +220,7 @@ class Reft(Names, nn.Module):
         known = self._store.places.get(key)
         return known or Place(*place_of(self._runtime.blocks.layers[key.layer], self.model))
 
+    @_named_as_in_peft
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter and frees its room. Raises ValueError for an unknown name."""
         self._known(name)
@@ -210,6 +236,7 @@ class Reft(Names, nn.Module):
             self._sites.keep({key for other in others for key in keys_of(other)})
             self._copied.keep({path for other in others for path in other.saved_modules.modules_by_path})
 
+    @_named_as_in_peft
     def set_adapter(self, name: str | None) -> None:
         """Makes `name` the adapter of calls that name none; None or "__base__" for the bare model.
 
@@ -230,6 +257,7 @@ class Reft(Names, nn.Module):
         finally:
             self._runtime.active = before if before in self._store.adapters else None
 
+    @_named_as_in_peft
     def save_pretrained(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Saves one adapter (the active one by default) as reft_config.json and reft_model.safetensors."""
         name = self.active_adapter if name is None else name

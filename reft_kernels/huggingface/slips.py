@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..batch.names import LENGTHS, NAMES
+
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..batch import BatchPlan
     from ..positions import Positions
 
 #: Keyword arguments of ours that forward and generate take.
-NAMES = ("reft_adapter_names", "adapter_names")
-LENGTHS = "prompt_lengths"
 OURS = (*NAMES, LENGTHS)
 
 #: How alike two names are (difflib's ratio) for one to be taken for a slip in the other.

@@ -8,7 +8,7 @@ One op family, four members, each with an overload for every backend::
     intervene_backward  gradients of `intervene`
 
 The formula is the one form that all low-rank methods fold to (LoReFT: D = W − R, U = R, c = b;
-Wu et al. 2024, arXiv 2404.03592). Arguments shared by all three:
+Wu et al. 2024, arXiv 2404.03592). Arguments shared by all four:
 
 =========  =================  =============================================================
 argument   shape, dtype       meaning

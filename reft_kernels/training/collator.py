@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch.names import LENGTHS, NAMES
 from ..batch.prompts import IGNORED_LABEL
-
-#: Columns with one adapter name a row.
-NAMES = ("adapter_names", "reft_adapter_names")
-LENGTHS = "prompt_lengths"
 
 
 class ReftCollator:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from ..batch.names import LENGTHS, NAMES
 from ..huggingface.freezing import peft_parameters
 from . import checkpoints
-from .collator import LENGTHS, NAMES, ReftCollator
+from .collator import ReftCollator
 
 
 class ReftTrainer(Trainer):

@@ -50,3 +50,16 @@ def test_one_adapter_under_two_names_is_refused(model):
     with pytest.raises(ValueError, match="another name already"):
         model.reft.add_adapter("twice", model.reft.adapters["tied"])
     model.reft.add_adapter("twice", copy.deepcopy(model.reft.adapters["tied"]))
+
+
+def test_name_is_called_adapter_name_too_as_in_peft(model, tmp_path):
+    reft = model.reft
+    reft.set_adapter(adapter_name="tied")
+    assert reft.active_adapter == "tied"
+    reft.save_pretrained(tmp_path, adapter_name="untied")
+    reft.load_adapter(tmp_path, adapter_name="again")
+    reft.add_adapter(adapter_name="new", adapter=rk.ReftConfig(r=1))
+    reft.delete_adapter(adapter_name="tied")
+    assert set(reft) >= {"again", "new"} and "tied" not in reft
+    with pytest.raises(TypeError, match="name and adapter_name are the same"):
+        reft.set_adapter(name="new", adapter_name="again")
