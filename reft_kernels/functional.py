@@ -99,6 +99,13 @@ def _check(h: Tensor, pool: Pool, plan: Plan) -> None:
 def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
     """Edits the rows of h that the plan names, in place: h ← h + Uᵀ φ(D h + c). For inference.
 
+    >>> import reft_kernels as rk
+    >>> pool = rk.Pool(width=2)  # one row that adds (1, 2): no D, φ(c) = 1
+    >>> kind = torch.tensor([rk.ops.NO_PRODUCT], dtype=torch.int32)
+    >>> span = pool.add(rk.Fold(torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]), torch.ones(1), kind))
+    >>> intervene_(torch.zeros(3, 2), pool, rk.make_plan([(span, [1])])).tolist()
+    [[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]]
+
     Args:
         h: [..., d], float32, bfloat16 or float16 (float64 on the reference backend), last dimension
             contiguous. It is returned.
@@ -126,6 +133,16 @@ def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
 
 def intervene(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
     """`intervene_` out of place, differentiable in h (a pool's own tensors are constants).
+
+    >>> import reft_kernels as rk
+    >>> pool, h = rk.Pool(width=2), torch.ones(3, 2, requires_grad=True)
+    >>> one, kind = torch.tensor([[1.0, 0.0]]), torch.zeros(1, dtype=torch.int32)
+    >>> span = pool.add(rk.Fold(-one, one, torch.zeros(1), kind))
+    >>> out = intervene(h, pool, rk.make_plan([(span, [1])]))
+    >>> out.tolist()
+    [[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]
+    >>> torch.autograd.grad(out.sum(), h)[0].tolist()
+    [[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]
 
     Shapes and errors as `intervene_`. Returns a new contiguous tensor of h's shape and dtype.
     """
@@ -169,6 +186,11 @@ def intervene_norm_(
     norm: int = ops.Norm.RMS,
 ) -> Tensor:
     """`intervene_`, and the norm of every row of the edited h, as a new tensor. For inference.
+
+    >>> import reft_kernels as rk
+    >>> h, plan = torch.tensor([[3.0, 4.0]]), rk.make_plan([], total_rows=1, cover=True)  # nothing is edited
+    >>> intervene_norm_(h, rk.Pool(width=2), plan, torch.ones(2), eps=0.0).mul(12.5**0.5).round().tolist()
+    [[3.0, 4.0]]
 
     The edited rows have the bits that `intervene_` gives them, and the norm reads them as they were
     written, in h's dtype; so it is the edit followed by the model's norm, in one pass over h. A row's
@@ -219,6 +241,10 @@ def intervene_norm_(
 
 def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor | Sequence[int] | None = None) -> Tensor:
     """LoReFT on the rows of h: h + Rᵀ(W h + b − R h) (Wu et al. 2024, arXiv 2404.03592, eq. 2).
+
+    >>> R, W, b = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2), torch.tensor([7.0])
+    >>> loreft(torch.ones(2, 2), R, W, b, rows=[1]).tolist()  # what lies along R becomes W h + b
+    [[1.0, 1.0], [7.0, 1.0]]
 
     Args:
         h: [..., d].

@@ -206,6 +206,9 @@ def make_plan(
 ) -> Plan:
     """A plan for one layer from (pool range, flat rows of h) pairs.
 
+    >>> make_plan([(Span(0, 2), [0, 4]), (Span(2, 1), [1])], total_rows=6).rows.tolist()
+    [0, 4, 1]
+
     Args:
         entries: for each segment its range of the pool and the rows of h.view(-1, d) that take it.
         device: where h and the pool are.

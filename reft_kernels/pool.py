@@ -102,6 +102,10 @@ def claims_of(spans: Sequence[Span], name: str) -> Claims | None:
 class Fold(NamedTuple):
     """An intervention in the one form h + Uᵀ φ(D h + c).
 
+    >>> R, W, b = torch.eye(2, 8), torch.ones(2, 8), torch.zeros(2)
+    >>> Fold(down=W - R, up=R, bias=b, kind=torch.zeros(2, dtype=torch.int32)).rank  # LoReFT
+    2
+
     down, up: [r, d]; bias: [r]; kind: [r] int32, activation codes and flags (see `reft_kernels.ops.schema`).
     """
 
@@ -128,6 +132,15 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 class Pool:
     """Room for folded interventions on one device, at one width and dtype.
+
+    >>> pool = Pool(width=8, capacity=16)
+    >>> kind = torch.zeros(2, dtype=torch.int32)
+    >>> span = pool.add(Fold(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(2), kind))
+    >>> tuple(span), pool.used
+    ((0, 2), 2)
+    >>> pool.remove(span)
+    >>> pool
+    Pool(width=8, dtype=torch.float32, device='cpu', used=0, capacity=16, fixed)
 
     Args:
         width: d, the length of a hidden state.

@@ -31,6 +31,11 @@ def ragged_arange(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Positions:
     """A parsed position spec.
 
+    >>> Positions.parse("f3+l2").resolve(10).tolist()
+    [0, 1, 2, 8, 9]
+    >>> Positions.parse([0, -1]).resolve(4).tolist()
+    [0, 3]
+
     Attributes:
         word: "all", "prompt" or "generated"; None for the others.
         first, last: how many positions at the prompt's beginning and end ("f3+l3" is 3 and 3).

@@ -29,6 +29,13 @@ _ORTHONORMAL = 1e-3
 class Adapter(nn.Module):
     """Interventions at layers, sites and positions; what a checkpoint holds and what a pool is filled from.
 
+    >>> import reft_kernels as rk
+    >>> adapter = rk.Adapter.from_config(rk.ReftConfig(r=4, layers=[1], positions="l1"), n_layers=2, width=64)
+    >>> adapter.pool_rows, adapter.select_subspace([0, 3]).pool_rows
+    (4, 2)
+    >>> rk.Adapter.compose([adapter, adapter]).pool_rows
+    8
+
     Args:
         interventions: at least one, all of one width. No two at one place may share a position.
         config: what the adapter was made from, if known.

@@ -25,6 +25,12 @@ def _integers(name: str, value: Any, what: str) -> tuple[int, ...]:
 class ReftConfig:
     """Shape and place of an adapter.
 
+    >>> config = ReftConfig(r=8, layers=[2, -1], positions="f3+l3")
+    >>> config.resolve_layers(12)
+    [2, 11]
+    >>> [str(group) for group in config.position_groups()]  # f and l have parameters of their own
+    ['f3', 'l3']
+
     Attributes:
         method: "loreft", "direft", … (see `reft_kernels.adapter.methods.METHODS`).
         r: rank, at least 1; the width of the hidden state bounds it.

@@ -20,6 +20,22 @@ def patch(
 ) -> Reft:
     """Lets a Hugging Face model run ReFT adapters, by changes to this instance alone.
 
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).eval()
+    >>> reft = patch(model)
+    >>> adapter = reft.add_adapter("mine", ReftConfig(r=4, layers=[1], positions="l1"))
+    >>> ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    >>> bare, edited = (model(ids, adapter_names=[name] * 2).logits for name in ("__base__", "mine"))
+    >>> (bare == edited).all(dim=-1).tolist()  # the last token of each prompt is edited
+    [[True, True, False], [True, True, False]]
+    >>> reft
+    Reft(1 adapter, active='mine'
+      'mine': loreft, rank 4, layer 1, block_output, positions l1, 1.0 KiB, trainable
+    )
+    >>> unpatch(model) is model
+    True
+
     The model keeps its class, weights and API. Its `forward` and `generate` take `adapter_names` (one name a
     row of the batch, "__base__" for the bare model; under PEFT `reft_adapter_names`) and `prompt_lengths`.
 
@@ -68,6 +84,8 @@ def patch(
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Takes everything off that `patch` put on: the model is bit for bit what it was. Returns the model.
+
+    `patch` has an example.
 
     Raises ValueError for a model that is not patched.
     """

@@ -43,6 +43,10 @@ _chosen: str | None = _from_environment()
 def backend(name: str) -> Iterator[None]:
     """Runs every op inside the block on the backend `name`: "native", "triton" or "reference".
 
+    >>> with backend("reference"):
+    ...     current_backend("cpu")
+    'reference'
+
     Raises ValueError for another name. Whether the backend can run on a tensor's device is checked when
     an op is called (BackendUnavailable). The choice holds for the whole process, its other threads too.
     """
@@ -111,7 +115,11 @@ def _resolve(chosen: str | None, device_type: str) -> str:
 
 
 def current_backend(device: torch.device | str) -> str:
-    """The backend that an op on `device` takes now."""
+    """The backend that an op on `device` takes now.
+
+    >>> current_backend("cpu") in ("native", "reference")
+    True
+    """
     return _resolve(_chosen, device if isinstance(device, str) else device.type)
 
 

@@ -15,6 +15,12 @@ from ..batch.prompts import IGNORED_LABEL
 class ReftCollator:
     """Pads rows to one length and tells how long their prompts are.
 
+    >>> first = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}
+    >>> second = {"input_ids": [5, 8], "labels": [-100, 8]}
+    >>> batch = ReftCollator(pad_token_id=0)([first, second])
+    >>> batch["input_ids"].tolist(), batch["prompt_lengths"].tolist()
+    ([[5, 6, 7], [5, 8, 0]], [2, 1])
+
     A row is a mapping with `input_ids`, and where wanted `attention_mask`, `labels` (one a token, −100 where
     none is asked for, or one number a row), `token_type_ids`, `prompt_lengths` (an integer) and
     `adapter_names` (a name); other columns hold numbers, of one shape, and are stacked.
