@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import pathlib
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from support import cuda_emulator, oracle
 from support.calls import backward, gradient_like, in_place, norm_of, normed_in_place
-from support.cases import DTYPES, HALF, Spec, build, same_bits
+from support.cases import DTYPES, HALF, Spec, bits, build, same_bits
 
 from reft_kernels import ops
 
@@ -182,3 +183,56 @@ def test_rows_beyond_h_are_skipped(dtypes, emulated) -> None:
     ops.INTERVENE_[NAME](short.h, *case.pool, *case.plan)
     assert same_bits(short.storage[: 7 * 64], all_rows.storage[: 7 * 64])
     assert same_bits(short.storage[7 * 64 :], case.storage[7 * 64 :])
+
+
+def _signalling(pool: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """The pool with signalling NaNs in all other rows."""
+    words = bits(pool).clone()
+    words[~used] = (
+        0x7FA00001 if pool.element_size() == 4 else 0x7FA1 if pool.dtype is torch.bfloat16 else 0x7D01
+    )
+    return words.view(pool.dtype)
+
+
+@pytest.mark.parametrize("count", [1, 3, 21])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("chip", [cuda_emulator.MANY, 1], ids=["a unit a block", "several"])
+def test_nothing_is_added_up_that_nobody_wrote(dtypes, count: int, chip: int, emulated) -> None:
+    """Shared memory before it is written, pool rows beside the ranges: not even in what is thrown away."""
+    emulated.multiprocessors = chip
+    spec = _spec(dtypes, 1032, (3, 8, 70), count=count, gaps=(1, 5, 3), plain=True)
+    case = build(spec).covered()
+    used = torch.zeros(len(case.bias), dtype=torch.bool)
+    for segment in case.segments:
+        used[segment.first : segment.first + segment.rank] = True
+    case.down, case.up = _signalling(case.down, used), _signalling(case.up, used)
+    case.bias = _signalling(case.bias, used)
+    case.storage.nan_to_num_(0.0, 0.0, 0.0)
+    for norm in (ops.Norm.RMS, ops.Norm.CENTRED):
+        in_place(case, NAME)
+        assert not emulated.invalid()
+        normed_in_place(case, NAME, norm_of(case)._replace(norm=norm))
+        assert not emulated.invalid()
+    backward(case, gradient_like(case), NAME)
+    assert not emulated.invalid()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_inf_and_nan_where_the_reference_has_them(dtypes, emulated) -> None:
+    """In U, in D and in h, beside values of every size; 1 is a value that TF32 holds whole."""
+    emulated.multiprocessors = cuda_emulator.MANY
+    case = build(_spec(dtypes, 72, (5,), count=9, plain=True))
+    (segment,) = case.segments
+    first = segment.first
+    case.kind[first] = ops.NO_PRODUCT
+    case.bias[first : first + 5] = torch.tensor([1.0, 0.0, -1.5, 1e-3, 7.0])
+    case.flat[case.edited[0]] = 0  # so that the values are the biases themselves
+    case.flat[case.edited[1], 3] = torch.inf
+    for column, (row, value) in enumerate(itertools.product(range(5), (torch.inf, -torch.inf, torch.nan))):
+        case.up[first + row, 2 * column] = value
+    got = in_place(case, NAME)
+    want = in_place(case, "reference")
+    classes = [[torch.isnan(it.flat), torch.isposinf(it.flat), torch.isneginf(it.flat)] for it in (got, want)]
+    for mine, reference in zip(*classes):
+        assert reference[case.edited[0]].any()
+        assert torch.equal(mine[case.edited], reference[case.edited])

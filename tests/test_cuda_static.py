@@ -86,7 +86,8 @@ def _inspect(arch: str) -> dict[str, dict]:
         for part in dump("--dump-sass").split("Function : ")[1:]:
             symbol = part.split()[0]
             code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+ )?\s*([A-Z][\w.]*)", part)
-            kernels[_kernel(symbol)] = {**resources[symbol], "code": code}
+            predicated = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(@!?\S+ +[A-Z][\w.]*)", part)
+            kernels[_kernel(symbol)] = {**resources[symbol], "code": code, "predicated": predicated}
     return kernels
 
 
@@ -152,6 +153,14 @@ def test_all_loads_of_a_step_are_under_way_before_the_first_product(
         first = next(i for i, op in enumerate(code) if op.startswith("HMMA"))
         loads = [op for op in code[:first] if op.startswith("LDG.E") and ".128" in op]
         assert len(loads) == wanted
+
+
+def test_products_of_tensor_cores_stay_where_all_lanes_are(hopper: dict[str, dict]) -> None:
+    """The compiler may move an asm statement that is not volatile into a branch that only some lanes take."""
+    statements = re.findall(r"asm( volatile)?\(\s*\"mma", (FOLDER / "device.cuh").read_text())
+    assert statements == [" volatile"] * 3
+    for name, kernel in hopper.items():
+        assert not [line for line in kernel["predicated"] if "MMA" in line], name
 
 
 def test_no_block_waits_for_its_stores_before_it_ends(hopper: dict[str, dict]) -> None:

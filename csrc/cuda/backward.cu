@@ -133,16 +133,17 @@ constexpr int kPoolWarps = 8;     // each takes every eighth row of a segment
 constexpr int kPoolColumns = 64;  // two for each lane
 constexpr int kRowsAhead = 4;     // rows that a warp reads at once
 
-// p and v of eight pool rows from `first` on, for a row with x and g, computed by one warp.
+// p and v of pool rows first + begin to first + end, for a row with x and g, computed by one warp.
+// Those of the eight that are not in between are not read: they belong to others.
 template <class H, class P>
-__device__ void again(const BackwardCall& call, const H* x, const H* g, int64_t first, int rank,
-                      float (&p)[kChunk], float (&v)[kChunk]) {
+__device__ void again(const BackwardCall& call, const H* x, const H* g, int64_t first, int begin,
+                      int end, float (&p)[kChunk], float (&v)[kChunk]) {
   float z[kChunk] = {}, w[kChunk] = {};
   for (int64_t col = threadIdx.x % 32; col < call.d; col += 32) {
     const float xc = to_float(x[col]), gc = to_float(g[col]);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
-      if (j < rank) {
+      if (j >= begin && j < end) {
         const int64_t place = (first + j) * call.d + col;
         z[j] = fmaf(xc, to_float(static_cast<const P*>(call.pool.down)[place]), z[j]);
         w[j] = fmaf(gc, to_float(static_cast<const P*>(call.pool.up)[place]), w[j]);
@@ -151,12 +152,13 @@ __device__ void again(const BackwardCall& call, const H* x, const H* g, int64_t 
   }
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) {
+    if (j < begin || j >= end) continue;
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
       z[j] += shuffle_xor(z[j], offset);
       w[j] += shuffle_xor(w[j], offset);
     }
-    const Bend bend(call.pool, Span{static_cast<int32_t>(first), rank}, j);
+    const Bend bend(call.pool, Span{static_cast<int32_t>(first), end}, j);
     v[j] = bend(z[j]);
     p[j] = bend.slope(z[j]) * w[j];
   }
@@ -231,7 +233,7 @@ __global__ void __launch_bounds__(kPoolWarps * 32, 1) backward_pool(const Backwa
           const H* xs = static_cast<const H*>(call.hs.data) + position * call.hs.stride;
           const H* gs =
               static_cast<const H*>(call.grad.data) + call.plan.rows[position] * call.grad.stride;
-          again<H, P>(call, xs, gs, first, skip + count, p, v);
+          again<H, P>(call, xs, gs, first, skip, skip + count, p, v);
         }
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) {

@@ -55,18 +55,23 @@ __device__ inline float shuffle_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
 
+// Products of tensor cores need all lanes of a warp. They are volatile, so that the compiler moves
+// none into a branch that some lanes do not take.
+//
 // c [16, 8] += a [16, 16] b [16, 8], a and b of 16-bit elements, sums in float32. Lane 4 g + t
 // holds a: rows g and g + 8 of columns {2 t, 2 t + 1}, then of {2 t + 8, 2 t + 9}; b: rows {2 t, 2
 // t + 1}, then {2 t + 8, 2 t + 9} of column g; c: columns {2 t, 2 t + 1} of row g, then of row g
 // + 8.
 __device__ inline void mma16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bf16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ inline void mma16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -76,7 +81,8 @@ __device__ inline void mma16(float (&c)[4], const uint32_t (&a)[4], const uint32
 // 4 g + t holds a: rows g and g + 8 of column t, then of column t + 4; b: rows t and t + 4 of
 // column g; c as above.
 __device__ inline void mma8_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(float_bits(a[0])), "r"(float_bits(a[1])), "r"(float_bits(a[2])), "r"(float_bits(a[3])),

@@ -57,7 +57,7 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums& sums, const in
         for (int r = 0; r < kChunk; ++r) z[i * kChunk + r] = dot(pool[r], wide, 0.0f);
       }
       Layout::add_up(z, sums.warp(thread / 32));
-      sums.close_unit(unit, turn);
+      sums.template close_unit<kRows * kChunk>(unit, turn);
     }
     sync_cluster(sums.blocks);
     if (thread < kRows * kChunk) {

@@ -17,11 +17,14 @@ namespace reft::cuda {
 
 constexpr int kTileWarps = kUnit / 64;
 
-// x in two parts that TF32 holds, together to 22 bits. What is not finite is all in the first.
+// x in two parts that TF32 holds, together to 22 bits. Both parts of a finite x other than 0 have
+// its sign and neither is 0, so that Inf · x is Inf: where TF32 holds all of x, the second part is
+// the last place of the first. 0, Inf and NaN are all in the first.
 __device__ inline void split(float x, float* high, float* low) {
-  *high = bits_float(float_bits(x) & 0xffffe000u);
+  const uint32_t bits = float_bits(x);
+  *high = bits_float((bits - 1) & 0xffffe000u);
   *low = x - *high;
-  if (!(fabsf(x) <= 3.4028235e38f)) *high = x, *low = 0.0f;
+  if ((bits & 0x7fffffffu) - 1 >= 0x7f7fffffu) *high = x, *low = 0.0f;
 }
 
 // Edits `count` ≤ kSlots rows of a tile. kOne: each block has one unit, so all of its loads (of h

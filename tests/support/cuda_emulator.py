@@ -69,6 +69,10 @@ class Emulated:
         """One warp runs on, then another, their threads in any order; 0: all in turn, by their numbers."""
         self._library.emulated_order(ctypes.c_uint64(seed))
 
+    def invalid(self) -> bool:
+        """Whether the last call added up a signalling NaN (what nobody wrote), or Inf − Inf."""
+        return bool(self._library.emulated_invalid())
+
     @staticmethod
     def _tables(pool, rows, tiles, spans, offsets=None) -> Tables:
         pointers = (_pointer(t) for t in (*pool, rows, tiles, spans, offsets))
