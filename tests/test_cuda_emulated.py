@@ -20,6 +20,7 @@ from support.calls import backward, gradient_like, in_place, norm_of, normed_in_
 from support.cases import DTYPES, HALF, Spec, bits, build, same_bits
 
 from reft_kernels import ops
+from reft_kernels.ops.reference import normed
 
 NAME = "emulated"
 OPS = pathlib.Path(__file__).parent / "ops"
@@ -144,6 +145,24 @@ def test_any_schedule_of_the_threads_gives_the_same_bits(dtypes, count: int, chi
             assert same_bits(one, it)
 
 
+@pytest.mark.parametrize("dtypes", [HALF[0], DTYPES[0]], ids=str)
+def test_many_rows_of_few_pool_rows_are_split_among_blocks(dtypes, emulated) -> None:
+    """With the bits that one block gives, which takes the same slices of the rows in turn."""
+    case = build(_spec(dtypes, 72, (8, 3), count=1200, gaps=(0, 2)))
+    results, sizes = [], []
+    for emulated.multiprocessors in (cuda_emulator.MANY, 0):
+        results.append(backward(case, gradient_like(case), NAME))
+        sizes.append(emulated.cluster)
+    assert sizes == [8, 1]
+    for one, it in zip(*results):
+        assert same_bits(one, it)
+    expected, scale = oracle.backward(case, gradient_like(case))
+    for name, got in zip(("down", "up", "bias"), results[0][1:]):
+        want = expected[name]
+        limit = _module("test_backward")._limit(case, scale[name], want, got.dtype)
+        assert (abs(oracle.wide(got.reshape(want.shape)) - want) <= limit).all(), name
+
+
 def test_both_tile_forms_give_the_same_bits(emulated) -> None:
     """Eight rows at once where tiles have few, else sixteen; the plan's padding decides here."""
     emulated.multiprocessors = cuda_emulator.MANY
@@ -171,6 +190,51 @@ def test_high_ranks(dtypes, rank: int, emulated) -> None:
         limit = _module("test_backward")._limit(case, scale[name], want, results[name].dtype)
         used = case.edited if name == "h" else slice(None)
         assert (abs(got - want) <= limit)[used].all(), name
+
+
+@pytest.mark.parametrize(("dtypes", "d"), [(HALF[0], 72), (DTYPES[0], 520), (DTYPES[0], 72)], ids=str)
+def test_a_rank_beyond_shared_memory_is_done_in_parts(dtypes, d: int, emulated) -> None:
+    """Where the values of one row do not fit: in two parts and more, with the norm, and of the gradient."""
+    emulated.multiprocessors = cuda_emulator.MANY
+    case = build(_spec(dtypes, d, (4103,), count=1, scale=0.1))
+    grad = gradient_like(case)
+    emulated.shuffle_threads(1)
+    try:
+        (after, out), dh = (
+            normed_in_place(case.covered(), NAME),
+            backward(case, grad, NAME, need_pool=False)[0],
+        )
+    finally:
+        emulated.shuffle_threads(0)
+    _module("test_forward").assert_equals_oracle(case, after.h)
+    want = normed(after.h, *norm_of(case))
+    torch.testing.assert_close(out, want)
+    expected, scale = oracle.backward(case, grad)
+    limit = _module("test_backward")._limit(case, scale["h"], expected["h"], dh.dtype)
+    assert (abs(oracle.wide(dh.reshape(expected["h"].shape)) - expected["h"]) <= limit)[case.edited].all()
+
+
+@pytest.mark.parametrize("d", [4096, 5120])
+@pytest.mark.parametrize("dtypes", [HALF[0], DTYPES[0]], ids=str)
+def test_shared_memory_does_not_grow_with_the_pool(dtypes, d: int, emulated) -> None:
+    """64 adapters of rank 8 on 32 layers are 16384 pool rows; the ranges are of 8 rows as before."""
+    case = build(_spec(dtypes, d, (8,), count=1))
+    large = case.copy()
+    for name in ("down", "up", "bias", "kind"):
+        part = getattr(case, name)
+        whole = torch.empty(16384, *part.shape[1:], dtype=part.dtype)  # what is not used is not touched
+        whole[: len(part)] = part
+        setattr(large, name, whole)
+    for emulated.multiprocessors in (cuda_emulator.MANY, 2, 1, 0):
+        found = []
+        for it in (case, large):
+            after = in_place(it, NAME)
+            found.append((emulated.cluster, emulated.shared))
+        share = -(-d // 512 // emulated.cluster)
+        beyond = max(0, 4 * (512 * share + 512 - 4096))  # where so many columns are a block's
+        assert found[1] == (found[0][0], found[0][1] + beyond)
+        assert share > 7 or beyond == 0
+        assert same_bits(after.h, in_place(case, NAME).h)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)

@@ -43,6 +43,26 @@ __device__ inline void store16(const uint32_t* from, void* to) {
                : "memory");
 }
 
+// Has a word asked for before this point, not where it is first needed: left to itself, the
+// compiler asks for the second word of a table when the first has shown that it is needed. Nothing
+// waits here.
+__device__ inline void ask(int32_t word) { asm volatile("" ::"r"(word)); }
+// x, of which the compiler no longer knows where it comes from: what is computed of it inside a
+// loop is not kept in registers from before the loop.
+__device__ inline int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// One word, −1 where it is not wanted. Asked for where this stands, not where it is needed.
+__device__ inline int32_t load_word_if(bool wanted, const int32_t* from) {
+  int32_t word;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %2, 0;\n mov.b32 %0, -1;\n @p ld.global.b32 %0, [%1];\n}"
+      : "=r"(word)
+      : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(wanted)));
+  return word;
+}
+
 // Starts to bring memory into L2: `bytes` and the address divisible by 16.
 __device__ inline void prefetch_l2(const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -54,6 +74,7 @@ __device__ inline void prefetch_l2(const void* from, int bytes) {
 __device__ inline float shuffle_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
+__device__ inline int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 // Products of tensor cores need all lanes of a warp. They are volatile, so that the compiler moves
 // none into a branch that some lanes do not take.
@@ -133,8 +154,6 @@ __device__ inline float load_cluster(const float* mine, int block) {
 #endif
 }
 
-__device__ inline void stop_kernel() { __trap(); }
-
 struct Launch {
   int64_t blocks;
   int64_t columns;  // of blocks, the grid's y
@@ -146,6 +165,7 @@ struct Launch {
 
 struct Chip {
   int multiprocessors;
+  int shared;     // bytes of shared memory in each
   bool clusters;  // of thread blocks
 };
 
@@ -156,17 +176,33 @@ constexpr bool kBuiltWithClusters = kBuiltFor[sizeof(kBuiltFor) / sizeof(int) - 
 
 inline Chip current_chip() {
   int device = 0, major = 0;
-  Chip chip{1, false};
+  Chip chip{1, 48 * 1024, false};
   if (cudaGetDevice(&device) == cudaSuccess) {
     cudaDeviceGetAttribute(&chip.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&chip.shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     chip.clusters = kBuiltWithClusters && major >= 9;
   }
   return chip;
 }
 
+// While this lives, the calling thread may do what the capture of a graph forbids by default. A
+// kernel's code is loaded when it is first asked for, which is not recorded in a graph and waits
+// for nothing, but counts as forbidden.
+class LoadsInCapture {
+ public:
+  LoadsInCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~LoadsInCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  LoadsInCapture(const LoadsInCapture&) = delete;
+  LoadsInCapture& operator=(const LoadsInCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 template <class... Arguments>
 const char* launch(void (*kernel)(Arguments...), const Launch& how, Arguments... arguments) {
+  const LoadsInCapture loads;
   cudaError_t error = cudaSuccess;
   if (how.shared > 48 * 1024) {
     const int64_t most = std::numeric_limits<int>::max();

@@ -11,7 +11,7 @@ namespace reft::cuda {
 
 Machine machine;
 Chip emulated_chip;
-int launched_cluster;
+int launched_cluster, launched_shared;
 volatile int emulated_prefetch;
 
 namespace {
@@ -133,7 +133,7 @@ extern "C" int emulated_invalid() { return invalid; }
 
 // multiprocessors 0: of a chip without clusters.
 static void emulate(int multiprocessors) {
-  emulated_chip = {multiprocessors > 0 ? multiprocessors : 1, multiprocessors > 0};
+  emulated_chip = {multiprocessors > 0 ? multiprocessors : 1, 228 * 1024, multiprocessors > 0};
   feclearexcept(FE_INVALID);
 }
 
@@ -141,6 +141,9 @@ extern "C" void emulated_order(uint64_t seed) {
   order = seed;
   chance.seed(seed);
 }
+
+// Bytes of shared memory of a block in the last launch.
+extern "C" int emulated_shared() { return launched_shared; }
 
 // norm.out null: without the norm. Returns the blocks of a cluster.
 extern "C" int emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d, int64_t dtype,
@@ -160,10 +163,11 @@ extern "C" int emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d
   return launched_cluster;
 }
 
-extern "C" void emulated_backward(const void* grad, int64_t stride, const void* hs, void* dh,
-                                  int64_t rows, int64_t d, int64_t dtype, const Tables* t, float* p,
-                                  float* v, void* ddown, void* dup, float* dbias,
-                                  int multiprocessors) {
+// Returns the blocks of the last kernel's cluster.
+extern "C" int emulated_backward(const void* grad, int64_t stride, const void* hs, void* dh,
+                                 int64_t rows, int64_t d, int64_t dtype, const Tables* t, float* p,
+                                 float* v, void* ddown, void* dup, float* dbias,
+                                 int multiprocessors) {
   emulate(multiprocessors);
   BackwardCall call;
   static_cast<Backward&>(call) = {{const_cast<void*>(grad), stride},
@@ -177,9 +181,10 @@ extern "C" void emulated_backward(const void* grad, int64_t stride, const void* 
                                   v,
                                   kKept};
   call.row_count = rows, call.tile_count = t->tile_count, call.pool_rows = t->pool_rows;
-  call.segments = t->segments, call.offsets = t->offsets;
+  call.positions = t->positions, call.segments = t->segments, call.offsets = t->offsets;
   call.pool_grad = {ddown, dup}, call.bias_grad = dbias;
   launch_backward_rows(call, nullptr);
   if (ddown != nullptr) launch_backward_pool(call, nullptr);
   invalid = fetestexcept(FE_INVALID) != 0;
+  return launched_cluster;
 }
