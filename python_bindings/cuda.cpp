@@ -245,6 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
   call.hs = {const_cast<void*>(hs.const_data_ptr()), g.d};
   call.dh = {need_h ? dh.mutable_data_ptr() : nullptr, g.d};
   call.rank_stride = kKept;
+  call.positions = rows.size(0);
   call.segments = spans.size(0);
   call.offsets = ints(offsets);
   call.pool_grad = {nullptr, nullptr};
@@ -269,4 +270,14 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CUDA, library) {
   library.impl("intervene_norm_.native", TORCH_BOX(&reft::cuda::intervene_norm_));
   library.impl("intervene.native", TORCH_BOX(&reft::cuda::intervene));
   library.impl("intervene_backward.native", TORCH_BOX(&reft::cuda::intervene_backward));
+}
+
+// What the current device makes of each form of the kernels (registers, shared memory, blocks and
+// clusters that it holds at once), as JSON. For tuning; through ctypes. The text is good until the
+// next call in this thread.
+extern "C" __attribute__((visibility("default"))) const char* reft_kernels_cuda_occupancy() {
+  thread_local std::string text;
+  text = "[" + reft::cuda::describe_forward() + ", " + reft::cuda::describe_forward_norm() + ", " +
+         reft::cuda::describe_backward() + "]";
+  return text.c_str();
 }

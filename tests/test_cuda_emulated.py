@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import pathlib
 
@@ -16,9 +17,10 @@ import pytest
 import torch
 from support import cuda_emulator, oracle
 from support.calls import backward, gradient_like, in_place, norm_of, normed_in_place
-from support.cases import DTYPES, HALF, Spec, build, same_bits
+from support.cases import DTYPES, HALF, Spec, bits, build, same_bits
 
 from reft_kernels import ops
+from reft_kernels.ops.reference import normed
 
 NAME = "emulated"
 OPS = pathlib.Path(__file__).parent / "ops"
@@ -143,6 +145,24 @@ def test_any_schedule_of_the_threads_gives_the_same_bits(dtypes, count: int, chi
             assert same_bits(one, it)
 
 
+@pytest.mark.parametrize("dtypes", [HALF[0], DTYPES[0]], ids=str)
+def test_many_rows_of_few_pool_rows_are_split_among_blocks(dtypes, emulated) -> None:
+    """With the bits that one block gives, which takes the same slices of the rows in turn."""
+    case = build(_spec(dtypes, 72, (8, 3), count=1200, gaps=(0, 2)))
+    results, sizes = [], []
+    for emulated.multiprocessors in (cuda_emulator.MANY, 0):
+        results.append(backward(case, gradient_like(case), NAME))
+        sizes.append(emulated.cluster)
+    assert sizes == [8, 1]
+    for one, it in zip(*results):
+        assert same_bits(one, it)
+    expected, scale = oracle.backward(case, gradient_like(case))
+    for name, got in zip(("down", "up", "bias"), results[0][1:]):
+        want = expected[name]
+        limit = _module("test_backward")._limit(case, scale[name], want, got.dtype)
+        assert (abs(oracle.wide(got.reshape(want.shape)) - want) <= limit).all(), name
+
+
 def test_both_tile_forms_give_the_same_bits(emulated) -> None:
     """Eight rows at once where tiles have few, else sixteen; the plan's padding decides here."""
     emulated.multiprocessors = cuda_emulator.MANY
@@ -172,6 +192,51 @@ def test_high_ranks(dtypes, rank: int, emulated) -> None:
         assert (abs(got - want) <= limit)[used].all(), name
 
 
+@pytest.mark.parametrize(("dtypes", "d"), [(HALF[0], 72), (DTYPES[0], 520), (DTYPES[0], 72)], ids=str)
+def test_a_rank_beyond_shared_memory_is_done_in_parts(dtypes, d: int, emulated) -> None:
+    """Where the values of one row do not fit: in two parts and more, with the norm, and of the gradient."""
+    emulated.multiprocessors = cuda_emulator.MANY
+    case = build(_spec(dtypes, d, (4103,), count=1, scale=0.1))
+    grad = gradient_like(case)
+    emulated.shuffle_threads(1)
+    try:
+        (after, out), dh = (
+            normed_in_place(case.covered(), NAME),
+            backward(case, grad, NAME, need_pool=False)[0],
+        )
+    finally:
+        emulated.shuffle_threads(0)
+    _module("test_forward").assert_equals_oracle(case, after.h)
+    want = normed(after.h, *norm_of(case))
+    torch.testing.assert_close(out, want)
+    expected, scale = oracle.backward(case, grad)
+    limit = _module("test_backward")._limit(case, scale["h"], expected["h"], dh.dtype)
+    assert (abs(oracle.wide(dh.reshape(expected["h"].shape)) - expected["h"]) <= limit)[case.edited].all()
+
+
+@pytest.mark.parametrize("d", [4096, 5120])
+@pytest.mark.parametrize("dtypes", [HALF[0], DTYPES[0]], ids=str)
+def test_shared_memory_does_not_grow_with_the_pool(dtypes, d: int, emulated) -> None:
+    """64 adapters of rank 8 on 32 layers are 16384 pool rows; the ranges are of 8 rows as before."""
+    case = build(_spec(dtypes, d, (8,), count=1))
+    large = case.copy()
+    for name in ("down", "up", "bias", "kind"):
+        part = getattr(case, name)
+        whole = torch.empty(16384, *part.shape[1:], dtype=part.dtype)  # what is not used is not touched
+        whole[: len(part)] = part
+        setattr(large, name, whole)
+    for emulated.multiprocessors in (cuda_emulator.MANY, 2, 1, 0):
+        found = []
+        for it in (case, large):
+            after = in_place(it, NAME)
+            found.append((emulated.cluster, emulated.shared))
+        share = -(-d // 512 // emulated.cluster)
+        beyond = max(0, 4 * (512 * share + 512 - 4096))  # where so many columns are a block's
+        assert found[1] == (found[0][0], found[0][1] + beyond)
+        assert share > 7 or beyond == 0
+        assert same_bits(after.h, in_place(case, NAME).h)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
 def test_rows_beyond_h_are_skipped(dtypes, emulated) -> None:
     """A static plan may name rows that this forward's h does not have."""
@@ -182,3 +247,56 @@ def test_rows_beyond_h_are_skipped(dtypes, emulated) -> None:
     ops.INTERVENE_[NAME](short.h, *case.pool, *case.plan)
     assert same_bits(short.storage[: 7 * 64], all_rows.storage[: 7 * 64])
     assert same_bits(short.storage[7 * 64 :], case.storage[7 * 64 :])
+
+
+def _signalling(pool: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """The pool with signalling NaNs in all other rows."""
+    words = bits(pool).clone()
+    words[~used] = (
+        0x7FA00001 if pool.element_size() == 4 else 0x7FA1 if pool.dtype is torch.bfloat16 else 0x7D01
+    )
+    return words.view(pool.dtype)
+
+
+@pytest.mark.parametrize("count", [1, 3, 21])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("chip", [cuda_emulator.MANY, 1], ids=["a unit a block", "several"])
+def test_nothing_is_added_up_that_nobody_wrote(dtypes, count: int, chip: int, emulated) -> None:
+    """Shared memory before it is written, pool rows beside the ranges: not even in what is thrown away."""
+    emulated.multiprocessors = chip
+    spec = _spec(dtypes, 1032, (3, 8, 70), count=count, gaps=(1, 5, 3), plain=True)
+    case = build(spec).covered()
+    used = torch.zeros(len(case.bias), dtype=torch.bool)
+    for segment in case.segments:
+        used[segment.first : segment.first + segment.rank] = True
+    case.down, case.up = _signalling(case.down, used), _signalling(case.up, used)
+    case.bias = _signalling(case.bias, used)
+    case.storage.nan_to_num_(0.0, 0.0, 0.0)
+    for norm in (ops.Norm.RMS, ops.Norm.CENTRED):
+        in_place(case, NAME)
+        assert not emulated.invalid()
+        normed_in_place(case, NAME, norm_of(case)._replace(norm=norm))
+        assert not emulated.invalid()
+    backward(case, gradient_like(case), NAME)
+    assert not emulated.invalid()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_inf_and_nan_where_the_reference_has_them(dtypes, emulated) -> None:
+    """In U, in D and in h, beside values of every size; 1 is a value that TF32 holds whole."""
+    emulated.multiprocessors = cuda_emulator.MANY
+    case = build(_spec(dtypes, 72, (5,), count=9, plain=True))
+    (segment,) = case.segments
+    first = segment.first
+    case.kind[first] = ops.NO_PRODUCT
+    case.bias[first : first + 5] = torch.tensor([1.0, 0.0, -1.5, 1e-3, 7.0])
+    case.flat[case.edited[0]] = 0  # so that the values are the biases themselves
+    case.flat[case.edited[1], 3] = torch.inf
+    for column, (row, value) in enumerate(itertools.product(range(5), (torch.inf, -torch.inf, torch.nan))):
+        case.up[first + row, 2 * column] = value
+    got = in_place(case, NAME)
+    want = in_place(case, "reference")
+    classes = [[torch.isnan(it.flat), torch.isposinf(it.flat), torch.isneginf(it.flat)] for it in (got, want)]
+    for mine, reference in zip(*classes):
+        assert reference[case.edited[0]].any()
+        assert torch.equal(mine[case.edited], reference[case.edited])

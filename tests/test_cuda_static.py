@@ -19,7 +19,7 @@ SOURCES = ("forward", "forward_norm", "backward")
 
 #: Most registers of a thread, by kernel: so many that the blocks fit on a multiprocessor (65536 registers)
 #: as often as its launch bounds ask for. Of the tiles with 8 rows at once, on Hopper.
-REGISTERS = {"forward_tiles": 128, "forward_rows": 255, "backward_rows": 255, "backward_pool": 255}
+REGISTERS = {"forward_tiles": 128, "forward_rows": 255, "backward_rows": 255, "backward_pool": 128}
 OF_EIGHT_ROWS = {False: 64, True: 80}  # without the norm, with it
 
 #: Bytes that sm_90 and later keep for the system in each block; the kernels' own memory is dynamic.
@@ -86,7 +86,10 @@ def _inspect(arch: str) -> dict[str, dict]:
         for part in dump("--dump-sass").split("Function : ")[1:]:
             symbol = part.split()[0]
             code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+ )?\s*([A-Z][\w.]*)", part)
-            kernels[_kernel(symbol)] = {**resources[symbol], "code": code}
+            predicated = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(@!?\S+ +[A-Z][\w.]*)", part)
+            lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) ;", part)]
+            found = {"code": code, "predicated": predicated, "lines": lines}
+            kernels[_kernel(symbol)] = {**resources[symbol], **found}
     return kernels
 
 
@@ -135,10 +138,9 @@ def hopper() -> dict[str, dict]:
 
 
 def test_kernels_for_hopper(hopper: dict[str, dict]) -> None:
-    """The cluster's barrier and its shared memory are in every kernel that shares d over blocks."""
+    """The cluster's barrier is in every kernel: they share d over blocks, and the last the rows."""
     for name, kernel in hopper.items():
-        clustered = any(op.startswith("UCGABAR") for op in kernel["code"])
-        assert clustered == (not name.startswith("backward_pool")), name
+        assert any(op.startswith("UCGABAR") for op in kernel["code"]), name
 
 
 @pytest.mark.parametrize("norm", [0, 1])
@@ -152,6 +154,74 @@ def test_all_loads_of_a_step_are_under_way_before_the_first_product(
         first = next(i for i, op in enumerate(code) if op.startswith("HMMA"))
         loads = [op for op in code[:first] if op.startswith("LDG.E") and ".128" in op]
         assert len(loads) == wanted
+
+
+def _way(lines: list[tuple[int, str]], to: str) -> list[str]:
+    """The instructions of the shortest way from a kernel's beginning to the first one that has `to` in it."""
+    places = {at: i for i, (at, _) in enumerate(lines)}
+    before: dict[int, int | None] = {0: None}
+    queue = [0]
+    for i in queue:
+        text = lines[i][1]
+        if to in text:
+            way: list[str] = []
+            while i is not None:
+                way.append(lines[i][1])
+                i = before[i]
+            return way[::-1]
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        ends = re.match(r"(BRA|EXIT)", text)  # without a predicate
+        nexts = ([] if ends else [i + 1]) + ([places[int(branch[1], 16)]] if branch else [])
+        for other in nexts:
+            if other not in before:
+                before[other] = i
+                queue.append(other)
+    raise AssertionError(f"no way to {to}")
+
+
+def _loads(way: list[str]) -> list[tuple[int, str]]:
+    """The loads from global memory on a way, each with how many times loads were waited for before it.
+
+    A multiprocessor issues a warp's instructions in order: one that uses a register which a load has yet to
+    fill waits for that load, and for all that were asked for before.
+    """
+    waits, pending, loads = 0, {}, []
+    for text in way:
+        text = re.sub(r"^@!?\S+ ", "", text)
+        used = set()
+        for register, size in re.findall(r"\bR(\d+)(?:\.reuse)?(\.64)?", text):
+            used |= {int(register), int(register) + 1} if size else {int(register)}
+        if text.startswith("LDG"):
+            first = int(re.search(r"R(\d+)", text)[1])
+            used -= {first} if first not in pending else set()
+        for register in used & set(pending):
+            waits = max(waits, pending.pop(register))
+        if text.startswith("LDG"):
+            words = 4 if ".128" in text else 2 if re.match(r"LDG\.E\.64", text) else 1
+            pending |= {first + word: waits + 1 for word in range(words)}
+            loads.append((waits, text))
+    return loads
+
+
+def test_a_steps_data_is_asked_for_after_two_waits(hopper: dict[str, dict]) -> None:
+    """One for the tile, one for its range and its rows of h together; then D, U and h."""
+    for name, kernel in hopper.items():
+        form, flags = _flags(name)
+        if not form.startswith("forward") or flags[-2:][0] == "0":
+            continue
+        loads = _loads(_way(kernel["lines"], "HMMA.16816" if form == "forward_tiles" else "LDG.E.128"))
+        waits = [wait for wait, _ in loads]
+        assert waits.count(0) == 3, (name, loads)  # the words of the tile
+        assert waits.count(1) >= 3, (name, loads)  # of the range, and rows
+        assert max(waits) == 2, (name, loads)
+
+
+def test_products_of_tensor_cores_stay_where_all_lanes_are(hopper: dict[str, dict]) -> None:
+    """The compiler may move an asm statement that is not volatile into a branch that only some lanes take."""
+    statements = re.findall(r"asm( volatile)?\(\s*\"mma", (FOLDER / "device.cuh").read_text())
+    assert statements == [" volatile"] * 3
+    for name, kernel in hopper.items():
+        assert not [line for line in kernel["predicated"] if "MMA" in line], name
 
 
 def test_no_block_waits_for_its_stores_before_it_ends(hopper: dict[str, dict]) -> None:

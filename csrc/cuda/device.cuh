@@ -43,6 +43,26 @@ __device__ inline void store16(const uint32_t* from, void* to) {
                : "memory");
 }
 
+// Has a word asked for before this point, not where it is first needed: left to itself, the
+// compiler asks for the second word of a table when the first has shown that it is needed. Nothing
+// waits here.
+__device__ inline void ask(int32_t word) { asm volatile("" ::"r"(word)); }
+// x, of which the compiler no longer knows where it comes from: what is computed of it inside a
+// loop is not kept in registers from before the loop.
+__device__ inline int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// One word, −1 where it is not wanted. Asked for where this stands, not where it is needed.
+__device__ inline int32_t load_word_if(bool wanted, const int32_t* from) {
+  int32_t word;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %2, 0;\n mov.b32 %0, -1;\n @p ld.global.b32 %0, [%1];\n}"
+      : "=r"(word)
+      : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(wanted)));
+  return word;
+}
+
 // Starts to bring memory into L2: `bytes` and the address divisible by 16.
 __device__ inline void prefetch_l2(const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -54,19 +74,25 @@ __device__ inline void prefetch_l2(const void* from, int bytes) {
 __device__ inline float shuffle_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
+__device__ inline int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
+// Products of tensor cores need all lanes of a warp. They are volatile, so that the compiler moves
+// none into a branch that some lanes do not take.
+//
 // c [16, 8] += a [16, 16] b [16, 8], a and b of 16-bit elements, sums in float32. Lane 4 g + t
 // holds a: rows g and g + 8 of columns {2 t, 2 t + 1}, then of {2 t + 8, 2 t + 9}; b: rows {2 t, 2
 // t + 1}, then {2 t + 8, 2 t + 9} of column g; c: columns {2 t, 2 t + 1} of row g, then of row g
 // + 8.
 __device__ inline void mma16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bf16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ inline void mma16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -76,7 +102,8 @@ __device__ inline void mma16(float (&c)[4], const uint32_t (&a)[4], const uint32
 // 4 g + t holds a: rows g and g + 8 of column t, then of column t + 4; b: rows t and t + 4 of
 // column g; c as above.
 __device__ inline void mma8_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(float_bits(a[0])), "r"(float_bits(a[1])), "r"(float_bits(a[2])), "r"(float_bits(a[3])),
@@ -127,8 +154,6 @@ __device__ inline float load_cluster(const float* mine, int block) {
 #endif
 }
 
-__device__ inline void stop_kernel() { __trap(); }
-
 struct Launch {
   int64_t blocks;
   int64_t columns;  // of blocks, the grid's y
@@ -140,6 +165,7 @@ struct Launch {
 
 struct Chip {
   int multiprocessors;
+  int shared;     // bytes of shared memory in each
   bool clusters;  // of thread blocks
 };
 
@@ -150,17 +176,33 @@ constexpr bool kBuiltWithClusters = kBuiltFor[sizeof(kBuiltFor) / sizeof(int) - 
 
 inline Chip current_chip() {
   int device = 0, major = 0;
-  Chip chip{1, false};
+  Chip chip{1, 48 * 1024, false};
   if (cudaGetDevice(&device) == cudaSuccess) {
     cudaDeviceGetAttribute(&chip.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&chip.shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     chip.clusters = kBuiltWithClusters && major >= 9;
   }
   return chip;
 }
 
+// While this lives, the calling thread may do what the capture of a graph forbids by default. A
+// kernel's code is loaded when it is first asked for, which is not recorded in a graph and waits
+// for nothing, but counts as forbidden.
+class LoadsInCapture {
+ public:
+  LoadsInCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~LoadsInCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  LoadsInCapture(const LoadsInCapture&) = delete;
+  LoadsInCapture& operator=(const LoadsInCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 template <class... Arguments>
 const char* launch(void (*kernel)(Arguments...), const Launch& how, Arguments... arguments) {
+  const LoadsInCapture loads;
   cudaError_t error = cudaSuccess;
   if (how.shared > 48 * 1024) {
     const int64_t most = std::numeric_limits<int>::max();

@@ -6,4 +6,8 @@ const char* launch_forward(const ForwardCall& call, cudaStream_t stream) {
   return call.pool_rows == 0 ? nullptr : run_forward<false>(call, stream);
 }
 
+#ifdef __CUDACC__
+std::string describe_forward() { return forward_forms<false>(); }
+#endif
+
 }  // namespace reft::cuda

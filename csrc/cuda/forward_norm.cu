@@ -6,4 +6,8 @@ const char* launch_forward_norm(const ForwardCall& call, cudaStream_t stream) {
   return run_forward<true>(call, stream);
 }
 
+#ifdef __CUDACC__
+std::string describe_forward_norm() { return forward_forms<true>(); }
+#endif
+
 }  // namespace reft::cuda

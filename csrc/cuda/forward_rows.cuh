@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activation.cuh"
+#include "in_parts.cuh"
 #include "norm.cuh"
 
 namespace reft::cuda {
@@ -11,42 +12,50 @@ constexpr int kRowWarps = kUnit / (32 * 8);
 constexpr int kRowBlocks = 4;  // a multiprocessor
 constexpr int kRowsAtOnce = 4;
 constexpr int kRowSums = kRowsAtOnce * kChunk;
-using RowSums = Sums<kRowWarps, kRowSums>;
+template <bool kOne>
+using RowSums = Sums<kRowWarps, kRowSums, kOne>;
 
 // Edits `count` ≤ kRows rows of a tile. kOne: each block has one unit, so its columns of h and of
 // the first pool rows stay in registers from the first product to the second.
 template <class H, class P, bool kOne, bool kAligned, bool kNorm, int kRows>
-__device__ void edit_rows(const ForwardCall& call, const RowSums& sums, const int32_t* rows,
-                          int count, Span span, int& turn) {
+__device__ void edit_rows(const ForwardCall& call, const RowSums<kOne>& sums,
+                          const Places<RowLayout<kRows>>& rows, int count, Span span, int& turn) {
   using Layout = RowLayout<kRows>;
   const P* down = static_cast<const P*>(call.pool.down) + offset(span.first, call.d);
   const P* up = static_cast<const P*>(call.pool.up) + offset(span.first, call.d);
-  const int width = padded(span.rank);
   const int thread = threadIdx.x;
+  const int width = padded(span.rank);
   float* const values = sums.values();  // [kRows, width]
 
-  Held<H, Layout, kAligned> held(call, rows, count);
-  Eight<P> first_up[kOne && kRows == 1 ? kChunk : 1];
+  constexpr bool kUpFirst = kOne && kRows == 1;
+  Eight<P> pool_down[kChunk], first_up[kUpFirst ? kChunk : 1];
+  const auto load_down = [&](int unit, int begin) {
+    const int col = Layout::column(unit);
+#pragma unroll
+    for (int r = 0; r < kChunk; ++r) {
+      pool_down[r].template load<kAligned>(down + offset(begin + r, call.d) + col,
+                                           width_of(call) - col, begin + r < span.rank);
+    }
+  };
+  if (kOne) load_down(sums.block, 0);  // before the rows are known
+  if (kUpFirst) {
+    const int col = Layout::column(sums.block);
+#pragma unroll
+    for (int r = 0; r < (kUpFirst ? kChunk : 1); ++r) {
+      first_up[r].template load<kAligned>(up + offset(r, call.d) + col, width_of(call) - col,
+                                          r < span.rank);
+    }
+  }
+  Held<H, Layout, kAligned> held;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) held.row[i] = rows(call, count, i);
 
   for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
     const Bend bend(call.pool, span, begin + thread % kChunk);
     if (!kOne && kAligned) sums.prefetch(down, up, begin, span.rank, width_of(call));
     for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
-      const int col = Layout::column(unit);
-      Eight<P> pool[kChunk];
-#pragma unroll
-      for (int r = 0; r < kChunk; ++r) {
-        pool[r].template load<kAligned>(down + offset(begin + r, call.d) + col,
-                                        width_of(call) - col, begin + r < span.rank);
-      }
+      if (!kOne || begin > 0) load_down(unit, begin);
       if (!kOne || begin == 0) held.load(call.h, unit, width_of(call));
-      if (kOne && kRows == 1 && begin == 0) {
-#pragma unroll
-        for (int r = 0; r < kChunk; ++r) {
-          first_up[r].template load<kAligned>(up + offset(r, call.d) + col, width_of(call) - col,
-                                              r < span.rank);
-        }
-      }
       float z[kRows * kChunk];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -54,10 +63,10 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums& sums, const in
 #pragma unroll
         for (int c = 0; c < 8; ++c) wide[c] = held.x[i][c];
 #pragma unroll
-        for (int r = 0; r < kChunk; ++r) z[i * kChunk + r] = dot(pool[r], wide, 0.0f);
+        for (int r = 0; r < kChunk; ++r) z[i * kChunk + r] = dot(pool_down[r], wide, 0.0f);
       }
-      Layout::add_up(z, sums.warp(thread / 32));
-      sums.close_unit(unit, turn);
+      Layout::add_up(z, sums.warp(unit, thread / 32));
+      sums.template close<kRows * kChunk>(unit, turn);
     }
     sync_cluster(sums.blocks);
     if (thread < kRows * kChunk) {
@@ -66,7 +75,7 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums& sums, const in
   }
   sync_block();
 
-  const NormPass<Held<H, Layout, kAligned>, RowSums, kOne> norm{call, sums, held, turn};
+  const NormPass<Held<H, Layout, kAligned>, RowSums<kOne>, kOne> norm{call, sums, held, turn};
   for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
     const int col = Layout::column(unit);
     if (!kOne || (kNorm && span.rank == 0)) held.load(call.h, unit, width_of(call));
@@ -81,9 +90,9 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums& sums, const in
         }
       };
       int done = 0;
-      if (kOne && kRows == 1) {
+      if (kUpFirst) {
 #pragma unroll
-        for (int r = 0; r < kChunk; ++r) {
+        for (int r = 0; r < (kUpFirst ? kChunk : 1); ++r) {
           if (r < span.rank) add(first_up[r], r);
         }
         done = kChunk;
@@ -110,23 +119,31 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums& sums, const in
 template <class H, class P, bool kOne, bool kAligned, bool kNorm>
 __global__ void __launch_bounds__(kRowWarps * 32, kRowBlocks)
     forward_rows(const ForwardCall call, int shift, int room) {
-  const Tile tile = call.plan.tiles[blockIdx.x >> shift];
-  if (tile.count <= 0) return;
-  const Span span = range_of(call.plan, tile);
-  if (!kNorm && span.rank <= 0) return;
-  const int fit = span.rank > 0 ? room / padded(span.rank) : kRowsAtOnce;
-  if (fit == 0) stop_kernel();
-  const RowSums sums(call.d, shift);
-  const int32_t* rows = call.plan.rows + tile.start;
-  int turn = 0, done = 0;
-  while (done < tile.count) {
-    const int left = tile.count - done;
-    if (left > 1 && fit >= kRowsAtOnce) {
-      edit_rows<H, P, kOne, kAligned, kNorm, kRowsAtOnce>(call, sums, rows + done, left, span,
-                                                          turn);
+  const Work work(call.plan, blockIdx.x >> shift);
+  const int count = work.tile.count;
+  const int32_t* const places = call.plan.rows + work.tile.start;
+  const Places<RowLayout<kRowsAtOnce>> first(places, count);
+  if (count <= 0 || (!kNorm && work.span.rank == 0)) return;
+  int turn = 0;
+  Span span = work.span;
+  if (span.rank > kMostAtOnce) {
+    const RowSums<kOne> sums(call.d, anew(shift));
+    edit_in_parts<H, P>(call, sums, places, count, span, room, turn);
+    if (kNorm) span.rank = 0;  // what is left to do
+  }
+  const RowSums<kOne> sums(call.d, shift);
+  const bool several = rows_at_once(kRowsAtOnce, span.rank, room) == kRowsAtOnce;
+  for (int done = 0; done < count && span.rank <= kMostAtOnce;) {
+    const int left = count - done;
+    if (left > 1 && several) {
+      Places<RowLayout<kRowsAtOnce>> rows = first;
+      if (done > 0) rows = Places<RowLayout<kRowsAtOnce>>(places + done, left);
+      edit_rows<H, P, kOne, kAligned, kNorm, kRowsAtOnce>(call, sums, rows, left, span, turn);
       done += kRowsAtOnce;
     } else {
-      edit_rows<H, P, kOne, kAligned, kNorm, 1>(call, sums, rows + done, left, span, turn);
+      Places<RowLayout<1>> row(places + done, done > 0 ? left : 0);
+      if (done == 0) row.row[0] = first.row[0];
+      edit_rows<H, P, kOne, kAligned, kNorm, 1>(call, sums, row, left, span, turn);
       done += 1;
     }
   }

@@ -11,17 +11,21 @@
 #pragma once
 
 #include "activation.cuh"
+#include "in_parts.cuh"
 #include "norm.cuh"
 
 namespace reft::cuda {
 
 constexpr int kTileWarps = kUnit / 64;
 
-// x in two parts that TF32 holds, together to 22 bits. What is not finite is all in the first.
+// x in two parts that TF32 holds, together to 22 bits. Both parts of a finite x other than 0 have
+// its sign and neither is 0, so that Inf · x is Inf: where TF32 holds all of x, the second part is
+// the last place of the first. 0, Inf and NaN are all in the first.
 __device__ inline void split(float x, float* high, float* low) {
-  *high = bits_float(float_bits(x) & 0xffffe000u);
+  const uint32_t bits = float_bits(x);
+  *high = bits_float((bits - 1) & 0xffffe000u);
   *low = x - *high;
-  if (!(fabsf(x) <= 3.4028235e38f)) *high = x, *low = 0.0f;
+  if ((bits & 0x7fffffffu) - 1 >= 0x7f7fffffu) *high = x, *low = 0.0f;
 }
 
 // Edits `count` ≤ kSlots rows of a tile. kOne: each block has one unit, so all of its loads (of h
@@ -30,10 +34,13 @@ template <class T, int kSlots, bool kOne, bool kAligned, bool kNorm>
 struct Tiles {
   using Layout = TileLayout<kSlots>;
   static constexpr int kEights = kSlots / 8, kSums = kSlots * kChunk;
-  using TileSums = Sums<kTileWarps, kSums>;
+  using TileSums = Sums<kTileWarps, kSums, kOne>;
   using TileRows = Held<T, Layout, kAligned>;
 
-  static __device__ void edit(const ForwardCall& call, const TileSums& sums, const int32_t* rows,
+  using Operands = OperandLayout<kSlots>;
+  using Rows = Places<Operands>;
+
+  static __device__ void edit(const ForwardCall& call, const TileSums& sums, const Rows& rows,
                               int count, Span span, int& turn) {
     const T* down = static_cast<const T*>(call.pool.down) + offset(span.first, call.d);
     const T* up = static_cast<const T*>(call.pool.up) + offset(span.first, call.d);
@@ -42,11 +49,15 @@ struct Tiles {
     const int group = thread % 32 / 4, lane = thread % 4;  // g and t of mma16 and mma8_tf32
     float* const values = sums.values();                   // [kSlots, width]
 
-    TileRows held(call, rows, count);
-    int row[kEights];  // rows g and g + 8
+    Eight<T> pool_down[2], pool_up[2];
+    const auto load_down = [&](int unit, int begin) {  // columns 16 t and 16 t + 8 of pool row g
 #pragma unroll
-    for (int i = 0; i < kEights; ++i) row[i] = row_of(call, rows, count, group + 8 * i);
-    Eight<T> pool_up[2];
+      for (int half = 0; half < 2; ++half) {
+        const int col = unit * kUnit + warp * 64 + 16 * lane + 8 * half;
+        pool_down[half].template load<kAligned>(down + offset(begin + group, call.d) + col,
+                                                width_of(call) - col, begin + group < span.rank);
+      }
+    };
     const auto load_up = [&](int unit, int begin) {  // pool rows t and t + 4, columns 8 g
       const int col = Layout::column(unit);
 #pragma unroll
@@ -56,17 +67,20 @@ struct Tiles {
                                               r < span.rank);
       }
     };
+    TileRows held;
+    int row[kEights];
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) row[i] = rows(call, count, i);
 
     for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
       const Bend bend(call.pool, span, begin + thread % kChunk);
       if (!kOne && kAligned) sums.prefetch(down, up, begin, span.rank, width_of(call));
       for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
-        Eight<T> pool[2], x[kEights][2];  // columns 16 t and 16 t + 8 of pool row g, of the rows
+        Eight<T> x[kEights][2];  // the same columns of the rows
+        load_down(unit, begin);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int col = unit * kUnit + warp * 64 + 16 * lane + 8 * half;
-          pool[half].template load<kAligned>(down + offset(begin + group, call.d) + col,
-                                             width_of(call) - col, begin + group < span.rank);
 #pragma unroll
           for (int i = 0; i < kEights; ++i) {
             x[i][half].template load<kAligned>(row_at<T>(call.h, row[i]) + col,
@@ -84,17 +98,20 @@ struct Tiles {
             for (int i = 0; i < kEights; ++i) {
               a[i] = x[i][half].words[w], a[i + 2] = x[i][half].words[w + 1];
             }
-            const uint32_t b[2] = {pool[half].words[w], pool[half].words[w + 1]};
+            const uint32_t b[2] = {pool_down[half].words[w], pool_down[half].words[w + 1]};
             mma16(z, a, b, T{});
           }
         }
 #pragma unroll
         for (int i = 0; i < 2 * kEights; ++i) {
-          sums.warp(warp)[(group + i / 2 * 8) * kChunk + 2 * lane + i % 2] = z[i];
+          sums.warp(unit, warp)[(group + i / 2 * 8) * kChunk + 2 * lane + i % 2] = z[i];
         }
         // From L1, while the sums meet.
-        if (kOne && begin == 0) held.load(call.h, unit, width_of(call));
-        sums.close_unit(unit, turn);
+        if (kOne && begin == 0) {
+          Operands::pass(row, held.row);
+          held.load(call.h, unit, width_of(call));
+        }
+        sums.close(unit, turn);
       }
       sync_cluster(sums.blocks);
       if (thread < kSums && thread / kChunk < count) {
@@ -102,6 +119,7 @@ struct Tiles {
       }
     }
     sync_block();
+    if (!kOne || span.rank == 0) Operands::pass(row, held.row);
 
     const NormPass<TileRows, TileSums, kOne> norm{call, sums, held, turn};
     for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
@@ -161,19 +179,27 @@ template <class T, int kSlots, bool kOne, bool kAligned, bool kNorm>
 __global__ void __launch_bounds__(kTileWarps * 32, tile_blocks(kSlots, kNorm))
     forward_tiles(const ForwardCall call, int shift, int room) {
   using Form = Tiles<T, kSlots, kOne, kAligned, kNorm>;
-  const Tile tile = call.plan.tiles[blockIdx.x >> shift];
-  if (tile.count <= 0) return;
-  const Span span = range_of(call.plan, tile);
-  if (!kNorm && span.rank <= 0) return;
-  const int fit = span.rank > 0 ? room / padded(span.rank) : kSlots;
-  if (fit == 0) stop_kernel();
-  const int step = fit < kSlots ? fit : kSlots;
-  const typename Form::TileSums sums(call.d, shift);
+  const Work work(call.plan, blockIdx.x >> shift);
+  const int count = work.tile.count;
+  const int32_t* const places = call.plan.rows + work.tile.start;
+  typename Form::Rows rows(places, count);
+  if (count <= 0 || (!kNorm && work.span.rank == 0)) return;
   int turn = 0;
-  for (int done = 0; done < tile.count; done += step) {
-    const int left = tile.count - done;
-    Form::edit(call, sums, call.plan.rows + tile.start + done, left < step ? left : step, span,
-               turn);
+  Span span = work.span;
+  if (span.rank > kMostAtOnce) {
+    // Sums of its own, for registers: what both ways share, the compiler keeps for both.
+    const typename Form::TileSums sums(call.d, kOne || !kAligned ? anew(shift) : shift);
+    edit_in_parts<T, T>(call, sums, places, count, span, room, turn);
+    if (kNorm) span.rank = 0;  // what is left to do
+  }
+  if (span.rank <= kMostAtOnce) {
+    const typename Form::TileSums sums(call.d, shift);
+    const int step = rows_at_once(kSlots, span.rank, room);
+    for (int done = 0; done < count; done += step) {
+      const int left = count - done;
+      if (done > 0) rows = typename Form::Rows(places + done, left);
+      Form::edit(call, sums, rows, left < step ? left : step, span, turn);
+    }
   }
   leave_cluster(1 << shift);  // another block may still read this one's sums
 }

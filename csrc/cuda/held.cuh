@@ -27,6 +27,21 @@ struct TileLayout {
   }
 };
 
+// The rows that a thread takes into the first product of a tile: g and g + 8 of mma16.
+template <int kSlots_>
+struct OperandLayout {
+  static constexpr int kRows = kSlots_ / 8;
+
+  static __device__ int slot(int i) { return threadIdx.x % 32 / 4 + 8 * i; }
+  // Of such rows, those of TileLayout, from the threads of the warp that have them.
+  static __device__ void pass(const int (&mine)[kRows], int (&held)[2 * kRows]) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRows; ++i) {
+      held[i] = shuffle(mine[i / 2], 4 * (threadIdx.x % 4 * 2 + i % 2));
+    }
+  }
+};
+
 // A thread owns eight columns of every row.
 template <int kSlots_>
 struct RowLayout {
@@ -43,11 +58,24 @@ struct RowLayout {
   }
 };
 
-// The row of h at `slot` of the plan's `rows`, −1 where there is none.
-__device__ inline int row_of(const ForwardCall& call, const int32_t* rows, int count, int slot) {
-  const int row = slot < count ? rows[slot] : -1;
-  return row < call.row_count ? row : -1;
-}
+// Rows of h by their slots in the plan's `rows`, of which there are `count`. They are asked for
+// where this is made, and may be used later.
+template <class Layout>
+struct Places {
+  int row[Layout::kRows];
+
+  __device__ Places(const int32_t* rows, int count) {
+#pragma unroll
+    for (int i = 0; i < Layout::kRows; ++i) {
+      row[i] = load_word_if(Layout::slot(i) < count, rows + Layout::slot(i));
+    }
+  }
+
+  // −1 where there is no such row among the first `count`, or not in this h.
+  __device__ int operator()(const ForwardCall& call, int count, int i) const {
+    return Layout::slot(i) < count && row[i] < call.row_count ? row[i] : -1;
+  }
+};
 // Not to be read where there is no row.
 template <class T>
 __device__ T* row_at(const Matrix& rows, int row) {
@@ -62,13 +90,6 @@ struct Held {
 
   int row[Layout::kRows];  // −1: none
   Eight<T> x[Layout::kRows];
-
-  __device__ Held(const ForwardCall& call, const int32_t* rows, int count) {
-#pragma unroll
-    for (int i = 0; i < Layout::kRows; ++i) {
-      row[i] = row_of(call, rows, count, Layout::slot(i));
-    }
-  }
 
   __device__ void load(const Matrix& h, int unit, int d) {
     const int col = Layout::column(unit);

@@ -12,13 +12,11 @@ struct CUstream_st;
 typedef CUstream_st* cudaStream_t;
 #endif
 
+#include <string>
+
 #include "../cpu/intervene.h"
 
 namespace reft::cuda {
-
-// Largest rank of one range. The values of a row, φ(D h + c), lie in shared memory, and the rank of
-// a range is known on the device alone; a range beyond this stops the kernel with a trap.
-constexpr int64_t kMaxRank = 16384;
 
 // Elements of a row, and from the beginning of one to the next.
 constexpr int64_t kMaxWidth = int64_t{1} << 30, kMaxStride = (int64_t{1} << 32) - 1;
@@ -48,6 +46,7 @@ struct BackwardCall : Backward {  // p, v: [n, kKept] or null where the pool nee
   int64_t row_count;
   int64_t tile_count;
   int64_t pool_rows;
+  int64_t positions;  // rows that the plan names
   int64_t segments;
   const int32_t* offsets;  // [segments + 1]
   PoolGrad pool_grad;      // [P, d] of the pool's dtype
@@ -65,5 +64,10 @@ const char* launch_backward_rows(const BackwardCall& call, cudaStream_t stream);
 
 // Gradients of all pool rows, zeros where no row used them.
 const char* launch_backward_pool(const BackwardCall& call, cudaStream_t stream);
+
+// What the current device makes of each form of the kernels: JSON objects, with commas between.
+std::string describe_forward();
+std::string describe_forward_norm();
+std::string describe_backward();
 
 }  // namespace reft::cuda

@@ -93,8 +93,8 @@ struct NormPass {
         if (c < left) parts[i] = term(held.x[i][c], i, parts[i]);
       }
     }
-    Layout::add_up(parts, sums.warp(threadIdx.x / 32));
-    sums.template close_unit<Layout::kSlots>(unit, turn);
+    Layout::add_up(parts, sums.warp(unit, threadIdx.x / 32));
+    sums.template close<Layout::kSlots>(unit, turn);
   }
 
   // What `finish` makes of each row's sum.

@@ -100,9 +100,18 @@ __device__ float warp_total(float (&values)[N]) {
   return values[0];
 }
 
-// A block's share of a tile's units, and the shared memory in which sums meet.
-template <int kWarps, int N>
+// A block's share of a tile's units, and the shared memory in which sums meet:
+//
+//     [group][kWarps][N]  what each warp has of the units that are open
+//     [2][share][N]       sums of this block's units, in two sets
+//     values, whose use is the kernel's
+template <int kWarps, int N, bool kOne = false>
 struct Sums {
+  // Units that are closed at once: as many as give each thread one value to add up. kOne: of one
+  // unit a block.
+  static constexpr int kThreads = kWarps * 32, kGroup = kOne ? 1 : kThreads / N;
+  static_assert(N <= kThreads, "a thread adds up one value");
+
   int units, block, blocks, shift;
   float* memory;
 
@@ -114,27 +123,38 @@ struct Sums {
         shift(shift),
         memory(shared_memory()) {}
 
-  __device__ int share() const { return (units + blocks - 1) >> shift; }
-  __device__ float* warp(int w) const { return memory + w * N; }
+  __device__ int share() const { return kOne ? 1 : (units + blocks - 1) >> shift; }
+  // A unit's number among those of its block.
+  __device__ int number(int unit) const { return kOne ? 0 : unit >> shift; }
+  // Where warp w leaves its sums of a unit, until that is closed.
+  __device__ float* warp(int unit, int w) const {
+    return memory + (number(unit) % kGroup * kWarps + w) * N;
+  }
   // Two sets, taken in turns: other blocks may still read one while the other is written.
   __device__ float* unit(int u, int turn) const {
-    return memory + (kWarps + (turn % 2) * share() + (u >> shift)) * N;
+    return memory + (kGroup * kWarps + (turn % 2) * share() + number(u)) * N;
   }
   // Room for what a kernel makes of the sums.
-  __device__ float* values() const { return memory + (kWarps + 2 * share()) * N; }
+  __device__ float* values() const { return memory + (kGroup * kWarps + 2 * share()) * N; }
 
-  // Adds up the warps' first kCount values of unit u. The warps' memory is free afterwards.
+  // To be called after each unit, in turn. Where the group is full or this was the block's last
+  // unit, adds up the warps' first kCount values of each unit of the group. One meeting of the
+  // block serves them all, and after its last unit it meets in what follows (`sync_cluster`) only.
   template <int kCount = N>
-  __device__ void close_unit(int u, int turn) const {
-    static_assert(kCount <= kWarps * 32, "a thread adds up one value");
+  __device__ void close(int u, int turn) const {
+    const int place = number(u) % kGroup;
+    const bool last = kOne || u + blocks >= units;
+    if (place + 1 < kGroup && !last) return;
     sync_block();
-    if (threadIdx.x < kCount) {
-      float sum = warp(0)[threadIdx.x];
+    const int j = static_cast<int>(threadIdx.x) / kCount, i = threadIdx.x % kCount;
+    if (j <= place) {
+      const int mine = u - (place - j) * blocks;
+      float sum = warp(mine, 0)[i];
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) sum += warp(w)[threadIdx.x];
-      unit(u, turn)[threadIdx.x] = sum;
+      for (int w = 1; w < kWarps; ++w) sum += warp(mine, w)[i];
+      unit(mine, turn)[i] = sum;
     }
-    sync_block();
+    if (!last) sync_block();  // the warps' memory is free again
   }
 
   // Brings into L2 what this block will read of eight pool rows [·, width] from `begin` on, where
@@ -150,7 +170,7 @@ struct Sums {
     }
   }
 
-  // The sum of value i over all units, once the cluster has met after close_unit. Several loads are
+  // The sum of value i over all units, once the cluster has met after `close`. Several loads are
   // under way at a time: one from another block takes a good part of a microsecond.
   __device__ float total(int i, int turn) const {
     float sum = 0.0f;
@@ -168,11 +188,40 @@ struct Sums {
   }
 };
 
-// A tile of segment −1 edits nothing.
-__device__ inline Span range_of(const Plan& plan, const Tile& tile) {
-  return tile.segment < 0 ? Span{0, 0} : plan.spans[tile.segment];
-}
+// The tile of a block, and its range: rank 0 where it has nothing to do (no rows, or segment −1).
+// All words of a table are asked for at once, and whatever else the caller asks for before it looks
+// at the range is under way with it.
+struct Work {
+  Tile tile;
+  Span span;
+
+  __device__ Work(const Plan& plan, int64_t number) {
+    const Tile* at = plan.tiles + number;
+    tile = *at;
+    ask(tile.segment), ask(tile.start), ask(tile.count);
+    const bool idle = tile.count <= 0 || tile.segment < 0;
+    // What is there in any case takes the place of a range that is not.
+    const Span* range = idle ? reinterpret_cast<const Span*>(at) : plan.spans + tile.segment;
+    span = *range;
+    ask(span.first), ask(span.rank);
+    if (idle || span.rank < 0) span = Span{0, 0};
+  }
+};
 
 __device__ inline int padded(int rank) { return (rank + kChunk - 1) / kChunk * kChunk; }
+
+// φ(D h + c) of this many pool rows of 16 rows of h fit in shared memory, and of kMostAtOnce of one
+// row. A range beyond that is done in parts.
+constexpr int kUsualRank = 256, kMostAtOnce = 16 * kUsualRank;
+
+// Rows of h, of `most`, whose values for all pool rows fit in `room` floats at once.
+__device__ inline int rows_at_once(int most, int rank, int room) {
+  return padded(rank) <= room / most ? most : room / padded(rank);
+}
+
+// Pool rows in a part, where beside their values the columns of a block's units must fit.
+__device__ inline int part_of(int room, int share) {
+  return (room - share * kUnit) / kChunk * kChunk;
+}
 
 }  // namespace reft::cuda

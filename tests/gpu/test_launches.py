@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import pathlib
+
 import pytest
 import torch
 from support.cases import same_bits
@@ -156,6 +160,25 @@ def test_norms_of_models(fused: str, width: int, dtype: torch.dtype, norm: Norm)
     steps = 2 if norm & Norm.ROUND else 1
     limit = unit * 1.01 * (steps * (x * weight).abs() + want.abs()) + 2**-24 * 64 * (want.abs() + 4)
     assert ((out.double() - want).abs() <= limit).all(), ((out.double() - want).abs() - limit).max()
+
+
+def test_occupancy_of_every_form() -> None:
+    """What the kernels' launch bounds count on: blocks a multiprocessor, and clusters on the whole chip."""
+    reason = rk.ops.why_not("native", "cuda")
+    if reason is not None:
+        pytest.skip(f"native: {reason}")
+    (path,) = pathlib.Path(rk.__file__).parent.glob("lib/reft_kernels_cuda.so")
+    occupancy = ctypes.CDLL(str(path)).reft_kernels_cuda_occupancy
+    occupancy.restype = ctypes.c_char_p
+    forms = json.loads(occupancy().decode())
+    assert {form["kernel"].split()[0] for form in forms} == {
+        "forward_tiles", "forward_rows", "backward_rows", "backward_pool"
+    }  # fmt: skip
+    for form in forms:
+        assert "error" not in form and form["local_bytes"] == 0 and form["launches"], form
+        for launch in form["launches"]:
+            assert launch["blocks_per_multiprocessor"] >= 1, form
+            assert launch["cluster"] == 1 or launch["clusters_at_once"] >= 1, form
 
 
 def test_bad_arguments_name_themselves_and_write_nothing(fused: str) -> None:

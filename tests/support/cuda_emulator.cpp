@@ -1,4 +1,6 @@
 // The scheduler of the emulated threads, and the calls that Python makes through ctypes.
+#include <fenv.h>
+
 #include <algorithm>
 #include <numeric>
 #include <random>
@@ -9,7 +11,7 @@ namespace reft::cuda {
 
 Machine machine;
 Chip emulated_chip;
-int launched_cluster;
+int launched_cluster, launched_shared;
 volatile int emulated_prefetch;
 
 namespace {
@@ -35,13 +37,20 @@ void fill_turns(std::vector<int>& turns, int threads) {
   }
 }
 
+// Signalling NaNs: nothing may count on the contents, and arithmetic that takes one in, even if its
+// result is thrown away, leaves a mark in the CPU's flags (`emulated_invalid`).
+void poison(char* shared) {
+  const uint32_t nan = 0x7fa00001u;
+  for (int64_t at = 0; at + 4 <= machine.shared_bytes; at += 4) memcpy(shared + at, &nan, 4);
+}
+
 void enter() {
   machine.body();
   Fiber* self = machine.now;
   self->done = true;
   // What a block leaves behind is not there for others to read.
   if (machine.blocks[self->in_cluster].gone + 1 == machine.threads) {
-    memset(machine.shared[self->in_cluster].get(), 0xff, machine.shared_bytes);
+    poison(machine.shared[self->in_cluster].get());
   }
   // A thread that has returned no longer keeps the others from meeting.
   for (Group* group : {&warp_group(), &machine.blocks[self->in_cluster], &machine.cluster}) {
@@ -66,7 +75,7 @@ void run_cluster(const Launch& how, int64_t first_block, int64_t column) {
   m.shared.clear();
   for (int b = 0; b < how.cluster; ++b) {
     m.shared.emplace_back(new char[how.shared + 16]);
-    memset(m.shared.back().get(), 0xff, how.shared);  // NaN: nothing may count on its contents
+    poison(m.shared.back().get());
   }
   m.exchanges.resize(count / 32);
   m.warps.assign(count / 32, Group{32, 0, 0, 0});
@@ -118,15 +127,23 @@ static Plan plan_of(const Tables& t) {
   return {t.rows, reinterpret_cast<const Tile*>(t.tiles), reinterpret_cast<const Span*>(t.spans)};
 }
 
+// Whether arithmetic of the last call made a NaN of other numbers, or took in a signalling one.
+static bool invalid;
+extern "C" int emulated_invalid() { return invalid; }
+
 // multiprocessors 0: of a chip without clusters.
 static void emulate(int multiprocessors) {
-  emulated_chip = {multiprocessors > 0 ? multiprocessors : 1, multiprocessors > 0};
+  emulated_chip = {multiprocessors > 0 ? multiprocessors : 1, 228 * 1024, multiprocessors > 0};
+  feclearexcept(FE_INVALID);
 }
 
 extern "C" void emulated_order(uint64_t seed) {
   order = seed;
   chance.seed(seed);
 }
+
+// Bytes of shared memory of a block in the last launch.
+extern "C" int emulated_shared() { return launched_shared; }
 
 // norm.out null: without the norm. Returns the blocks of a cluster.
 extern "C" int emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d, int64_t dtype,
@@ -142,13 +159,15 @@ extern "C" int emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d
   } else {
     launch_forward_norm(call, nullptr);
   }
+  invalid = fetestexcept(FE_INVALID) != 0;
   return launched_cluster;
 }
 
-extern "C" void emulated_backward(const void* grad, int64_t stride, const void* hs, void* dh,
-                                  int64_t rows, int64_t d, int64_t dtype, const Tables* t, float* p,
-                                  float* v, void* ddown, void* dup, float* dbias,
-                                  int multiprocessors) {
+// Returns the blocks of the last kernel's cluster.
+extern "C" int emulated_backward(const void* grad, int64_t stride, const void* hs, void* dh,
+                                 int64_t rows, int64_t d, int64_t dtype, const Tables* t, float* p,
+                                 float* v, void* ddown, void* dup, float* dbias,
+                                 int multiprocessors) {
   emulate(multiprocessors);
   BackwardCall call;
   static_cast<Backward&>(call) = {{const_cast<void*>(grad), stride},
@@ -162,8 +181,10 @@ extern "C" void emulated_backward(const void* grad, int64_t stride, const void* 
                                   v,
                                   kKept};
   call.row_count = rows, call.tile_count = t->tile_count, call.pool_rows = t->pool_rows;
-  call.segments = t->segments, call.offsets = t->offsets;
+  call.positions = t->positions, call.segments = t->segments, call.offsets = t->offsets;
   call.pool_grad = {ddown, dup}, call.bias_grad = dbias;
   launch_backward_rows(call, nullptr);
   if (ddown != nullptr) launch_backward_pool(call, nullptr);
+  invalid = fetestexcept(FE_INVALID) != 0;
+  return launched_cluster;
 }

@@ -120,6 +120,10 @@ inline void store16(const uint32_t* from, void* to) {
   memcpy(to, from, 16);
 }
 
+inline void ask(int32_t) {}
+inline int anew(int x) { return x; }
+inline int32_t load_word_if(bool wanted, const int32_t* from) { return wanted ? *from : -1; }
+
 inline void prefetch_l2(const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || bytes <= 0)
     throw std::runtime_error("unaligned prefetch");
@@ -134,6 +138,15 @@ inline float shuffle_xor(float x, int lanes) {
   const float other = bits_float(exchange().words[lane ^ lanes][0]);
   meet(warp_group());
   return other;
+}
+
+inline int shuffle(int x, int from) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  exchange().words[lane][0] = static_cast<uint32_t>(x);
+  meet(warp_group());
+  const uint32_t other = exchange().words[from][0];
+  meet(warp_group());
+  return static_cast<int>(other);
 }
 
 template <class T>
@@ -214,8 +227,6 @@ inline float load_cluster(const float* mine, int block) {
   const int64_t offset = mine - shared_memory();
   return reinterpret_cast<float*>(machine.shared[block].get())[offset];
 }
-inline void stop_kernel() { throw std::runtime_error("the kernel stopped itself"); }
-
 struct Launch {
   int64_t blocks;
   int64_t columns;
@@ -226,18 +237,18 @@ struct Launch {
 };
 
 struct Chip {
-  int multiprocessors;
+  int multiprocessors, shared;
   bool clusters;
 };
 extern Chip emulated_chip;
-extern int launched_cluster;  // of the last launch
+extern int launched_cluster, launched_shared;  // of the last launch
 inline Chip current_chip() { return emulated_chip; }
 
 void run_cluster(const Launch& how, int64_t first_block, int64_t column);
 
 template <class... Arguments>
 const char* launch(void (*kernel)(Arguments...), const Launch& how, Arguments... arguments) {
-  launched_cluster = how.cluster;
+  launched_cluster = how.cluster, launched_shared = static_cast<int>(how.shared);
   machine.body = [=] { kernel(arguments...); };
   for (int64_t column = 0; column < how.columns; ++column) {
     for (int64_t block = 0; block < how.blocks; block += how.cluster) {

@@ -63,11 +63,15 @@ class Emulated:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.multiprocessors = MANY
-        self.cluster = 0  # blocks of one, in the last forward
+        self.cluster = self.shared = 0  # blocks of one and bytes of each, in the last call
 
     def shuffle_threads(self, seed: int) -> None:
         """One warp runs on, then another, their threads in any order; 0: all in turn, by their numbers."""
         self._library.emulated_order(ctypes.c_uint64(seed))
+
+    def invalid(self) -> bool:
+        """Whether the last call added up a signalling NaN (what nobody wrote), or Inf − Inf."""
+        return bool(self._library.emulated_invalid())
 
     @staticmethod
     def _tables(pool, rows, tiles, spans, offsets=None) -> Tables:
@@ -79,6 +83,7 @@ class Emulated:
         sizes = [ctypes.c_int64(n) for n in (flat.stride(0), *flat.shape, DTYPES[h.dtype])]
         pointers = (ctypes.byref(tables), ctypes.byref(norm))
         self.cluster = self._library.emulated_forward(_pointer(h), *sizes, *pointers, self.multiprocessors)
+        self.shared = self._library.emulated_shared()
 
     def intervene_(self, h, down, up, bias, kind, rows, tiles, spans) -> None:
         self._forward(h, self._tables((down, up, bias, kind), rows, tiles, spans), NextNorm())
@@ -108,7 +113,7 @@ class Emulated:
         kept = [torch.full((len(rows), KEPT), torch.nan) if need_pool else None for _ in range(2)]
         tables = self._tables((down, up, bias, kind), rows, tiles, spans, offsets)
         sizes = [ctypes.c_int64(n) for n in (grad.numel() // d, d, DTYPES[grad.dtype])]
-        self._library.emulated_backward(
+        self.cluster = self._library.emulated_backward(
             _pointer(grad), ctypes.c_int64(d), _pointer(hs), _pointer(dh), *sizes, ctypes.byref(tables),
             *map(_pointer, (*kept, *pool)), self.multiprocessors,
         )  # fmt: skip
