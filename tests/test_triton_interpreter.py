@@ -23,7 +23,7 @@ from reft_kernels.ops import (
 from reft_kernels.ops.reference import activate, activation_slope, normed
 
 pytest.importorskip("triton")
-from reft_kernels.ops.triton_ops import launch
+from reft_kernels.ops.triton_ops import options
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason=str(why_not("triton", DEVICE)))
@@ -142,7 +142,7 @@ def test_the_form_of_old_tritons_equals_the_reference(
     dtypes, d: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products of 16 terms at rank ≤ 8, which take two parts of a block at once; whichever Triton this is."""
-    monkeypatch.setattr(launch, "LEAST_TERMS", 16)
+    monkeypatch.setattr(options, "LEAST_TERMS", 16)
     call = Call([(2, 1, 2), (3, 3, 18), (7, 8, 3), (16, 8, 1)], d, dtypes, padding=3)
     assert_near(call.forward(), call.forward("reference"), "h")
     h, _, _ = call.forward_and_norm()
@@ -161,12 +161,12 @@ def test_ranks_of_many_chunks_and_beyond_all_forms(dtypes) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "terms"),
-    [(8, launch.LEAST_TERMS), (8, 16), *((rank, launch.LEAST_TERMS) for rank in (33, 65, 257))],
+    [(8, options.LEAST_TERMS), (8, 16), *((rank, options.LEAST_TERMS) for rank in (33, 65, 257))],
 )
 def test_a_row_alone_has_the_bits_that_it_has_in_a_tile(
     rank: int, terms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "LEAST_TERMS", terms)
+    monkeypatch.setattr(options, "LEAST_TERMS", terms)
     call = Call([(3, rank, 2)], 70, DTYPES[1], rows_of_h=2)
     together = call.forward()
     dh = call.backward(need_pool=False)[0]
@@ -184,7 +184,7 @@ def test_a_row_alone_has_the_bits_that_it_has_in_a_tile(
 def test_rows_split_among_programs_add_up_in_order(dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
     segments = [(2, 3, 90), (5, 8, 70), (2, 3, 40), (40, 2, 1), (0, 0, 2)]
     call = Call(segments, 33, dtypes, rows_of_h=210, padding=2)
-    monkeypatch.setattr(launch, "pool_splits", lambda *sizes: 3)
+    monkeypatch.setattr(options, "pool_splits", lambda *sizes: 3)
     got, again = call.backward(), call.backward()
     for what, *gradients in zip(("dh", "ddown", "dup", "dbias"), got, again, call.backward("reference")):
         assert torch.equal(gradients[0], gradients[1]), what
@@ -194,9 +194,9 @@ def test_rows_split_among_programs_add_up_in_order(dtypes, monkeypatch: pytest.M
 
 
 def test_many_rows_of_few_pool_rows_are_split() -> None:
-    assert launch.pool_splits(n=4096, n_pool=8, d=4096) == 16
-    assert launch.pool_splits(n=511, n_pool=8, d=4096) == 1
-    assert launch.pool_splits(n=4096, n_pool=4096, d=4096) == 1
+    assert options.pool_splits(n=4096, n_pool=8, d=4096) == 16
+    assert options.pool_splits(n=511, n_pool=8, d=4096) == 1
+    assert options.pool_splits(n=4096, n_pool=4096, d=4096) == 1
 
 
 @pytest.mark.parametrize("second", [(3, 8), (3, 5), (9, 20), (5, 66)])
