@@ -23,7 +23,11 @@ from reft_kernels.ops import (
 from reft_kernels.ops.reference import activate, activation_slope, normed
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from reft_kernels.ops.triton_ops import options
+from reft_kernels.ops.triton_ops.blocks import split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason=str(why_not("triton", DEVICE)))
@@ -256,6 +260,34 @@ def test_activations_and_slopes(code: Act) -> None:
     slope = activation_slope(z.double()[None], kind)[0]
     assert ((value.double() - want).abs() <= 1e-6 * want.abs().clamp(min=0.1)).all()
     assert ((gradient.double() - slope).abs() <= 1e-6).all()
+
+
+@triton.jit
+def _halves(a, high, low, N: tl.constexpr):
+    at = tl.arange(0, N)
+    first, second = split(tl.load(a + at))
+    tl.store(high + at, first)
+    tl.store(low + at, second)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_halves_of_float32_keep_infinity_and_nan() -> None:
+    """A NaN whose payload lies in what TF32 drops; numbers without a low half, which meet Inf in a product."""
+    bits = [0x7F800001, 0x7F801FFF, 0xFF800001 - 2**32, 0x7FC00000, 0x7F800000, 0xFF800000 - 2**32]
+    special = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    plain = torch.tensor([0.0, -0.0, 1.0, -1.0, 1.0 + 2**-20, -3.1, 2.0**-126, 1e-42, 1e30, 0.1])
+    a = torch.cat([special, plain]).to(DEVICE)
+    high, low = torch.empty_like(a), torch.empty_like(a)
+    _halves[(1,)](a, high, low, N=len(a))
+    in_tf32 = (high.view(torch.int32) & -8192).view(torch.float32)
+    assert torch.equal(in_tf32.isnan(), a.isnan())
+    assert not low.isnan().any()
+    finite = a.isfinite()
+    error = (in_tf32.double() + low.double() - a.double())[finite].abs()
+    assert (error <= 2.0**-126).all()
+    inf = torch.full_like(a, torch.inf)
+    same = (a != 0) & ~a.isnan()
+    assert torch.equal((low * inf + in_tf32 * inf)[same], (a * inf)[same])
 
 
 def test_rows_beyond_h_are_not_written() -> None:

@@ -112,10 +112,20 @@ def compile_variant(variant: Variant) -> dict:
     # Barriers that the kernel asks for; those that shared memory needs come later.
     beyond = re.split(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"])[1:]
     return {
+        "float_sums": float_sums(compiled.asm["ttgir"]),
         "shared": compiled.metadata.shared,
         "stores_beyond_a_barrier": [part.count("tt.store ") for part in beyond],
         **_inspect(compiled.asm["cubin"]),
     }
+
+
+def float_sums(ttgir: str) -> list[list[int]]:
+    """Shapes of what `tl.sum` adds up in float32, in an order that Triton chooses."""
+    found = []
+    for body, shape in re.findall(r'"tt\.reduce"(.*?)\}\) : \(tensor<([0-9x]+)x\w+', ttgir, re.DOTALL):
+        if "arith.addf" in body:
+            found.append([int(size) for size in shape.split("x")])
+    return found
 
 
 def _inspect(cubin: bytes) -> dict:

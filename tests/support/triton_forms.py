@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from reft_kernels.ops.triton_ops import kernels_forward, options
 from reft_kernels.ops.triton_ops.blocks import BATCH_TABLES, least_height
+from support.triton_compile import float_sums
 
 D = 4096
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -68,15 +69,6 @@ def _constants(form: Form) -> tuple[dict, dict]:
     }
     compiler = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
     return constants, {name: chosen[name] for name in compiler}
-
-
-def float_sums(ttgir: str) -> list[list[int]]:
-    """Shapes of what is summed along an axis in float32 by `tl.sum`, whose order Triton chooses."""
-    found = []
-    for body, shape in re.findall(r'"tt\.reduce"(.*?)\}\) : \(tensor<([0-9x]+)x\w+', ttgir, re.DOTALL):
-        if "arith.addf" in body:
-            found.append([int(size) for size in shape.split("x")])
-    return found
 
 
 def _terms(ttgir: str) -> list[list]:

@@ -1,10 +1,11 @@
 """Launches of one kernel: through Triton the first time, then directly.
 
-`JITFunction.run` looks at every argument anew, and makes a text of what it saw, to find what it compiled. Here
-the variant is known by less. What is asked for in practice is one variant for each pair of dtypes, each d and
-each device: that of tensors which begin at multiples of 16 bytes, and rows which lie so too. Its launch goes to
-the compiled kernel at once. Everything else goes through Triton: arguments of other alignments, numbers beyond
-int32, hooks of profilers, debugging, AMD, the interpreter, and every Triton whose internals were not looked at.
+`JITFunction.run` looks at every argument anew, and makes a text of what it saw, to find what it compiled.
+Here the variant is known by less. What is asked for in practice is one variant for each pair of dtypes, each
+d and each device: that of tensors which begin at multiples of 16 bytes, and rows which lie so too. Its launch
+goes to the compiled kernel at once. Everything else goes through Triton: arguments of other alignments,
+numbers beyond int32, hooks of profilers, debugging, AMD, the interpreter, and every Triton whose internals
+were not looked at.
 """
 
 from __future__ import annotations
