@@ -23,7 +23,11 @@ from reft_kernels.ops import (
 from reft_kernels.ops.reference import activate, activation_slope, normed
 
 pytest.importorskip("triton")
-from reft_kernels.ops.triton_ops import launch
+import triton
+import triton.language as tl
+
+from reft_kernels.ops.triton_ops import options
+from reft_kernels.ops.triton_ops.blocks import split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason=str(why_not("triton", DEVICE)))
@@ -142,7 +146,7 @@ def test_the_form_of_old_tritons_equals_the_reference(
     dtypes, d: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products of 16 terms at rank ≤ 8, which take two parts of a block at once; whichever Triton this is."""
-    monkeypatch.setattr(launch, "LEAST_TERMS", 16)
+    monkeypatch.setattr(options, "LEAST_TERMS", 16)
     call = Call([(2, 1, 2), (3, 3, 18), (7, 8, 3), (16, 8, 1)], d, dtypes, padding=3)
     assert_near(call.forward(), call.forward("reference"), "h")
     h, _, _ = call.forward_and_norm()
@@ -161,12 +165,12 @@ def test_ranks_of_many_chunks_and_beyond_all_forms(dtypes) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "terms"),
-    [(8, launch.LEAST_TERMS), (8, 16), *((rank, launch.LEAST_TERMS) for rank in (33, 65, 257))],
+    [(8, options.LEAST_TERMS), (8, 16), *((rank, options.LEAST_TERMS) for rank in (33, 65, 257))],
 )
 def test_a_row_alone_has_the_bits_that_it_has_in_a_tile(
     rank: int, terms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "LEAST_TERMS", terms)
+    monkeypatch.setattr(options, "LEAST_TERMS", terms)
     call = Call([(3, rank, 2)], 70, DTYPES[1], rows_of_h=2)
     together = call.forward()
     dh = call.backward(need_pool=False)[0]
@@ -184,7 +188,7 @@ def test_a_row_alone_has_the_bits_that_it_has_in_a_tile(
 def test_rows_split_among_programs_add_up_in_order(dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
     segments = [(2, 3, 90), (5, 8, 70), (2, 3, 40), (40, 2, 1), (0, 0, 2)]
     call = Call(segments, 33, dtypes, rows_of_h=210, padding=2)
-    monkeypatch.setattr(launch, "pool_splits", lambda *sizes: 3)
+    monkeypatch.setattr(options, "pool_splits", lambda *sizes: 3)
     got, again = call.backward(), call.backward()
     for what, *gradients in zip(("dh", "ddown", "dup", "dbias"), got, again, call.backward("reference")):
         assert torch.equal(gradients[0], gradients[1]), what
@@ -194,9 +198,9 @@ def test_rows_split_among_programs_add_up_in_order(dtypes, monkeypatch: pytest.M
 
 
 def test_many_rows_of_few_pool_rows_are_split() -> None:
-    assert launch.pool_splits(n=4096, n_pool=8, d=4096) == 16
-    assert launch.pool_splits(n=511, n_pool=8, d=4096) == 1
-    assert launch.pool_splits(n=4096, n_pool=4096, d=4096) == 1
+    assert options.pool_splits(n=4096, n_pool=8, d=4096) == 16
+    assert options.pool_splits(n=511, n_pool=8, d=4096) == 1
+    assert options.pool_splits(n=4096, n_pool=4096, d=4096) == 1
 
 
 @pytest.mark.parametrize("second", [(3, 8), (3, 5), (9, 20), (5, 66)])
@@ -256,6 +260,34 @@ def test_activations_and_slopes(code: Act) -> None:
     slope = activation_slope(z.double()[None], kind)[0]
     assert ((value.double() - want).abs() <= 1e-6 * want.abs().clamp(min=0.1)).all()
     assert ((gradient.double() - slope).abs() <= 1e-6).all()
+
+
+@triton.jit
+def _halves(a, high, low, N: tl.constexpr):
+    at = tl.arange(0, N)
+    first, second = split(tl.load(a + at))
+    tl.store(high + at, first)
+    tl.store(low + at, second)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_halves_of_float32_keep_infinity_and_nan() -> None:
+    """A NaN whose payload lies in what TF32 drops; numbers without a low half, which meet Inf in a product."""
+    bits = [0x7F800001, 0x7F801FFF, 0xFF800001 - 2**32, 0x7FC00000, 0x7F800000, 0xFF800000 - 2**32]
+    special = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    plain = torch.tensor([0.0, -0.0, 1.0, -1.0, 1.0 + 2**-20, -3.1, 2.0**-126, 1e-42, 1e30, 0.1])
+    a = torch.cat([special, plain]).to(DEVICE)
+    high, low = torch.empty_like(a), torch.empty_like(a)
+    _halves[(1,)](a, high, low, N=len(a))
+    in_tf32 = (high.view(torch.int32) & -8192).view(torch.float32)
+    assert torch.equal(in_tf32.isnan(), a.isnan())
+    assert not low.isnan().any()
+    finite = a.isfinite()
+    error = (in_tf32.double() + low.double() - a.double())[finite].abs()
+    assert (error <= 2.0**-126).all()
+    inf = torch.full_like(a, torch.inf)
+    same = (a != 0) & ~a.isnan()
+    assert torch.equal((low * inf + in_tf32 * inf)[same], (a * inf)[same])
 
 
 def test_rows_beyond_h_are_not_written() -> None:

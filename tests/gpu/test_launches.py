@@ -103,11 +103,23 @@ def rk_wide(pool: rk.Pool) -> rk.Pool:
     return wide
 
 
+@pytest.mark.parametrize(
+    ("dtype", "pool_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rank", [8, 16, 40])
 @pytest.mark.parametrize("rows", [1, 17, 300, 4096])
-def test_a_row_has_its_bits_in_any_batch(fused: str, rows: int) -> None:
+def test_a_row_has_its_bits_in_any_batch(
+    fused: str, rows: int, rank: int, dtype: torch.dtype, pool_dtype: torch.dtype
+) -> None:
     """Decode and prefill, one adapter and many: the same row, the same range, the same bits."""
-    pool, spans = _pool(4096, (8,) * 64)
-    h = _random(rows, 4096)
+    pool, spans = _pool(4096, (rank,) * 64, pool_dtype)
+    h = _random(rows, 4096, dtype)
     alone = rk.functional.intervene_(h[:1].clone(), pool, rk.make_plan([(spans[0], [0])], "cuda"))
     for count in (1, 64):
         entries = [(spans[i], range(i, rows, count)) for i in range(min(count, rows))]

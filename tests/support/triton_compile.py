@@ -40,7 +40,7 @@ def _old_triton(old: bool):
     """Refuses what Triton before 3.8 does, and launches as there; or changes nothing."""
     from triton.backends.nvidia import compiler
 
-    from reft_kernels.ops.triton_ops import launch
+    from reft_kernels.ops.triton_ops import options
 
     def least(target):
         return lambda a, b: (1, 1, 16)
@@ -48,7 +48,7 @@ def _old_triton(old: bool):
     if not old:
         yield
         return
-    with mock.patch.object(compiler, "min_dot_size", least), mock.patch.object(launch, "LEAST_TERMS", 16):
+    with mock.patch.object(compiler, "min_dot_size", least), mock.patch.object(options, "LEAST_TERMS", 16):
         yield
 
 
@@ -56,17 +56,18 @@ def request(variant: Variant) -> tuple:
     """What is compiled: (kernel, signature, constants, arguments divisible by 16, options)."""
     import torch
 
-    from reft_kernels.ops.triton_ops import kernels_backward, kernels_forward, kernels_norm, launch
+    from reft_kernels.ops.triton_ops import kernels_backward, kernels_forward, kernels_norm
+    from reft_kernels.ops.triton_ops import options as of
     from reft_kernels.ops.triton_ops.blocks import BATCH_SIZES, BATCH_TABLES
 
     kernel, options_of = {
-        "forward": (kernels_forward.intervene_kernel, launch.forward_options),
-        "norm": (kernels_norm.intervene_norm_kernel, launch.norm_options),
-        "layer_norm": (kernels_norm.intervene_norm_kernel, launch.norm_options),
-        "rows": (kernels_backward.rows_kernel, launch.rows_options),
-        "pool": (kernels_backward.pool_kernel, launch.pool_options),
-        "pool_parts": (kernels_backward.pool_kernel, launch.pool_options),
-        "add": (kernels_backward.add_kernel, launch.add_options),
+        "forward": (kernels_forward.intervene_kernel, of.forward_options),
+        "norm": (kernels_norm.intervene_norm_kernel, of.norm_options),
+        "layer_norm": (kernels_norm.intervene_norm_kernel, of.norm_options),
+        "rows": (kernels_backward.rows_kernel, of.rows_options),
+        "pool": (kernels_backward.pool_kernel, of.pool_options),
+        "pool_parts": (kernels_backward.pool_kernel, of.pool_options),
+        "add": (kernels_backward.add_kernel, of.add_options),
     }[variant.kernel]
     short = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
     types = dict.fromkeys(("h", "grad", "dh", "hs", "out", "weight", "shift"), short[variant.h])
@@ -111,10 +112,20 @@ def compile_variant(variant: Variant) -> dict:
     # Barriers that the kernel asks for; those that shared memory needs come later.
     beyond = re.split(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"])[1:]
     return {
+        "float_sums": float_sums(compiled.asm["ttgir"]),
         "shared": compiled.metadata.shared,
         "stores_beyond_a_barrier": [part.count("tt.store ") for part in beyond],
         **_inspect(compiled.asm["cubin"]),
     }
+
+
+def float_sums(ttgir: str) -> list[list[int]]:
+    """Shapes of what `tl.sum` adds up in float32, in an order that Triton chooses."""
+    found = []
+    for body, shape in re.findall(r'"tt\.reduce"(.*?)\}\) : \(tensor<([0-9x]+)x\w+', ttgir, re.DOTALL):
+        if "arith.addf" in body:
+            found.append([int(size) for size in shape.split("x")])
+    return found
 
 
 def _inspect(cubin: bytes) -> dict:

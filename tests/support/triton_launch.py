@@ -20,12 +20,14 @@ from reft_kernels.ops.triton_ops import launch
 D, POOL = 4096, 40
 
 
-class _Driver:
+class StandInDriver:
+    device = stream = 0
+
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
-        return 0
+        return self.stream
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -45,11 +47,15 @@ def requests() -> dict[str, list]:
             mine.append(request)
         return True  # nothing is to be compiled
 
-    driver.set_active(_Driver())
+    driver.set_active(StandInDriver())
     knobs.runtime.jit_cache_hook = take
     for n in (1, 2, 15, 16, 17, 32, 600):
         _call(n)
     return found
+
+
+def ints(*values: int, skip: int = 0) -> torch.Tensor:
+    return torch.tensor([0] * skip + [*values], dtype=torch.int32)[skip:]
 
 
 def _call(n: int) -> None:

@@ -5,7 +5,10 @@ kernels_norm       intervene_norm_
 kernels_backward   dh and the gradients of the pool
 activations        φ and φ′
 blocks             loads and products that both directions share
-launch             checks, block sizes, launches
+options            block sizes and compiler options
+checks             what arguments must be
+launcher           one kernel's launches: by Triton, then directly
+launch             the ops
 
 This package imports without Triton; `why_not` then says what is missing. The interpreter
 (TRITON_INTERPRET=1, set before Python starts) runs the same kernels in numpy on CPU tensors: slow, for

@@ -30,11 +30,18 @@ _TILE = tl.constexpr(TILE)
 
 
 @triton.jit
-def _split(a):
-    """a = high + low in float32, high with the 11 significant bits that TF32 holds. Inf has no low part."""
-    high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+def split(a):
+    """a = high + low in float32: high with the 11 significant bits that TF32 holds, low with the next.
+
+    Inf and NaN are high's, and high stays a NaN in TF32, which drops the last 13 bits. Where low would be 0
+    and high is not, low is the least normal number of a's sign: 0 times an Inf of the other operand would be
+    NaN, where a times it is Inf. Any sum loses a number that small.
+    """
+    bits = a.to(tl.int32, bitcast=True)
+    high = tl.where(a == a, bits & -8192, bits | 0x400000).to(tl.float32, bitcast=True)
     low = a - high
-    return high, tl.where(low == low, low, 0.0)
+    least = tl.where(high == 0.0, 0, 0x800000 | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    return high, tl.where(tl.abs(low) > 0.0, low, least)
 
 
 @triton.jit
@@ -59,14 +66,44 @@ def product(a, b, acc, FULL: tl.constexpr):
     elif a.dtype == b.dtype:
         acc = tl.dot(a, b, acc, input_precision="tf32x3")
     elif a.dtype == tl.float32:
-        high, low = _split(a)
+        high, low = split(a)
         acc = tl.dot(low, b.to(tl.float32), acc, input_precision="tf32")
         acc = tl.dot(high, b.to(tl.float32), acc, input_precision="tf32")
     else:
-        high, low = _split(b)
+        high, low = split(b)
         acc = tl.dot(a.to(tl.float32), low, acc, input_precision="tf32")
         acc = tl.dot(a.to(tl.float32), high, acc, input_precision="tf32")
     return acc
+
+
+@triton.jit
+def _paired(x):
+    """[..., 2 n] as two of [..., n]: what lies at even places, and at odd ones."""
+    return tl.split(tl.reshape(x, _in_pairs(x.shape)))
+
+
+@triton.jit
+def sum_in_pairs(x):
+    """The sum over the first axis of x [N, T, R], N a power of two: neighbours, then neighbouring sums, …
+
+    The order is the same wherever Triton keeps the numbers. `tl.sum` adds first what a thread holds, then
+    what a warp holds; and a tile of another height is held by other threads.
+    """
+    x = tl.permute(x, (1, 2, 0))
+    for _ in tl.static_range(_doublings(x.shape[-1])):
+        even, odd = _paired(x)
+        x = even + odd
+    return tl.reshape(x, _without_the_last(x.shape))
+
+
+@triton.jit
+def chosen(x, i):
+    """x[i] of x [N, T, R], N a power of two, for an i that is known when the kernel runs; NaN and −0 too."""
+    x = tl.permute(x, (1, 2, 0))
+    for bit in tl.static_range(_doublings(x.shape[-1])):
+        even, odd = _paired(x)
+        x = tl.where((i >> bit) % 2 == 0, even, odd)
+    return tl.reshape(x, _without_the_last(x.shape))
 
 
 @triton.jit
@@ -84,6 +121,21 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.constexpr_function
+def _doublings(size):
+    return size.bit_length() - 1
+
+
+@triton.constexpr_function
+def _in_pairs(shape):
+    return [*shape[:-1], shape[-1] // 2, 2]
+
+
+@triton.constexpr_function
+def _without_the_last(shape):
+    return [*shape[:-1]]
+
+
+@triton.constexpr_function
 def bytes_of(pointer):
     """Size of what a pointer points to."""
     return pointer.type.element_ty.primitive_bitwidth // 8
@@ -96,6 +148,15 @@ def stages(budget, width, block, bytes_of_a_column, most):
     Each stage holds registers, so there are `most` blocks at most; all of `width`, and at least two.
     """
     return 1 + max(2, min(most, triton.cdiv(width, block), budget // (block * bytes_of_a_column)))
+
+
+@triton.constexpr_function
+def least_height(columns, bytes_of_an_entry, threads):
+    """Rows of a tile that give each thread, `columns` at a time, the 4 bytes of an asynchronous copy.
+
+    Rows that the tile lacks are masked and read nothing. Every thread would wait for a load of 2 bytes.
+    """
+    return 1 if bytes_of_an_entry >= 4 else max(1, 2 * threads // columns)
 
 
 @triton.jit

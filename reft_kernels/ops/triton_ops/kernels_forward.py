@@ -32,12 +32,15 @@ from .blocks import (
     BATCH_TABLES,
     activated,
     bytes_of,
+    chosen,
+    least_height,
     pool_range,
     pre_activation,
     product,
     rounded,
     scalar_kind,
     stages,
+    sum_in_pairs,
     tile_rows,
 )
 
@@ -93,7 +96,7 @@ def _edit_by_products(
             there = has_down[None, None, :] & (begin + d_col < D)
             d = tl.load(down_rows + begin + d_col, mask=there, other=0.0)  # [S, B / S, R]
             z = product(x, d, z, FULL)
-        v = activated(pre_activation(tl.sum(z, 0), has_down, c), code, live)  # [T, R]
+        v = activated(pre_activation(sum_in_pairs(z), has_down, c), code, live)  # [T, R]
         vs = tl.where(number == chunk, v[None], vs)
 
     # The parts of a block lie below each other, h [parts T, B / parts] and U [parts R, B / parts].
@@ -115,7 +118,7 @@ def _edit_by_products(
         up_rows = up + ((first + chunk * RANK + u_lane) * D)[:, None]
         live = chunk * RANK + u_lane < rank
         u = tl.load(up_rows + begin + u_col, mask=live[:, None] & (begin + u_col < D), other=0.0)
-        v = tl.sum(tl.where(number == chunk, vs, 0.0), 0)
+        v = chosen(vs, chunk)
         if PARTS > 1:
             v = _on_the_diagonal(v, PARTS)
         total = product(v, u, total, FULL)
@@ -162,24 +165,39 @@ def edit_tile(
     """Edits the rows of one tile. Both kernels come here, so an edited row has the same bits from either."""
     first = tl.load(spans + 2 * segment).to(tl.int64)
     rank = tl.load(spans + 2 * segment + 1)
+    HALF: tl.constexpr = BLOCK // 2
+    # The least heights for blocks of that many columns.
+    LOW: tl.constexpr = least_height(BLOCK, bytes_of(h), 32 * SLICES)
+    LOW_OF_HALF: tl.constexpr = least_height(HALF, bytes_of(h), 32 * SLICES)
     if rank > _CHUNK * _CHUNKS:
         _edit_by_rows(h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride, D, WHOLE)
-    elif rank > _NARROW:
+    elif rank > _CHUNK:
         if (count == 1) & ALONE:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, 1, _CHUNK, _CHUNKS, BLOCK // 2, BLOCK // 2, 1, SLICES, SHARED, FULL,
+                D, LOW_OF_HALF, _CHUNK, _CHUNKS, HALF, HALF, 1, SLICES, SHARED, FULL,
             )  # fmt: skip
         else:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, _TILE, _CHUNK, _CHUNKS, BLOCK // 2, BLOCK // 4, 1, SLICES, SHARED, FULL,
+                D, _TILE, _CHUNK, _CHUNKS, HALF, HALF // 2, 1, SLICES, SHARED, FULL,
+            )  # fmt: skip
+    elif rank > _NARROW:
+        if (count == 1) & ALONE:
+            _edit_by_products(
+                h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
+                D, LOW_OF_HALF, _CHUNK, 1, HALF, HALF, 1, SLICES, SHARED, FULL,
+            )  # fmt: skip
+        else:
+            _edit_by_products(
+                h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
+                D, _TILE, _CHUNK, 1, HALF, HALF // 2, 1, SLICES, SHARED, FULL,
             )  # fmt: skip
     elif rank > 0:
         if (count == 1) & ALONE:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, 1, _NARROW, 1, BLOCK, BLOCK, PARTS, SLICES, SHARED, FULL,
+                D, LOW, _NARROW, 1, BLOCK, BLOCK, PARTS, SLICES, SHARED, FULL,
             )  # fmt: skip
         else:
             _edit_by_products(

@@ -1,0 +1,138 @@
+"""Launches of one kernel: through Triton the first time, then directly.
+
+`JITFunction.run` looks at every argument anew, and makes a text of what it saw, to find what it compiled.
+Here the variant is known by less. What is asked for in practice is one variant for each pair of dtypes, each
+d and each device: that of tensors which begin at multiples of 16 bytes, and rows which lie so too. Its launch
+goes to the compiled kernel at once. Everything else goes through Triton: arguments of other alignments,
+numbers beyond int32, hooks of profilers, debugging, AMD, the interpreter, and every Triton whose internals
+were not looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from .blocks import INTERPRETING
+
+#: The Tritons in which a compiled kernel is launched as `_Ready` does it.
+_LOOKED_AT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+
+_interpreter = threading.Lock()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` the one that kernels are launched on."""
+    if INTERPRETING:
+        return _interpreter  # which patches triton.language while it runs, for all threads
+    # Triton launches on the current device, which need not be the tensors'.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+class _Ready(NamedTuple):
+    """What a launch of a compiled kernel takes beside its arguments."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+    constants: tuple  # the constexprs; the launcher expects them too, behind the arguments
+    kernel: CompiledKernel  # kept, since `function` is unloaded with it
+
+
+def _is_set(hook: Any) -> bool:
+    return bool(getattr(hook, "calls", hook))
+
+
+class Launcher:
+    """Launches `kernel`, whose constexprs stand last and come from `options`.
+
+    options(h_dtype, pool_dtype, d, aligned): the constexprs and compiler options by name.
+    """
+
+    #: Whether any launch may go directly.
+    direct = _LOOKED_AT and not INTERPRETING and torch.version.hip is None
+
+    def __init__(self, kernel: Any, options: Callable[..., dict]) -> None:
+        self.kernel, self.options = kernel, options
+        self._ready: dict[tuple, _Ready] = {}
+        # Places of what Triton compiles for the alignment of (or for divisibility), and of other numbers.
+        self._aligned: list[int] = []
+        self._numbers: list[int] = []
+        for place, parameter in enumerate([] if INTERPRETING else kernel.params):
+            if parameter.do_not_specialize:
+                self._numbers.append(place)
+            elif not (parameter.is_constexpr or parameter.do_not_specialize_on_alignment):
+                self._aligned.append(place)
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        d: int,
+        *arguments: Any,
+        **constants: Any,
+    ) -> None:
+        """One launch, on the current device and stream.
+
+        dtypes: of h and of the pool. What other dtypes there are must follow from these two, from which
+        arguments are None, and from the constants: constexprs that `options` lacks, or, where the kernel has
+        no such constexpr, what else the caller tells variants apart by.
+        """
+        bits = numbers = absent = 0
+        for place in self._aligned:
+            argument = arguments[place]
+            if argument is None:
+                absent |= 1 << place
+            elif type(argument) is int:
+                bits |= argument
+                numbers |= argument
+            elif type(argument) is not float:
+                bits |= argument.data_ptr()
+        for place in self._numbers:
+            numbers |= arguments[place]
+        aligned = bits % 16 == 0
+        runtime = knobs.runtime
+        key = None
+        if (
+            aligned
+            and 0 <= numbers < 2**31
+            and self.direct
+            and not runtime.debug
+            and not self.kernel.pre_run_hooks
+            and not _is_set(runtime.launch_enter_hook)
+            and not _is_set(runtime.launch_exit_hook)
+        ):
+            active = driver.active
+            device = active.get_current_device()
+            key = (device, d, *dtypes, absent, *constants.values())
+            ready = self._ready.get(key)
+            if ready is not None:
+                ready.run(
+                    *grid, active.get_current_stream(device), ready.function, ready.metadata,
+                    None, None, None, *arguments, *ready.constants,
+                )  # fmt: skip
+                return
+        options = self.options(*dtypes, d, aligned) | {
+            name: value for name, value in constants.items() if name in self.kernel.arg_names
+        }
+        compiled = self.kernel[grid](*arguments, **options)
+        # A kernel that is still being compiled elsewhere, say, is another class.
+        if key is not None and type(compiled) is CompiledKernel:
+            names = self.kernel.arg_names[len(arguments) :]
+            self._ready[key] = _Ready(
+                compiled.run,
+                compiled.function,
+                compiled.packed_metadata,
+                tuple(options[name] for name in names),
+                compiled,
+            )
