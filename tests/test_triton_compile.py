@@ -31,7 +31,7 @@ DTYPES = (
 #: The least that a block may have on a GPU of compute capability 8.0 or more (8.6 and 8.9).
 SHARED = 99 * 1024
 
-#: Between the Tritons that the blocks were chosen with, `pool_kernel` keeps a few registers in memory.
+#: Between the Tritons that the blocks were chosen with, `backward_pool_kernel` keeps a few registers in memory.
 BETWEEN = (3, 7) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 QUICK = [
@@ -146,9 +146,9 @@ def test_every_batch_launches_the_kernels_that_are_compiled_here() -> None:
     kinds = {
         "intervene_kernel": ["forward"],
         "intervene_norm_kernel": ["norm"],
-        "rows_kernel": ["rows"],
-        "pool_kernel": ["pool", "pool_parts"],
-        "add_kernel": ["add"],
+        "backward_rows_kernel": ["rows"],
+        "backward_pool_kernel": ["pool", "pool_parts"],
+        "backward_add_kernel": ["add"],
     }
     wanted = {}
     for name, variants in kinds.items():

@@ -64,10 +64,10 @@ def request(variant: Variant) -> tuple:
         "forward": (kernels_forward.intervene_kernel, of.forward_options),
         "norm": (kernels_norm.intervene_norm_kernel, of.norm_options),
         "layer_norm": (kernels_norm.intervene_norm_kernel, of.norm_options),
-        "rows": (kernels_backward.rows_kernel, of.rows_options),
-        "pool": (kernels_backward.pool_kernel, of.pool_options),
-        "pool_parts": (kernels_backward.pool_kernel, of.pool_options),
-        "add": (kernels_backward.add_kernel, of.add_options),
+        "rows": (kernels_backward.backward_rows_kernel, of.rows_options),
+        "pool": (kernels_backward.backward_pool_kernel, of.pool_options),
+        "pool_parts": (kernels_backward.backward_pool_kernel, of.pool_options),
+        "add": (kernels_backward.backward_add_kernel, of.add_options),
     }[variant.kernel]
     short = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
     types = dict.fromkeys(("h", "grad", "dh", "hs", "out", "weight", "shift"), short[variant.h])

@@ -33,15 +33,15 @@ _TILE = tl.constexpr(TILE)
 def split(a):
     """a = high + low in float32: high with the 11 significant bits that TF32 holds, low with the next.
 
-    Inf and NaN are high's, and high stays a NaN in TF32, which drops the last 13 bits. Where low would be 0
-    and high is not, low is the least normal number of a's sign: 0 times an Inf of the other operand would be
+    Inf and NaN are high's, and high stays a NaN in TF32, which drops the last 13 bits. Where a half would be
+    0 and a is not, it is the least normal number of a's sign: 0 times an Inf of the other operand would be
     NaN, where a times it is Inf. Any sum loses a number that small.
     """
     bits = a.to(tl.int32, bitcast=True)
     high = tl.where(a == a, bits & -8192, bits | 0x400000).to(tl.float32, bitcast=True)
     low = a - high
-    least = tl.where(high == 0.0, 0, 0x800000 | (bits & -0x80000000)).to(tl.float32, bitcast=True)
-    return high, tl.where(tl.abs(low) > 0.0, low, least)
+    least = tl.where(a == 0.0, 0, 0x800000 | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    return tl.where(high == 0.0, least, high), tl.where(tl.abs(low) > 0.0, low, least)
 
 
 @triton.jit

@@ -3,16 +3,16 @@
     z = D h + c    w = U g    v = φ(z)    p = φ′(z) ⊙ w
     dh = g + Dᵀ p    dD = Σ p hᵀ    dU = Σ v gᵀ    dc = Σ p        (sums over the rows of a segment)
 
-`rows_kernel`, one program for each tile, writes the edited rows of dh and keeps p and v [n, 64] for the
+`backward_rows_kernel`, one program for each tile, writes the edited rows of dh and keeps p and v [n, 64] for the
 second kernel. Like the forward it has two forms by rank; the row form keeps no p and v.
 
-`pool_kernel`, one program for each block of 16 pool rows and block of d, walks the segments in order and
+`backward_pool_kernel`, one program for each block of 16 pool rows and block of d, walks the segments in order and
 sums over the rows of those that own some of its pool rows: segments may share a range, wholly or in part,
 and pool rows that nobody used come out as zeros. Ranks above 64 have no p and v kept: here each program
 computes them again, which costs it all of d for each row, but needs no memory of unknown size.
 
 Where a plan has many rows, several programs share a block: each takes its part of the rows, in a fixed
-pattern, and `add_kernel` adds their float32 sums in order.
+pattern, and `backward_add_kernel` adds their float32 sums in order.
 
 Every sum is float32 in an order fixed by d, the rank and the plan; no atomics.
 """
@@ -133,7 +133,7 @@ def _rows_by_rows(
 @triton.jit(
     do_not_specialize=(*BATCH_SIZES, "need_h", "need_pool"), do_not_specialize_on_alignment=BATCH_TABLES
 )
-def rows_kernel(
+def backward_rows_kernel(
     grad,  # [n_rows, D], rows grad_stride apart
     dh,  # [n_rows, D] contiguous, a copy of grad; its edited rows are written
     hs,  # [n, D] contiguous
@@ -181,7 +181,7 @@ def rows_kernel(
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
-def pool_kernel(
+def backward_pool_kernel(
     grad,  # [n_rows, D], rows grad_stride apart
     hs,  # [n, D] contiguous
     down, up,  # [P, D]
@@ -264,7 +264,7 @@ def pool_kernel(
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
-def add_kernel(
+def backward_add_kernel(
     parts_d, parts_u,  # [splits, P, D] float32
     parts_c,  # [splits, P]
     ddown, dup,  # [P, D] out

@@ -10,7 +10,7 @@ from ..schema import Norm
 from . import options
 from .blocks import LOW_RANK
 from .checks import check, check_norm, readable, row_stride
-from .kernels_backward import add_kernel, pool_kernel, rows_kernel
+from .kernels_backward import backward_add_kernel, backward_pool_kernel, backward_rows_kernel
 from .kernels_forward import intervene_kernel
 from .kernels_norm import intervene_norm_kernel
 from .launcher import Launcher, on
@@ -20,9 +20,9 @@ _CENTRED = int(Norm.CENTRED)
 
 _edit = Launcher(intervene_kernel, options.forward_options)
 _edit_and_norm = Launcher(intervene_norm_kernel, options.norm_options)
-_rows = Launcher(rows_kernel, options.rows_options)
-_pool = Launcher(pool_kernel, options.pool_options)
-_add = Launcher(add_kernel, options.add_options)
+_rows = Launcher(backward_rows_kernel, options.rows_options)
+_pool = Launcher(backward_pool_kernel, options.pool_options)
+_add = Launcher(backward_add_kernel, options.add_options)
 
 
 def intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:

@@ -51,7 +51,7 @@ def norm_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned:
 
 
 def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned: bool = True) -> dict:
-    """Meta-parameters of `rows_kernel`."""
+    """Meta-parameters of `backward_rows_kernel`."""
     options = _common(h_dtype, d)
     down = 16 if options["FULL"] else 32 if d % 16 else 64
     up = 64 if options["FULL"] or h_dtype is not pool_dtype or d % 16 else 128
@@ -65,7 +65,7 @@ def rows_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned:
 
 
 def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned: bool = True) -> dict:
-    """Meta-parameters of `pool_kernel`."""
+    """Meta-parameters of `backward_pool_kernel`."""
     common = _common(h_dtype, d)
     again = 32 if h_dtype is not pool_dtype or d <= 64 else 64
     # Rows that can't be read 16 bytes at a time take twice the registers.
@@ -75,7 +75,7 @@ def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned:
 
 
 def add_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned: bool = True) -> dict:
-    """Meta-parameters of `add_kernel`."""
+    """Meta-parameters of `backward_add_kernel`."""
     return {"D": d, "BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
 
 
