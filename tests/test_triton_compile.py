@@ -31,7 +31,7 @@ DTYPES = (
 #: The least that a block may have on a GPU of compute capability 8.0 or more (8.6 and 8.9).
 SHARED = 99 * 1024
 
-#: Between the Tritons that the blocks were chosen with, `backward_pool_kernel` keeps a few registers in memory.
+#: Between the Tritons that the blocks were chosen with, `backward_pool_kernel` spills a few registers.
 BETWEEN = (3, 7) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 QUICK = [

@@ -3,11 +3,11 @@
     z = D h + c    w = U g    v = φ(z)    p = φ′(z) ⊙ w
     dh = g + Dᵀ p    dD = Σ p hᵀ    dU = Σ v gᵀ    dc = Σ p        (sums over the rows of a segment)
 
-`backward_rows_kernel`, one program for each tile, writes the edited rows of dh and keeps p and v [n, 64] for the
-second kernel. Like the forward it has two forms by rank; the row form keeps no p and v.
+`backward_rows_kernel`, one program for each tile, writes the edited rows of dh and keeps p and v [n, 64] for
+the second kernel. Like the forward it has two forms by rank; the row form keeps no p and v.
 
-`backward_pool_kernel`, one program for each block of 16 pool rows and block of d, walks the segments in order and
-sums over the rows of those that own some of its pool rows: segments may share a range, wholly or in part,
+`backward_pool_kernel`, one program for each block of 16 pool rows and block of d, walks the segments in order
+and sums over the rows of those that own some of its pool rows: segments may share a range, wholly or in part,
 and pool rows that nobody used come out as zeros. Ranks above 64 have no p and v kept: here each program
 computes them again, which costs it all of d for each row, but needs no memory of unknown size.
 
