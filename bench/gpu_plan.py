@@ -135,14 +135,15 @@ def _compiled(words: str, model: str = "8b-quarter", phases: str = "step", posit
 #: alike become one file.
 BENCHMARKS: dict[str, list[tuple[str, str, list[str], float]]] = {
     "bench": [
-        ("kernels-1", f"{_OP} {_BF16} --rows 1 --adapters 1", [*_PAIR, "shrink+expand"], 30),
+        ("kernels-1", f"{_OP} {_BF16} --rows 1 --adapters 1", [*_PAIR, "shrink+expand"], 25),
         (
             "kernels-64",
             f"{_OP} {_BF16} --rows 64 --adapters 64 --direction forward,norm",
             [*_PAIR, "shrink+expand"],
             30,
         ),
-        ("kernels-256", f"{_OP} {_BF16} --rows 256 --adapters 256", _PAIR, 25),
+        ("kernels-256", f"{_OP} {_BF16} --rows 256 --adapters 256", _PAIR, 20),
+        ("kernels-pool", f"{_OP} {_BF16} --rows 64 --adapters 64 --pool-rows 16384", _PAIR, 20),
         (
             "kernels-4096",
             f"{_OP} {_BF16} --rows 4096 --adapters 1,64 --direction forward,norm,backward",
@@ -154,7 +155,7 @@ BENCHMARKS: dict[str, list[tuple[str, str, list[str], float]]] = {
             "overhead --model 1b --phases decode --batch 64 --adapters 1,64 --prompt 32 --new-tokens 16 "
             f"--rounds 5 {_EVERYWHERE}",
             [_NATIVE, _FUSED, "eager hooks"],
-            65,
+            55,
         ),
     ],
     "models": [

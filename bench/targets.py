@@ -12,6 +12,9 @@ from .record import CaseResult, Results
 
 BACKENDS = ("native", "triton")
 
+#: Rows of a pool that holds 64 adapters of rank 8 on each of 32 layers.
+LARGE_POOL = 16384
+
 #: (results, backend) → the value reached, or None where it was not measured.
 Reached = Callable[[Sequence[Results], str], float | None]
 
@@ -44,16 +47,16 @@ def _cases(results: Iterable[Results], command: str, **wanted: object) -> list[C
 
 
 def _seconds(results: Sequence[Results], system: str, **params: object) -> tuple[float, CaseResult] | None:
-    wanted = {"dtype": "bfloat16", "width": 4096, "rank": 8, "mix": "distinct"} | params
+    wanted = {"dtype": "bfloat16", "width": 4096, "rank": 8, "mix": "distinct", "pool_rows": 0} | params
     for case in _cases(results, "kernels", **wanted):
         if system in case.systems:
             return case.systems[system].time.median, case
     return None
 
 
-def _over_floor(rows: int) -> Reached:
+def _over_floor(rows: int, **params: object) -> Reached:
     def reached(results: Sequence[Results], backend: str) -> float | None:
-        found = _seconds(results, backend, direction="forward", rows=rows, adapters=rows)
+        found = _seconds(results, backend, direction="forward", rows=rows, adapters=rows, **params)
         return found and found[0] / found[1].floor["floor_s"]
 
     return reached
@@ -116,6 +119,7 @@ TARGETS = [
         Target(f"op over its floor, {rows} rows, as many adapters", 1.25, _over_floor(rows))
         for rows in (1, 64, 256)
     ),
+    Target(f"the same, 64 rows, in a pool of {LARGE_POOL} rows", 1.25, _over_floor(64, pool_rows=LARGE_POOL)),
     Target("op over copying h, 4096 rows, one adapter", 1.5, _over_copy),
     *(
         Target(f"shrink and expand over the op, {rows} rows", 1.5, _peer_over_ours(rows), least=True)

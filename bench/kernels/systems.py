@@ -86,6 +86,10 @@ class System:
             out, leaves = self.differentiable(problem)
         return lambda: torch.autograd.grad(out, leaves, problem.gradient, retain_graph=True)
 
+    def backward_ops(self, problem: Problem) -> Callable[[], Any]:
+        """The same as a graph is to hold it: where a system can, the ops themselves, without autograd."""
+        return self.backward(problem)
+
 
 class Ours(System):
     """This package with one backend: the in-place op for inference, as the patch calls it; the functional one
@@ -110,6 +114,12 @@ class Ours(System):
         arguments = (problem.h, *problem.pool_tensors(), plan.rows, plan.tiles, plan.spans)
         arguments += (problem.weight, None, EPS, int(ops.Norm.ROUND))
         return lambda: op(*arguments)
+
+    def backward_ops(self, problem):
+        """The op, with h's selected rows as the forward keeps them."""
+        op, (rows, *rest) = ops.INTERVENE_BACKWARD[self.backend], problem.plan_tensors()
+        arguments = (problem.gradient, problem.h[rows.long()], *problem.pool_tensors(), rows, *rest)
+        return lambda: op(*arguments, True, True)
 
     def differentiable(self, problem, single=False):
         *floats, kind = problem.pool_tensors()
@@ -170,6 +180,19 @@ class Eager(System):
     def differentiable(self, problem):
         leaves = tuple(t.detach().clone().requires_grad_() for t in (problem.h, *self._weights(problem)))
         return self.function(*leaves), leaves
+
+    def backward_ops(self, problem):
+        """Four products and a sum, with the inner values as the forward keeps them."""
+        if type(self) is not Eager:
+            return self.backward(problem)
+        h, grad, (down, up, bias) = problem.h, problem.gradient, self._weights(problem)
+        inner = h @ down.T + bias
+
+        def call() -> tuple[Tensor, ...]:
+            of_inner = grad @ up.T
+            return grad + of_inner @ down, of_inner.T @ h, inner.T @ grad, of_inner.sum(0)
+
+        return call
 
 
 class Compiled(Eager):
@@ -245,14 +268,15 @@ def check(system: System, problem: Problem) -> float:
         if case.direction == "norm":
             wanted, origin = rms_norm(h, problem.weight), rms_norm(origin, problem.weight)
         return _distance(system.output(problem), wanted, origin.double())
-    got = system.backward(problem)()
     out, leaves = reference.differentiable(problem, single=system.single)
     wanted = torch.autograd.grad(out, leaves, problem.gradient)
-    errors = [_distance(got[0], wanted[0], problem.gradient.double())]
-    for mine, theirs in zip(got[1:], wanted[1:]):
-        # A single adapter's gradients are those of the pool's first rows.
-        theirs = theirs[: case.rank] if system.single else theirs
-        errors.append(_distance(mine.reshape(theirs.shape), theirs, 0.0))
+    errors = []
+    for got in (system.backward(problem)(), system.backward_ops(problem)()):
+        errors.append(_distance(got[0], wanted[0], problem.gradient.double()))
+        for mine, theirs in zip(got[1:], wanted[1:]):
+            # A single adapter's gradients are those of the pool's first rows.
+            theirs = theirs[: case.rank] if system.single else theirs
+            errors.append(_distance(mine.reshape(theirs.shape), theirs, 0.0))
     return max(errors)
 
 
