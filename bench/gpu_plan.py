@@ -123,7 +123,9 @@ _BF16 = "--dtype bfloat16"
 _PAIR = ["native", "triton"]
 
 
-def _compiled(words: str, model: str = "8b-quarter", phases: str = "step", positions: str = "all") -> str:
+def _compiled(
+    words: str, model: str = "8b-quarter", phases: str = "step,host", positions: str = "all"
+) -> str:
     """Decode with a static cache and a compiled step, at a context of 512 tokens."""
     return (
         f"overhead --model {model} --compiled --phases {phases} --positions {positions} --layers all "
@@ -159,10 +161,17 @@ BENCHMARKS: dict[str, list[tuple[str, str, list[str], float]]] = {
         ),
     ],
     "models": [
-        ("models-64", _compiled("--batch 64 --adapters 1,64"), [_NATIVE, _FUSED], 140),
-        ("models-256", _compiled("--batch 256 --adapters 256"), [_NATIVE, _FUSED], 80),
-        ("train", "train --preset full --rounds 11", [], 105),
-        ("models-prompt", _compiled("--batch 64 --adapters 64", positions="f3+l3"), [_NATIVE], 60),
+        ("models-64", _compiled("--batch 64 --adapters 1,64"), [_NATIVE, _FUSED], 130),
+        ("models-256", _compiled("--batch 256 --adapters 256"), [_NATIVE, _FUSED], 75),
+        (
+            "models-eager",
+            "overhead --model 8b-quarter --phases decode,host --batch 64 --adapters 64 --prompt 512 "
+            f"--new-tokens 16 --rounds 7 {_EVERYWHERE}",
+            [_NATIVE, _FUSED],
+            40,
+        ),
+        ("train", "train --preset full --rounds 11", [], 90),
+        ("models-prompt", _compiled("--batch 64 --adapters 64", positions="f3+l3"), [_NATIVE], 55),
     ],
     "sweeps": [
         (
@@ -172,7 +181,7 @@ BENCHMARKS: dict[str, list[tuple[str, str, list[str], float]]] = {
             [_NATIVE, _FUSED, _TRITON, "reft_kernels triton fused"],
             70,
         ),
-        ("sweeps-8b", _compiled("--batch 64 --adapters 64", "8b", "decode,step"), [_NATIVE], 140),
+        ("sweeps-8b", _compiled("--batch 64 --adapters 64", "8b", "decode,step,host"), [_NATIVE], 140),
         ("sweeps-triton", _compiled("--batch 64 --adapters 64"), [_TRITON], 75),
         (
             "kernels-peers",

@@ -1,6 +1,7 @@
 """What a GPU's records say of the targets that docs/kernels.md sets: a row each, with what was reached.
 
-Every value is a ratio of times of one run. A target that no record speaks of is left out of the table.
+Every value is a ratio of times of one run, or their difference. A target that no record speaks of is left
+out of the table.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ class Target:
     reached: Reached
     least: bool = False
     percent: bool = False
+    microseconds: bool = False
 
     def met(self, value: float) -> bool:
         return value >= self.limit if self.least else value <= self.limit
 
     def show(self, value: float) -> str:
+        if self.microseconds:
+            return f"{1e6 * value:.0f} µs"
         return f"{100 * value:.1f}%" if self.percent else f"{value:.2f}"
 
 
@@ -101,6 +105,20 @@ def _overhead(system: str, **params: object) -> Reached:
     return reached
 
 
+def _host(system: str, **params: object) -> Reached:
+    """Seconds of a step that the host takes more than for the bare model; of several models the worst."""
+
+    def reached(results: Sequence[Results], backend: str) -> float | None:
+        found = [
+            case.systems[name].extra["difference_s"]["median"]
+            for case in _cases(results, "overhead", **{**_STEP, "phase": "host", **params})
+            if (name := system.format(backend)) in case.systems
+        ]
+        return max(found, default=None)
+
+    return reached
+
+
 def _train(positions: str) -> Reached:
     def reached(results: Sequence[Results], backend: str) -> float | None:
         for case in _cases(results, "train", model="1b", positions=positions):
@@ -146,6 +164,15 @@ TARGETS = [
         0.001,
         _overhead(_OURS, batch=64, **(_STEP | {"positions": "f3+l3"})),
         percent=True,
+    ),
+    *(
+        Target(
+            f"the host's time of such a step beyond the bare one, batch 64, 64 adapters{kind}",
+            20e-6,
+            _host(system, batch=64, adapters=64),
+            microseconds=True,
+        )
+        for kind, system in (("", _OURS), (", with the norm", _FUSED))
     ),
     Target(
         "eager decode of a 1B shape, every position, with the norm",
