@@ -24,7 +24,7 @@ NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,$(CONSTRAINTS) setup.py $(C
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow lint format bench clean
-.PHONY: gpu gpu-first gpu-test gpu-sanitize gpu-bench gpu-models gpu-sweeps gpu-presets
+.PHONY: gpu gpu-first gpu-test gpu-sanitize gpu-bench gpu-models gpu-sweeps gpu-presets gpu-dry
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 20
@@ -82,6 +82,13 @@ gpu-sweeps: ## and nine more: eager 1B, all of 8B, other dtypes, ranks and peers
 
 gpu-presets: ## and nine more: short forms of the presets paper and serving
 	$(GPU_KIT) --parts build,presets
+
+# Which parts make up a run of the kit.
+GPU_RUNS := build,first build,test,sanitize,bench build,models build,sweeps build,presets
+
+gpu-dry: $(NATIVE_STAMP) $(TEST_STAMP) ## rehearse all of these without a GPU: command lines, limits, results
+	@for parts in $(GPU_RUNS); do \
+	  OUT=build/gpu-dry/$$parts $(BIN)/python -m bench.gpu_kit --dry --parts $$parts || exit 1; done
 
 native: $(BASE_STAMP) ## compile the native library in place
 	$(BIN)/python setup.py build_ext --inplace

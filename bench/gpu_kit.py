@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from . import gpu_plan, record
+from . import gpu_dry, gpu_plan, record
 from .gpu_plan import PARTS, PYTHON, USUAL_PARTS
 from .gpu_step import ROOT, Step, environment, heed_interrupts, together
 
@@ -144,15 +144,18 @@ def phases_of(
     return [phase for phase in phases if phase]
 
 
-def _parts(argv: Sequence[str] | None) -> list[str]:
+def _arguments(argv: Sequence[str] | None) -> tuple[list[str], bool]:
+    """The parts, and whether this is a rehearsal."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--parts", default=",".join(USUAL_PARTS), help=f"some of {','.join(PARTS)} (default: %(default)s)"
     )
-    parts = parser.parse_args(argv).parts.split(",")
+    parser.add_argument("--dry", action="store_true", help="a rehearsal without a GPU (bench/gpu_dry.py)")
+    args = parser.parse_args(argv)
+    parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; allowed are {', '.join(PARTS)}")
-    return parts
+    return parts, args.dry
 
 
 def _ended(number: int, frame: object) -> None:
@@ -160,21 +163,26 @@ def _ended(number: int, frame: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parts, begun = _parts(argv), time.monotonic()
+    begun = time.monotonic()
+    parts, dry = _arguments(argv)
     heed_interrupts()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
-    facts = machine()
+    facts = machine((PYTHON, "-m", gpu_dry.MODULE, "machine")) if dry else machine()
     name = "-".join(["gpu", _slug(facts["gpu"]["name"]), *(p for p in parts if p not in USUAL_PARTS)])
-    path = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / name)
+    place = ROOT / "build" / "gpu-dry" if dry else ROOT / "bench" / "results"
+    path = pathlib.Path(os.environ.get("OUT") or place / name)
     facts["seconds_to_describe"] = round(time.monotonic() - begun, 1)
     with tempfile.TemporaryDirectory() as scratch:
         phases = phases_of(parts, facts["gpu"]["capability"], path, pathlib.Path(scratch))
+        if dry:
+            phases = [[gpu_dry.rehearsed(step) for step in phase] for phase in phases]
         steps = [step for phase in phases for step in phase]
         folder = Folder(path, pathlib.Path(scratch), facts, steps)
         folder.keep()
         for phase in phases:
-            together(phase, begun + gpu_plan.working_time(parts), folder.keep)
+            seconds = gpu_dry.WHOLE if dry else gpu_plan.working_time(parts)
+            together(phase, begun + seconds, folder.keep)
         folder.report()
     for step in steps:
         print(f"{step.verdict:<12}{step.seconds:6.0f} s  {step.name}  {step.why}")

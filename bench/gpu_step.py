@@ -87,7 +87,7 @@ class Step:
             self.verdict, self.why = "not begun", "the time was up"
             return
         self.verdict = "running"
-        print(f"{self.name} …", flush=True)
+        _say(f"{self.name} …")
         try:
             self._run(end, stopping)
             if self.status is not None:
@@ -96,7 +96,7 @@ class Step:
         except Exception as error:  # a tool that is missing, a report that can't be read
             self.verdict, self.why = "FAILED", f"{type(error).__name__}: {error}"
         self.seconds = time.monotonic() - begun
-        print(f"{self.name}: {self.verdict} in {self.seconds:.0f} s", self.why, flush=True)
+        _say(f"{self.name}: {self.verdict} in {self.seconds:.0f} s {self.why}")
 
     def _run(self, end: float, stopping: threading.Event) -> None:
         process = subprocess.Popen(
@@ -135,7 +135,12 @@ class Step:
             self.lines.append(line)
             if left and pattern.search(line):
                 left -= 1
-                print(f"{self.name}: {line.rstrip()}" if left else f"{self.name}: and more", flush=True)
+                _say(f"{self.name}: {line.rstrip()}" if left else f"{self.name}: and more")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")  # in one piece, as steps run side by side
+    sys.stdout.flush()
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reft_bench import gpu_checks, gpu_kit, gpu_plan, gpu_step, record
+from reft_bench import gpu_checks, gpu_dry, gpu_kit, gpu_plan, gpu_step, record
 from reft_bench.gpu_step import Step
 
 NOT_YET = threading.Event()
@@ -323,24 +323,66 @@ def test_the_limits_of_a_run_add_up(words: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", RUNS)
 def test_every_benchmark_is_one_that_the_command_takes(words: str, tmp_path: Path) -> None:
     """The arguments parse, give cases, and name systems that there are."""
-    from reft_bench import cli, overhead, train
-    from reft_bench.kernels import run, systems
-    from reft_bench.models import SHAPES
-    from reft_bench.systems import all_systems
-
     steps = [step for part in words.split(",") for step in gpu_plan.bench_steps(part, tmp_path, tmp_path)]
     assert len({step.command[step.command.index("--out") + 1] for step in steps}) == len(steps)
     for step in steps:
-        argv = step.command[step.command.index("bench") + 1 :]
-        args = cli.parser(argv[0]).parse_args(argv)
-        if argv[0] == "kernels":
-            assert run.cases_of(args) and set(args.systems.split(",")) <= set(systems.all_systems())
-            continue
-        preset = train.PRESETS if argv[0] == "train" else overhead.PRESETS
-        model = args.model or (
-            preset[args.preset]["model"] if argv[0] == "train" else preset[args.preset].model
-        )
-        assert model in SHAPES
-        if argv[0] == "overhead":
-            assert overhead.cases_of(args, model, "bfloat16", SHAPES[model][1])
-            overhead.choose(args.systems, all_systems(), overhead.BASELINE, ())
+        assert gpu_dry.cases(step.command[step.command.index("bench") + 1 :])
+
+
+@pytest.mark.parametrize("words", ["kernels --systems nativ", "overhead --phases steps", "train --preset no"])
+def test_a_benchmark_that_the_command_does_not_take_is_found_out(words: str) -> None:
+    with pytest.raises((record.ResultError, SystemExit)):
+        gpu_dry.cases(words.split())
+
+
+@pytest.mark.parametrize("words", RUNS)
+def test_the_folder_of_a_run_has_at_most_eight_files(words: str, tmp_path: Path) -> None:
+    phases = gpu_kit.phases_of(words.split(","), "9.0", tmp_path, tmp_path)
+    steps = [step for phase in phases for step in phase]
+    files = {file.name for step in steps for file in step.writes} | {"environment.json", "log.txt"}
+    files |= {"sanitizer.txt"} if any(step.name.startswith("sanitizer") for step in steps) else set()
+    files |= {"report.md"} if any(file.endswith(".json") for file in files - {"environment.json"}) else set()
+    assert len(files) <= 8
+    assert {file for file in files if file.endswith(".json")} <= {"environment.json", *record.FILES}
+
+
+def test_the_whole_kit_with_stand_ins_for_its_tools(tmp_path: Path) -> None:
+    """From start to end: every command line is read, every step passes, every result is there."""
+    kit = [sys.executable, "-m", "bench.gpu_kit", "--dry"]
+    variables = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(kit, env=variables, cwd=gpu_step.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads((tmp_path / "environment.json").read_text())
+    phases = gpu_kit.phases_of(gpu_plan.USUAL_PARTS, "9.0", tmp_path, tmp_path)
+    assert [step["name"] for step in facts["steps"]] == [step.name for phase in phases for step in phase]
+    assert {step["verdict"] for step in facts["steps"]} == {"passed"} and facts["gpu"] == gpu_dry.GPU
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "environment.json",
+        "junit-native.xml",
+        "junit-others.xml",
+        "kernels.json",
+        "log.txt",
+        "overhead.json",
+        "report.md",
+        "sanitizer.txt",
+    ]
+    for name in ("native", "others"):
+        report = (tmp_path / f"junit-{name}.xml").read_text()
+        assert "tests/gpu/test_launches.py" in report and "tests/ops/test_forward.py" in report
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("would measure") == sum(
+        len(gpu_dry.cases(step.command[step.command.index("bench") + 1 :]))
+        for step in gpu_plan.bench_steps("bench", tmp_path, tmp_path)
+    )
+    assert "24 of 24 cases, 0 wrong results\n" in (tmp_path / "sanitizer.txt").read_text()
+
+
+def test_a_step_of_a_rehearsal_can_fail(tmp_path: Path) -> None:
+    """What the tool would refuse, or what is not there, is found out."""
+    tool = ["compute-sanitizer", "--tool", "memchek", sys.executable]
+    test = gpu_plan._pytest("it", ["tests/gpu/test_that_is_gone.py"], 1, 60, tmp_path)
+    steps = [Step("tool", tool, 60), test, Step("nobody's", ["nsys", "profile"], 60)]
+    rehearsed = [gpu_dry.rehearsed(step) for step in steps]
+    run(*rehearsed, seconds=100)
+    assert [step.verdict for step in rehearsed] == ["FAILED"] * 3
+    assert "invalid choice: 'memchek'" in rehearsed[0].output and "no stand-in" in rehearsed[2].output
