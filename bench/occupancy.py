@@ -29,6 +29,12 @@ def occupancy(library: ctypes.CDLL) -> object:
         raise RuntimeError(f"{FUNCTION} returned {text!r}, which is not JSON") from None
 
 
+def _library() -> pathlib.Path:
+    from reft_kernels.ops import native
+
+    return pathlib.Path(native.__file__).resolve().parents[1] / "lib" / "reft_kernels_cuda.so"
+
+
 def main() -> int:
     import torch
 
@@ -39,7 +45,7 @@ def main() -> int:
         return 1
     torch.cuda.init()  # the library takes the device of the context that is current
     torch.zeros(1, device="cuda")
-    path = pathlib.Path(native.__file__).resolve().parents[1] / "lib" / "reft_kernels_cuda.so"
+    path = _library()
     found = occupancy(ctypes.CDLL(str(path)))
     if found is None:
         print(f"{path.name} has no {FUNCTION}: occupancy unknown")
