@@ -7,8 +7,8 @@ from typing import Any
 
 PHASES = ("prefill", "decode", "generate")
 
-#: What the device alone takes for a decode step; where it is asked for, on a GPU.
-DEVICE_PHASE = "step"
+#: What the device alone takes for a decode step, and what the host alone takes; where asked for, on a GPU.
+DEVICE_PHASE, HOST_PHASE = "step", "host"
 
 #: Axes of a sweep, in the order of a case's name. "layers" takes "all".
 AXES = ("batch", "prompt", "rank", "layers", "positions", "adapters")

@@ -144,6 +144,7 @@ def phase_text(params: dict[str, Any]) -> str:
     text = {
         "generate": f"generation of {params.get('new_tokens')} tokens",
         "step": "decode step by the GPU's own clock",
+        "host": "host's own time of a decode step",
         "train": "training step",
     }.get(phase, phase)
     return f"compiled {text}" if params.get("compiled") else text
