@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import host_report, plots, record, targets
+from . import host_report, paper_plots, plots, record, targets
 from .record import CaseResult, ResultError, Results
 from .stats import Interval
 from .tables import attributed_text, interval_text, time_text
@@ -143,11 +143,13 @@ def _host_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _overhead_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
-    drawn = []
+    drawn = paper_plots.draw(results, folder)
     on_a_line = {
         id(case) for axis in plots.AXIS_LABELS for line in plots.lines(results, axis) for case in line.cases
     }
     for axis in ("rank", "layers", "positions", "prompt", "batch"):
+        if drawn and axis in paper_plots.PANELS:
+            continue  # the figure above has them
         swept = plots.lines(results, axis)
         if swept:
             path = folder / f"overhead-{axis}.png"
