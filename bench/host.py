@@ -36,7 +36,7 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "modes": (f"{GENERATE},{FORWARD}", ",".join(MODES)),
     "layers": ("2,16", "2,8,32"),
     "compiled_layers": ("2", "2,8"),
-    "rounds": (9, 31),
+    "rounds": (9, 21),
     "steps": (6, 12),
 }
 
@@ -54,9 +54,13 @@ COARSEST = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class HostCase:
-    """A model's depth; its rounds give a result for each mode."""
+    """A model at several depths, all in the same rounds; gives a result for each depth and mode.
+
+    point: of the mixed batch; its layers are the deepest model's.
+    """
 
     modes: tuple[str, ...]
+    depths: tuple[int, ...]
     dtype: str
     width: int
     point: Point
@@ -66,24 +70,38 @@ class HostCase:
     def compiled(self) -> bool:
         return self.modes == (COMPILED,)
 
-    @property
-    def id(self) -> str:
+    def _id(self, layers: object) -> str:
         p = self.point
         return (
-            f"llama-{self.width}x{p.layers} {self.dtype} batch={p.batch} prompt={p.prompt} "
-            f"steps={self.steps} rank={p.rank} adapters={p.adapters}" + (" compiled" if self.compiled else "")
+            f"llama-{self.width}x{layers} {self.dtype} batch={p.batch} prompt={p.prompt} "
+            f"steps={self.steps} rank={p.rank} adapters={p.adapters}"
         )
 
-    def result_id(self, mode: str) -> str:
-        return f"{mode} {self.id}"
+    @property
+    def id(self) -> str:
+        return f"{','.join(self.modes)} {self._id(','.join(map(str, self.depths)))}"
+
+    def result_id(self, mode: str, depth: int) -> str:
+        return f"{mode} {self._id(depth)}"
 
     @property
     def result_ids(self) -> list[str]:
-        return [self.result_id(mode) for mode in self.modes]
+        return [self.result_id(mode, depth) for depth in self.depths for mode in self.modes]
 
-    def params(self, mode: str) -> dict[str, Any]:
+    def params(self, mode: str, depth: int) -> dict[str, Any]:
         head = {"mode": mode, "width": self.width, "dtype": self.dtype, "steps": self.steps}
-        return head | dataclasses.asdict(self.point)
+        return head | dataclasses.asdict(self.point) | {"layers": depth}
+
+
+@dataclasses.dataclass
+class Group:
+    """The runners of a case at one depth. warm: what their steps took before anything was kept."""
+
+    depth: int
+    runners: dict[str, Runner] = dataclasses.field(default_factory=dict)
+    errors: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    warm: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 class Bench:
@@ -92,73 +110,83 @@ class Bench:
     def __init__(self, session: Session, chosen: dict[str, HostSystem], args: argparse.Namespace) -> None:
         self.session, self.chosen, self.args = session, chosen, args
 
-    def measure(self, case: HostCase, tick: Tick) -> list[CaseResult]:
-        width, depth = case.width, case.point.layers
-        shape = (width, depth, 2 * width, 4, 4, VOCABULARY)
+    def _build(self, case: HostCase, depth: int) -> Group:
+        shape = (case.width, depth, 2 * case.width, 4, 4, VOCABULARY)
         model = models.random_llama(shape, DTYPES[case.dtype], "cpu", self.args.seed)
+        point = dataclasses.replace(case.point, layers=depth)
         try:
-            setups = Setups(model, case.point, self.args.seed, case.compiled)
+            setups = Setups(model, point, self.args.seed, case.compiled)
         except Unable as error:
             raise LeftOut(str(error)) from error
-        runners: dict[str, Runner] = {}
-        warm: dict[str, dict[str, float]] = {}
-        errors: dict[str, float | None] = {}
-        left_out: dict[str, str] = {}
+        group = Group(depth)
         for name, system in self.chosen.items():
             if case.compiled and not name.startswith(COMPILED_SYSTEMS):
-                left_out[name] = "not compiled here: its eager step is what users run"
+                group.left_out[name] = "not compiled here: its eager step is what users run"
                 continue
             try:
-                runner, errors[name] = system.build(setups, case.steps + 1)
-                warm[name] = self._warm_up(runner, case)
-                runners[name] = runner
+                runner, group.errors[name] = system.build(setups, case.steps + 1)
+                group.warm[name] = self._warm_up(runner, case)
+                group.runners[name] = runner
             except Unable as error:
-                left_out[name] = str(error)
+                group.left_out[name] = str(error)
             except Exception as error:  # a peer that breaks must not end the run
-                left_out[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
-            if name in left_out:
-                self.session.note(f"{name}: {left_out[name]}")
-        if BASELINE not in runners:
-            raise LeftOut(f"the baseline {BASELINE!r} can't be measured: {left_out[BASELINE]}")
-        runners[CONTROL], _ = self.chosen[BASELINE].build(setups, case.steps + 1)
-        warm[CONTROL] = self._warm_up(runners[CONTROL], case)
-        steps = {name: _steps(case, warm[name], warm[BASELINE]) for name in runners}
+                group.left_out[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            if name in group.left_out:
+                self.session.note(f"{name}: {group.left_out[name]}")
+        if BASELINE not in group.runners:
+            raise LeftOut(f"the baseline {BASELINE!r} can't be measured: {group.left_out[BASELINE]}")
+        group.runners[CONTROL], _ = self.chosen[BASELINE].build(setups, case.steps + 1)
+        group.warm[CONTROL] = self._warm_up(group.runners[CONTROL], case)
+        return group
+
+    def measure(self, case: HostCase, tick: Tick) -> list[CaseResult]:
+        groups = [self._build(case, depth) for depth in case.depths]
+        takes: dict[str, tuple[Runner, int]] = {}
+        for group in groups:
+            for name, runner in group.runners.items():
+                steps = _steps(case, group.warm[name], group.warm[BASELINE])
+                takes[_key(group, name)] = runner, steps
 
         def on_round() -> None:
             gc.collect()
             tick()
 
-        timings = interleaved(
-            list(runners),
-            lambda name: _take(runners[name], case.modes, steps[name]),
-            self.args.rounds,
-            self.args.seed,
-            on_round,
-        )
-        recompiled = (
-            {name: _recompiles(runner, case) for name, runner in runners.items()} if case.compiled else {}
-        )
+        def take(key: str) -> dict[str, float]:
+            runner, steps = takes[key]
+            return _take(runner, case.modes, steps)
+
+        timings = interleaved(list(takes), take, self.args.rounds, self.args.seed, on_round)
         found = []
-        for mode in case.modes:
-            samples = {name: [taken[mode] for taken in timings[name]] for name in runners}
-            systems = record.summarize(samples, BASELINE, CONTROL, errors)
-            for name, result in systems.items():
-                cost = stats.paired_difference(samples[name], samples[BASELINE])
-                result.extra |= {"cost_s": cost.to_json(), "layer_s": cost.scaled(1 / depth).to_json()}
-                result.extra["steps"] = steps[name]
-                if recompiled.get(name) is not None:
-                    result.extra["recompiles"] = recompiled[name]
-            found.append(
-                CaseResult(
-                    case.result_id(mode), case.params(mode), BASELINE, CONTROL, systems, dict(left_out)
-                )
-            )
+        for group in groups:
+            recompiled = {}
+            if case.compiled:
+                recompiled = {name: _recompiles(runner, case) for name, runner in group.runners.items()}
+            for mode in case.modes:
+                samples = {
+                    name: [taken[mode] for taken in timings[_key(group, name)]] for name in group.runners
+                }
+                systems = record.summarize(samples, BASELINE, CONTROL, group.errors)
+                for name, result in systems.items():
+                    cost = stats.paired_difference(samples[name], samples[BASELINE])
+                    result.extra |= {
+                        "cost_s": cost.to_json(),
+                        "layer_s": cost.scaled(1 / group.depth).to_json(),
+                        "steps": takes[_key(group, name)][1],
+                    }
+                    if recompiled.get(name) is not None:
+                        result.extra["recompiles"] = recompiled[name]
+                of_case = case.result_id(mode, group.depth), case.params(mode, group.depth)
+                found.append(CaseResult(*of_case, BASELINE, CONTROL, systems, dict(group.left_out)))
         return found
 
     def _warm_up(self, runner: Runner, case: HostCase) -> dict[str, float]:
         if case.compiled:
             _take(runner, case.modes, case.steps)
         return _take(runner, case.modes, case.steps)
+
+
+def _key(group: Group, name: str) -> str:
+    return f"{group.depth} layers, {name}"
 
 
 def _take(runner: Runner, modes: Sequence[str], steps: int) -> dict[str, float]:
@@ -216,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cases_of(args: argparse.Namespace) -> list[HostCase]:
-    """Every depth in every mode. Raises ResultError."""
+    """The eager modes, and the compiled one. Raises ResultError."""
     modes = args.modes.split(",")
     for mode in modes:
         if mode not in MODES:
@@ -239,10 +267,11 @@ def cases_of(args: argparse.Namespace) -> list[HostCase]:
         depths = axis_values(option.removeprefix("--"), text) if chosen else []
         if "all" in depths:
             raise ResultError(f"{option}: must be integers from 1 up with commas between them, was {text!r}")
-        for depth in depths:
-            point = Point(args.batch, args.prompt, args.rank, depth, "all", args.adapters)
-            cases.append(HostCase(chosen, args.dtype, args.width, point, args.steps))
-    return list(dict.fromkeys(cases))
+        if depths:
+            depths = sorted(set(depths))
+            point = Point(args.batch, args.prompt, args.rank, depths[-1], "all", args.adapters)
+            cases.append(HostCase(chosen, tuple(depths), args.dtype, args.width, point, args.steps))
+    return cases
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

@@ -46,7 +46,7 @@ def costs(case: CaseResult, name: str) -> np.ndarray:
 def split(cases: Sequence[CaseResult], name: str) -> tuple[Interval, Interval] | None:
     """(seconds a step, seconds a layer) of a system: a line through its costs at each depth.
 
-    None where it was measured at one depth only.
+    None where it was measured at one depth only. The depths were measured in the same rounds.
     """
     there = [case for case in cases if name in case.systems]
     if len(there) < 2:

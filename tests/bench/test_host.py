@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 
 import pytest
@@ -47,16 +48,15 @@ def test_the_report_has_a_table_for_each_mode_and_a_plot(recorded, bench):
     assert (recorded / "host.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_resume_measures_what_is_missing(recorded, bench, tmp_path):
-    partial = record.load(recorded)
-    partial.cases = partial.cases[:2]
-    partial.finished = None
-    record.save(partial, tmp_path)
-    status, said = bench(*EAGER, "--systems", SYSTEMS, "--out", tmp_path, "--resume")
-    assert status == 0 and "2 cases are there already" in said
-    again = record.load(tmp_path)
-    assert [case.id for case in again.cases] == [case.id for case in record.load(recorded).cases]
-    assert again.cases[0].systems["bare"].samples == partial.cases[0].systems["bare"].samples
+def test_resume_measures_what_is_missing(recorded, bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(host_systems, "COMPILE", {"fullgraph": True, "mode": None, "backend": "eager"})
+    shutil.copy(recorded / record.FILE, tmp_path)
+    words = (*TINY, "--compiled-layers", "1", "--systems", SYSTEMS, "--out", tmp_path, "--resume")
+    status, said = bench(*words, "--modes", "generate,forward,compiled")
+    assert status == 0 and "4 cases are there already" in said
+    before, after = record.load(recorded), record.load(tmp_path)
+    assert [case.params["mode"] for case in after.cases[4:]] == ["compiled"]
+    assert [case.to_json() for case in after.cases[:4]] == [case.to_json() for case in before.cases]
 
 
 # What is told apart --------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_the_cost_of_a_layer_and_of_a_step_are_told_apart(bench, tmp_path, monke
 
 
 def test_a_system_that_takes_long_has_fewer_steps():
-    case = host.HostCase((host.GENERATE,), "float32", 64, POINT, 12)
+    case = host.HostCase((host.GENERATE,), (2,), "float32", 64, POINT, 12)
     counts = [host._steps(case, {"generate": times}, {"generate": 1.0}) for times in (0.9, 2.0, 50.0)]
     assert counts == [12, 6, host.LEAST_STEPS]
     compiled = dataclasses.replace(case, modes=(host.COMPILED,))

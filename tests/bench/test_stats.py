@@ -104,7 +104,8 @@ def test_a_fitted_line_holds_the_truth():
         ([2], [[1.0]], "two or more"),
         ([2, 2], [[1.0], [1.0]], "all different"),
         ([0, 2], [[1.0], [1.0]], "positive"),
-        ([1, 2], [[1.0]], "1 lists for 2 places"),
+        ([1, 2], [[1.0]], r"for each of the 2 places, were \[1\]"),
+        ([1, 2], [[1.0], [1.0, 2.0]], r"for each of the 2 places, were \[1, 2\]"),
         ([1, 2], [[1.0], []], "at least one sample"),
     ],
 )
