@@ -6,23 +6,36 @@ in its place.
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import shutil
 import sys
 from typing import Any
 
-from .. import cli
+from rich.console import Console
+
 from ..kernels import systems
+from ..measure import session
 from ..records import record
 from ..systems import all_systems
 from ..systems.models import SHAPES
 from ..systems.training import all_systems as all_trainees
 from . import kernels, overhead, train
 
+COMMANDS = {"kernels": kernels, "overhead": overhead, "train": train}
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """What the command line makes of these words, the command first."""
+    parser = argparse.ArgumentParser(prog=f"reft-bench {words[0]}")
+    session.add_arguments(parser)
+    COMMANDS[words[0]].add_arguments(parser)
+    return parser.parse_args(words[1:])
+
 
 def cases(words: list[str]) -> list[Any]:
     """The cases of a command line of `reft-bench`, all of whose systems there are. Raises ResultError."""
-    args = cli.parser(words[0]).parse_args(words)
+    args = arguments(words)
     if words[0] == "kernels":
         overhead.choose(args.systems, systems.all_systems(), systems.BASELINE, ())
         return kernels.cases_of(args)
@@ -57,7 +70,8 @@ def main(words: list[str]) -> int:
         if record.load(earlier).command == words[0]:  # once is enough of each
             shutil.copytree(earlier.parent, out)
             return 0
-    return cli.main([words[0], *tiny.split(), "--systems", names, "--out", out])
+    chosen = arguments([words[0], *tiny.split(), "--systems", names, "--out", out])
+    return COMMANDS[words[0]].run(chosen, Console())
 
 
 if __name__ == "__main__":

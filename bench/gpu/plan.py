@@ -55,18 +55,8 @@ def _has(module: str) -> bool:
 
 def _pytest(name: str, words: list[str], workers: int, limit: float, folder: pathlib.Path) -> Step:
     report = folder / f"junit-{name.replace(' ', '-')}.xml"
-    command = [
-        PYTHON,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "bench.gpu.pytest_plugin",
-        "-m",
-        "gpu",
-    ]
+    command = [PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_plugin"]
+    command += ["-m", "gpu"]
     spread = _has("xdist")
     if spread:
         command += ["--numprocesses", str(workers)]

@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reft_bench.commands import rehearse
 from reft_bench.gpu import checks as gpu_checks
-from reft_bench.gpu import dry as gpu_dry
 from reft_bench.gpu import kit as gpu_kit
 from reft_bench.gpu import plan as gpu_plan
 from reft_bench.gpu import step as gpu_step
@@ -338,21 +336,6 @@ def test_the_limits_of_a_run_add_up(words: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", RUNS)
-def test_every_benchmark_is_one_that_the_command_takes(words: str, tmp_path: Path) -> None:
-    """The arguments parse, give cases, and name systems that there are."""
-    steps = [step for part in words.split(",") for step in gpu_plan.bench_steps(part, tmp_path, tmp_path)]
-    assert len({step.command[step.command.index("--out") + 1] for step in steps}) == len(steps)
-    for step in steps:
-        assert rehearse.cases(step.command[step.command.index("bench") + 1 :])
-
-
-@pytest.mark.parametrize("words", ["kernels --systems nativ", "overhead --phases steps", "train --preset no"])
-def test_a_benchmark_that_the_command_does_not_take_is_found_out(words: str) -> None:
-    with pytest.raises((record.ResultError, SystemExit)):
-        rehearse.cases(words.split())
-
-
-@pytest.mark.parametrize("words", RUNS)
 def test_the_folder_of_a_run_has_at_most_eight_files(words: str, tmp_path: Path) -> None:
     phases = gpu_kit.phases_of(words.split(","), "9.0", tmp_path, tmp_path)
     steps = [step for phase in phases for step in phase]
@@ -361,45 +344,3 @@ def test_the_folder_of_a_run_has_at_most_eight_files(words: str, tmp_path: Path)
     files |= {"report.md"} if any(file.endswith(".json") for file in files - {"environment.json"}) else set()
     assert len(files) <= 8
     assert {file for file in files if file.endswith(".json")} <= {"environment.json", *record.FILES}
-
-
-def test_the_whole_kit_with_stand_ins_for_its_tools(tmp_path: Path) -> None:
-    """From start to end: every command line is read, every step passes, every result is there."""
-    kit = [sys.executable, "-m", "bench.gpu.kit", "--dry"]
-    variables = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(kit, env=variables, cwd=gpu_step.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    facts = json.loads((tmp_path / "environment.json").read_text())
-    phases = gpu_kit.phases_of(gpu_plan.USUAL_PARTS, "9.0", tmp_path, tmp_path)
-    assert [step["name"] for step in facts["steps"]] == [step.name for phase in phases for step in phase]
-    assert {step["verdict"] for step in facts["steps"]} == {"passed"} and facts["gpu"] == gpu_dry.GPU
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "environment.json",
-        "junit-native.xml",
-        "junit-others.xml",
-        "kernels.json",
-        "log.txt",
-        "overhead.json",
-        "report.md",
-        "sanitizer.txt",
-    ]
-    for name in ("native", "others"):
-        report = (tmp_path / f"junit-{name}.xml").read_text()
-        assert "tests/gpu/test_launches.py" in report and "tests/ops/test_forward.py" in report
-    log = (tmp_path / "log.txt").read_text()
-    assert log.count("would measure") == sum(
-        len(rehearse.cases(step.command[step.command.index("bench") + 1 :]))
-        for step in gpu_plan.bench_steps("bench", tmp_path, tmp_path)
-    )
-    assert "24 of 24 cases, 0 wrong results\n" in (tmp_path / "sanitizer.txt").read_text()
-
-
-def test_a_step_of_a_rehearsal_can_fail(tmp_path: Path) -> None:
-    """What the tool would refuse, or what is not there, is found out."""
-    tool = ["compute-sanitizer", "--tool", "memchek", sys.executable]
-    test = gpu_plan._pytest("it", ["tests/gpu/test_that_is_gone.py"], 1, 60, tmp_path)
-    steps = [Step("tool", tool, 60), test, Step("nobody's", ["nsys", "profile"], 60)]
-    rehearsed = [gpu_dry.rehearsed(step) for step in steps]
-    run(*rehearsed, seconds=100)
-    assert [step.verdict for step in rehearsed] == ["FAILED"] * 3
-    assert "invalid choice: 'memchek'" in rehearsed[0].output and "no stand-in" in rehearsed[2].output
