@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot
 from reft_bench.commands import overhead
 from reft_bench.commands.presets import AXES, PRESETS
-from reft_bench.records import paper_plots, record
+from reft_bench.records import paper_plots, plots, record
 from reft_bench.records.record import CaseResult, Results
 
 ROUNDS = 5
@@ -91,3 +91,11 @@ def test_report_draws_one_figure_for_the_four_axes(results, bench, tmp_path):
 def test_without_all_four_axes_there_is_no_such_figure(results, tmp_path):
     results.cases = [case for case in results.cases if case.params["batch"] == 4]  # no adapters
     assert paper_plots.draw(results, tmp_path) == []
+
+
+def test_without_our_systems_the_throughput_has_a_title_all_the_same(results, tmp_path):
+    for case in results.cases:
+        del case.systems["reft_kernels native"]
+    swept = plots.lines(results, "adapters")
+    title, path = plots.throughput(results, swept, tmp_path / "throughput.png")
+    assert title == "Tokens a second against distinct adapters" and path.exists()
