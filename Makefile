@@ -24,7 +24,7 @@ NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,$(CONSTRAINTS) setup.py ref
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow lint format bench clean
-.PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-models gpu-sweeps
+.PHONY: gpu gpu-first gpu-test gpu-sanitize gpu-bench gpu-models gpu-sweeps gpu-presets gpu-dry
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 20
@@ -57,12 +57,15 @@ bench: $(NATIVE_STAMP) $(TEST_STAMP) ## measure what the edit costs on this mach
 	$(BIN)/reft-bench report results/overhead
 
 # On a CUDA machine whose own Python has torch, Triton and pytest: in place, without .venv or network.
-GPU_KIT := $(PYTHON) bench/gpu/kit.py
+GPU_KIT := $(PYTHON) -m bench.gpu.kit
 
 gpu: ## prove the kernels on this machine's GPU in under 9 minutes: build, tests, sanitizer, benchmarks
 	$(GPU_KIT)
 
-gpu-test: ## the first part of that: the tests that need a GPU
+gpu-first: ## in under 4: whether the kernels are right (the tests that matter most, and memcheck)
+	$(GPU_KIT) --parts build,first
+
+gpu-test: ## the first part of make gpu: the tests that need a GPU
 	$(GPU_KIT) --parts build,test
 
 gpu-sanitize: ## the second: compute-sanitizer's four tools on a small set of calls
@@ -74,8 +77,18 @@ gpu-bench: ## the third: what the kernels and the edit of a model cost on this G
 gpu-models: ## after `make gpu`, nine minutes more: compiled decode of 8B's shape, training of a 1B shape
 	$(GPU_KIT) --parts build,models
 
-gpu-sweeps: ## and nine more: eager 1B, all of 8B, short forms of the presets paper and serving
+gpu-sweeps: ## and nine more: eager 1B, all of 8B, other dtypes, ranks and peers of the op
 	$(GPU_KIT) --parts build,sweeps
+
+gpu-presets: ## and nine more: short forms of the presets paper and serving
+	$(GPU_KIT) --parts build,presets
+
+# Which parts make up a run of the kit.
+GPU_RUNS := build,first build,test,sanitize,bench build,models build,sweeps build,presets
+
+gpu-dry: $(NATIVE_STAMP) $(TEST_STAMP) ## rehearse all of these without a GPU: command lines, limits, results
+	@for parts in $(GPU_RUNS); do \
+	  OUT=build/gpu-dry/$$parts $(BIN)/python -m bench.gpu.kit --dry --parts $$parts || exit 1; done
 
 native: $(BASE_STAMP) ## compile the native library in place
 	$(BIN)/python setup.py build_ext --inplace

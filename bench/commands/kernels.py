@@ -12,9 +12,9 @@ from rich.table import Table
 
 from ..gpu.ceilings import GpuCeilings, rows_in_cache
 from ..kernels import systems
-from ..kernels.cases import DIRECTIONS, DTYPES, MIXES, KernelCase, Problem
+from ..kernels.cases import DIRECTIONS, DTYPES, MIXES, KernelCase, Problem, problems
 from ..kernels.systems import BASELINE, CONTROL, GATHER, System
-from ..measure.ceilings import Ceilings
+from ..measure.ceilings import Ceilings, Work
 from ..measure.session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
 from ..measure.timer import Candidate, Clock, CpuClock, CudaEventClock, CudaGraphClock, interleave
 from ..records import record, stats
@@ -25,7 +25,9 @@ ROUNDS = 25
 
 #: Input sets on a GPU together fill this many L2 caches, so that none finds its data there.
 CACHES = 3
-MOST_COPIES = 64
+
+#: A graph holds a node or more for each, so there is an end.
+MOST_SETS = 4096
 
 CALL_WIDTH = 64
 
@@ -36,11 +38,14 @@ def _clock(kind: str, device: str) -> Clock:
     return CudaGraphClock() if kind == "graph" else CudaEventClock()
 
 
-def _copies(case: KernelCase, device: str, seed: int) -> int:
-    if torch.device(device).type == "cpu":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(MOST_COPIES, -(-CACHES * cache // case.work(seed).footprint)))
+def cold_bytes(work: Work, rows_cached: bool) -> int:
+    """Bytes of an input set that should come from memory: all but h's rows, if those lie in the cache."""
+    return work.moved - work.of_rows if rows_cached else work.footprint
+
+
+def sets_beyond(cache: int, cold: int) -> int:
+    """How many input sets with `cold` bytes each fill CACHES caches of `cache` bytes."""
+    return max(2, min(MOST_SETS, -(-CACHES * cache // cold)))
 
 
 class Bench:
@@ -51,15 +56,21 @@ class Bench:
     ) -> None:
         self.session, self.chosen, self.args, self.device = session, chosen, args, device
         self.ceilings: dict[int, Ceilings] = {}
+        self.captures = args.clock == "graph" and torch.device(device).type == "cuda"
 
-    def _problems(self, case: KernelCase, copies: int) -> list[Problem]:
+    def _problems(self, case: KernelCase) -> list[Problem]:
         """The input sets that calls rotate through."""
-        problems = [Problem(case, self.device, self.args.seed, copy) for copy in range(copies)]
-        if copies > 1 and rows_in_cache(case.work(self.args.seed), self.device):
-            # As in a model: the adapters are cold, but h was written by the op before.
-            for problem in problems[1:]:
-                problem.h = problems[0].h
-        return problems
+        seed, device = self.args.seed, self.device
+        if torch.device(device).type == "cpu":
+            return problems(case, device, seed)
+        work = case.work(seed)
+        # As in a model: the adapters are cold, but few rows of h were written by the op before.
+        cached = rows_in_cache(work, device)
+        cache, cold = torch.cuda.get_device_properties(device).L2_cache_size, cold_bytes(work, cached)
+        sets = sets_beyond(cache, cold)
+        if sets * cold < CACHES * cache:
+            self.session.note(f"{case.id}: {sets} sets of {cold} bytes may lie in the L2 of {cache} bytes")
+        return problems(case, device, seed, sets, own_rows=not cached)
 
     def _ceilings(self, copies: int) -> Ceilings:
         cuda = torch.device(self.device).type == "cuda"
@@ -77,7 +88,7 @@ class Bench:
         errors: dict[str, float] = {}
         left_out: dict[str, str] = {}
         for name, system in self.chosen.items():
-            reason = system.why_not(case, self.device) or self._not_captured(case, name)
+            reason = system.why_not(case, self.device) or self._not_captured(name)
             if reason is not None:
                 left_out[name] = reason
                 self.session.note(f"{name}: {reason}")
@@ -95,35 +106,42 @@ class Bench:
             self.session.note(f"{case.id}: {name} {left_out[name]}")
         return errors, left_out
 
-    def _not_captured(self, case: KernelCase, name: str) -> str | None:
+    def _not_captured(self, name: str) -> str | None:
         """Why a system can't be timed by graph replays, or None."""
-        captured = isinstance(_clock(self._kind(case), self.device), CudaGraphClock)
-        if captured and name == "reference":
+        if name == "reference" and self.captures:
             return "reads the plan back to the host, which a graph can't hold (--clock launch times it)"
         return None
 
-    def _kind(self, case: KernelCase) -> str:
-        """Autograd's backward is launched, not captured."""
-        return "launch" if case.direction == "backward" else self.args.clock
-
-    def _candidate(self, name: str, system: System, problems: list[Problem]) -> Candidate:
-        build = getattr(system, problems[0].case.direction)
-        return Candidate(name, [build(problem) for problem in problems], system.context)
+    def _candidate(self, name: str, system: System, sets: list[Problem]) -> Candidate:
+        """A forward is captured, and so is a backward; else its time would be autograd's on the host."""
+        direction = sets[0].case.direction
+        build = (
+            system.backward_ops if self.captures and direction == "backward" else getattr(system, direction)
+        )
+        return Candidate(name, [build(problem) for problem in sets], system.context)
 
     def measure(self, case: KernelCase, tick: Tick) -> list[CaseResult]:
         seed, device = self.args.seed, self.device
-        copies = _copies(case, device, seed)
-        problems = self._problems(case, copies)
-        errors, left_out = self._usable(case, problems[0])
+        sets = self._problems(case)
+        errors, left_out = self._usable(case, sets[0])
         if BASELINE not in errors:
             raise LeftOut(f"the baseline {BASELINE!r} can't be measured: {left_out[BASELINE]}")
-        candidates = [self._candidate(name, self.chosen[name], problems) for name in errors]
-        candidates.append(self._candidate(CONTROL, self.chosen[BASELINE], problems))
-        clock = _clock(self._kind(case), device)
+
+        def not_timed(name: str, failure: Exception) -> None:
+            left_out[name] = f"failed: {type(failure).__name__}: {failure}".splitlines()[0]
+            self.session.note(f"{case.id}: {name} {left_out[name]}")
+
+        clock = _clock(self.args.clock, device)
         with torch.set_grad_enabled(case.direction == "backward"):
-            samples = interleave(candidates, clock, self.args.rounds, seed, tick)
-            with torch.no_grad():
-                floor = self._ceilings(copies).floor(case.work(seed), DTYPES[case.dtype])
+            with clock.building():
+                candidates = [self._candidate(name, self.chosen[name], sets) for name in errors]
+                candidates.append(self._candidate(CONTROL, self.chosen[BASELINE], sets))
+            samples = interleave(candidates, clock, self.args.rounds, seed, tick, not_timed)
+        if not {BASELINE, CONTROL} <= samples.keys():
+            raise LeftOut(f"the baseline {BASELINE!r} can't be timed: {left_out}")
+        with torch.no_grad():
+            floor = self._ceilings(len(sets)).floor(case.work(seed), DTYPES[case.dtype])
+        floor["input_sets"] = len(sets)
         self.session.results.ceilings = {str(key): value.to_json() for key, value in self.ceilings.items()}
         found = record.summarize(samples, BASELINE, CONTROL, errors)
         for name, result in found.items():
@@ -161,6 +179,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, float16")
     parser.add_argument("--adapters", default="16", help="adapters that the mix draws from")
     parser.add_argument("--mix", default="distinct", help=f"which adapter a row takes: {', '.join(MIXES)}")
+    parser.add_argument(
+        "--pool-rows",
+        type=int,
+        default=0,
+        help="rows of the pool that the adapters lie in (default: few more than they need)",
+    )
     parser.add_argument("--direction", default="forward", help=", ".join(DIRECTIONS))
     parser.add_argument(
         "--clock",
@@ -189,7 +213,7 @@ def cases_of(args: argparse.Namespace) -> list[KernelCase]:
         _numbers(args.rows, "--rows"),
     )
     cases = [
-        KernelCase(direction, dtype, rows, width, rank, adapters, mix)
+        KernelCase(direction, dtype, rows, width, rank, adapters, mix, args.pool_rows)
         for direction, dtype, width, rank, adapters, mix, rows in itertools.product(*sweeps)
     ]
     if not args.no_call_cost:
@@ -202,6 +226,11 @@ def cases_of(args: argparse.Namespace) -> list[KernelCase]:
     for case in cases:
         if case.rank > case.width:
             raise ResultError(f"--rank: {case.rank} is more than the width {case.width}")
+        need = case.adapters * case.rank
+        if args.pool_rows and args.pool_rows < need:
+            raise ResultError(
+                f"--pool-rows: was {args.pool_rows}; {case.adapters} adapters of rank {case.rank} need {need}"
+            )
     return cases
 
 

@@ -22,7 +22,7 @@ from ..systems import BASELINE, CONTROL, Runner, Setup, System, Unable, all_syst
 from ..systems.base import Point
 from ..systems.correctness import References, check
 from ..systems.lora import merge, peft_missing
-from .presets import AXES, DEVICE_PHASE, PHASES, PRESETS, Sweep
+from .presets import AXES, DEVICE_PHASE, HOST_PHASE, PHASES, PRESETS, Sweep
 from .sweep import axis_values
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -176,7 +176,7 @@ class Bench:
             if name in group.runners:
                 result.extra |= group.facts[name]
                 result.extra["adapters_served"] = 1 if group.runners[name].single else point.adapters
-            if name in parts and phase != DEVICE_PHASE:
+            if name in parts and phase in PHASES:
                 taken = [getattr(timing, phase) for timing in parts[name]]
                 part = stats.median_interval(taken)
                 result.extra |= {
@@ -196,8 +196,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument(
         "--phases",
-        help=f"instead of the preset's: {', '.join(PHASES)}; on a GPU with --compiled also {DEVICE_PHASE}, a "
-        "decode step without the host's time",
+        help=f"instead of the preset's: {', '.join(PHASES)}; on a GPU also {HOST_PHASE}, the host's own time "
+        f"of a decode step, and with --compiled {DEVICE_PHASE}, the device's",
     )
     parser.add_argument(
         "--compiled", action="store_true", help="generate with a static cache and a compiled decode step"
@@ -222,10 +222,8 @@ def cases_of(args: argparse.Namespace, name: str, dtype: str, depth: int) -> lis
         sweeps = (Sweep(base, {axis: tuple(values) for axis, values in given.items()}, PHASES),)
     phases = args.phases.split(",") if args.phases else None
     for phase in phases or ():
-        if phase not in (*PHASES, DEVICE_PHASE):
-            raise ResultError(
-                f"--phases: unknown {phase!r}; allowed are {', '.join((*PHASES, DEVICE_PHASE))}"
-            )
+        if phase not in (known := (*PHASES, DEVICE_PHASE, HOST_PHASE)):
+            raise ResultError(f"--phases: unknown {phase!r}; allowed are {', '.join(known)}")
         if phase == DEVICE_PHASE and not args.compiled:
             raise ResultError(f"--phases: {DEVICE_PHASE} needs --compiled; without it the host sets the pace")
     new_tokens = preset.new_tokens if args.new_tokens is None else args.new_tokens
@@ -257,8 +255,11 @@ def choose(
 
 def run(args: argparse.Namespace, console: Console) -> int:
     device = prepare_torch(args)
-    if torch.device(device).type == "cpu" and DEVICE_PHASE in (args.phases or "").split(","):
-        raise ResultError(f"--phases: {DEVICE_PHASE} is what a GPU takes, was asked for on {device}")
+    if torch.device(device).type == "cpu":
+        for phase in {DEVICE_PHASE, HOST_PHASE} & {*(args.phases or "").split(",")}:
+            raise ResultError(
+                f"--phases: {phase} tells a GPU's time from its host's, was asked for on {device}"
+            )
     if args.compiled:
         torch._dynamo.config.recompile_limit = 256  # every system runs the same code
     preset = PRESETS[args.preset]

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ..gpu import targets
-from ..records import answers, bars, names, plots, record
+from ..records import answers, bars, host_report, names, paper_plots, plots, record
 from ..records.record import CaseResult, ResultError, Results, SystemResult
 from ..records.stats import SAME, Interval
 from ..records.tables import attributed_text, conclude, interval_text, time_text
@@ -155,6 +155,19 @@ def _train(results: Results) -> str:
     return _of_cases(results, title, headings, cells, explained)
 
 
+def _host(results: Results) -> str:
+    systems = [name for case in results.cases for name in case.systems]
+    explained = [
+        _RATIO,
+        "**µs a layer, µs a step**: what a step takes over the bare model's, as a line over the depths: its "
+        "slope, and its value at no layers. All is CPU time of the one thread that runs the model.",
+    ]
+    parts = ["### What the names mean\n", _listed([*names.explained(results.command, systems), *explained])]
+    for table in host_report.tables(results):
+        parts += [f"### {table.title}\n", _markdown(table.headings, table.rows)]
+    return "\n".join(parts)
+
+
 # Plots ---------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +184,11 @@ def _overhead_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
         for case in results.cases
         if (name := answers.ours(results, case.systems))
     ]
+    four = paper_plots.draw(results, folder)
+    drawn += four
     for axis, found in swept.items():
+        if four and axis in paper_plots.PANELS and axis != "adapters":
+            continue  # the figure above has them
         if found and axis == "adapters":
             drawn.append(plots.throughput(results, found, folder / "throughput.png"))
         elif found:
@@ -189,6 +206,10 @@ def _kernel_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
     ]
 
 
+def _host_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
+    return [(host_report.PLOT, host_report.draw(results, folder / "host.png"))] if results.cases else []
+
+
 def _train_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
     if not results.cases:
         return []
@@ -199,6 +220,7 @@ def _train_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
 KINDS: dict[str, tuple[str, Any, Any]] = {
     "kernels": ("The op alone", _kernels, _kernel_plots),
     "overhead": ("Overhead over merged LoRA", _overhead, _overhead_plots),
+    "host": ("The host's time", _host, _host_plots),
     "train": ("Training", _train, _train_plots),
 }
 

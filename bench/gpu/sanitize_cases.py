@@ -128,10 +128,10 @@ def run(backend: str, it: Inputs, to: Callable[[torch.Tensor], torch.Tensor]) ->
     return [edited, normed, every_row, *gradients]
 
 
-def compare(case: Case) -> int:
+def compare(case: Case, device: str) -> int:
     """The number of wrong results."""
     it, wrong = inputs(case), 0
-    results = [result.cpu() for result in run("native", it, lambda t: t.to("cuda"))]
+    results = [result.cpu() for result in run("native", it, lambda t: t.to(device, copy=True))]
     wanted = run("reference", it, torch.clone)
     for name, got, want in zip(NAMES, results, wanted):
         # By norms: one wrong row or column of a case is orders of magnitude beyond this.
@@ -145,14 +145,15 @@ def compare(case: Case) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many")
-    limit = parser.parse_args().seconds
+    parser.add_argument("--device", default="cuda", help="cpu: the kernels for CPUs (default: %(default)s)")
+    args = parser.parse_args()
     begun, done, wrong = time.monotonic(), 0, 0
     for case in cases():
         seconds = time.monotonic() - begun
-        if seconds > limit:
+        if seconds > args.seconds:
             break
         print(f"{seconds:6.1f} s  {case}", flush=True)
-        wrong += compare(case)
+        wrong += compare(case, args.device)
         done += 1
     print(f"{done} of {len(cases())} cases, {wrong} wrong results", flush=True)
     return 1 if wrong else 0 if done == len(cases()) else 3

@@ -1,6 +1,7 @@
 """What a GPU's records say of the targets that docs/kernels.md sets: a row each, with what was reached.
 
-Every value is a ratio of times of one run. A target that no record speaks of is left out of the table.
+Every value is a ratio of times of one run, or their difference. A target that no record speaks of is left
+out of the table.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from ..records.record import CaseResult, Results
 
 BACKENDS = ("native", "triton")
+
+#: Rows of a pool that holds 64 adapters of rank 8 on each of 32 layers.
+LARGE_POOL = 16384
 
 #: (results, backend) → the value reached, or None where it was not measured.
 Reached = Callable[[Sequence[Results], str], float | None]
@@ -25,11 +29,14 @@ class Target:
     reached: Reached
     least: bool = False
     percent: bool = False
+    microseconds: bool = False
 
     def met(self, value: float) -> bool:
         return value >= self.limit if self.least else value <= self.limit
 
     def show(self, value: float) -> str:
+        if self.microseconds:
+            return f"{1e6 * value:.0f} µs"
         return f"{100 * value:.1f}%" if self.percent else f"{value:.2f}"
 
 
@@ -44,16 +51,16 @@ def _cases(results: Iterable[Results], command: str, **wanted: object) -> list[C
 
 
 def _seconds(results: Sequence[Results], system: str, **params: object) -> tuple[float, CaseResult] | None:
-    wanted = {"dtype": "bfloat16", "width": 4096, "rank": 8, "mix": "distinct"} | params
+    wanted = {"dtype": "bfloat16", "width": 4096, "rank": 8, "mix": "distinct", "pool_rows": 0} | params
     for case in _cases(results, "kernels", **wanted):
         if system in case.systems:
             return case.systems[system].time.median, case
     return None
 
 
-def _over_floor(rows: int) -> Reached:
+def _over_floor(rows: int, **params: object) -> Reached:
     def reached(results: Sequence[Results], backend: str) -> float | None:
-        found = _seconds(results, backend, direction="forward", rows=rows, adapters=rows)
+        found = _seconds(results, backend, direction="forward", rows=rows, adapters=rows, **params)
         return found and found[0] / found[1].floor["floor_s"]
 
     return reached
@@ -98,6 +105,20 @@ def _overhead(system: str, **params: object) -> Reached:
     return reached
 
 
+def _host(system: str, **params: object) -> Reached:
+    """Seconds of a step that the host takes more than for the bare model; of several models the worst."""
+
+    def reached(results: Sequence[Results], backend: str) -> float | None:
+        found = [
+            case.systems[name].extra["difference_s"]["median"]
+            for case in _cases(results, "overhead", **{**_STEP, "phase": "host", **params})
+            if (name := system.format(backend)) in case.systems
+        ]
+        return max(found, default=None)
+
+    return reached
+
+
 def _train(positions: str) -> Reached:
     def reached(results: Sequence[Results], backend: str) -> float | None:
         for case in _cases(results, "train", model="1b", positions=positions):
@@ -116,6 +137,7 @@ TARGETS = [
         Target(f"op over its floor, {rows} rows, as many adapters", 1.25, _over_floor(rows))
         for rows in (1, 64, 256)
     ),
+    Target(f"the same, 64 rows, in a pool of {LARGE_POOL} rows", 1.25, _over_floor(64, pool_rows=LARGE_POOL)),
     Target("op over copying h, 4096 rows, one adapter", 1.5, _over_copy),
     *(
         Target(f"shrink and expand over the op, {rows} rows", 1.5, _peer_over_ours(rows), least=True)
@@ -142,6 +164,15 @@ TARGETS = [
         0.001,
         _overhead(_OURS, batch=64, **(_STEP | {"positions": "f3+l3"})),
         percent=True,
+    ),
+    *(
+        Target(
+            f"the host's time of such a step beyond the bare one, batch 64, 64 adapters{kind}",
+            20e-6,
+            _host(system, batch=64, adapters=64),
+            microseconds=True,
+        )
+        for kind, system in (("", _OURS), (", with the norm", _FUSED))
     ),
     Target(
         "eager decode of a 1B shape, every position, with the norm",

@@ -73,3 +73,7 @@ class System:
         with self.context():
             out, leaves = self.differentiable(problem)
         return lambda: torch.autograd.grad(out, leaves, problem.gradient, retain_graph=True)
+
+    def backward_ops(self, problem: Problem) -> Callable[[], Any]:
+        """The same as a graph is to hold it: where a system can, the ops themselves, without autograd."""
+        return self.backward(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import reft_kernels as rk
 from reft_kernels.ops.schema import Act
+from reft_kernels.plan import Plan, pack_spans
 
 from ..measure.ceilings import Work
 
@@ -33,6 +35,8 @@ class KernelCase:
         adapters: how many adapters the mix draws from; no more than `rows` of them can be used.
         mix: which adapter a row takes: "distinct" (one after the other), "uniform" (at random), "zipf"
             (adapter k with weight 1/k), "identical" (all rows the first).
+        pool_rows: capacity of the pool; 0: what the adapters need, and where they lie at many places in
+            memory (on a GPU) up to USUAL_POOL.
     """
 
     direction: str
@@ -42,12 +46,13 @@ class KernelCase:
     rank: int
     adapters: int
     mix: str
+    pool_rows: int = 0
 
     @property
     def id(self) -> str:
         return (
             f"{self.direction} {self.dtype} T={self.rows} d={self.width} r={self.rank} "
-            f"{self.adapters} {self.mix}"
+            f"{self.adapters} {self.mix}" + (f" pool={self.pool_rows}" if self.pool_rows else "")
         )
 
     @property
@@ -67,6 +72,15 @@ class KernelCase:
             return np.arange(self.rows) % self.adapters
         weights = np.ones(self.adapters) if self.mix == "uniform" else 1 / np.arange(1, self.adapters + 1)
         return rng.choice(self.adapters, size=self.rows, p=weights / weights.sum())
+
+    def pool_capacity(self, sets: int) -> int:
+        """Rows of each pool that holds `sets` input sets, or as many as have room.
+
+        A backward gives gradients for all of its pool, so there a pool holds one set alone.
+        """
+        need = self.adapters * self.rank
+        several = 1 if self.direction == "backward" else sets
+        return self.pool_rows or min(several * need, max(need, USUAL_POOL))
 
     def work(self, seed: int) -> Work:
         """Bytes and operations that any implementation of this case needs."""
@@ -95,38 +109,83 @@ def loreft_fold(rank: int, width: int, generator: torch.Generator) -> rk.Fold:
     return rk.Fold(source - rotation, rotation, bias, torch.full((rank,), int(Act.NONE), dtype=torch.int32))
 
 
+#: Rows of a pool that holds the adapters of several calls: 64 adapters of rank 8, say, on 8 layers.
+USUAL_POOL = 4096
+
+
 class Problem:
     """The tensors of a case.
+
+    Args:
+        before: another problem of the case. Its adapters are then laid into memory once more (into its pool,
+            if that has room), and which rows take which is read from the same tables, as in the next layer.
+        own_rows: whether h and the gradient are copies, too; otherwise they are those of `before`.
 
     Attributes:
         h: [T, d].
         pool, plan: of reft_kernels.
         index: [T] int64, the adapter of each row, for peers that gather.
-        down, up: [A, r, d], bias: [A, r]: the same adapters stacked, in h's dtype.
+        down, up: [A, r, d], bias: [A, r]: the same adapters stacked (a part of the pool), bias in h's dtype.
         gradient: [T, d], what a backward starts from.
         weight: [d], of the norm.
     """
 
-    def __init__(self, case: KernelCase, device: str, seed: int, copy: int = 0) -> None:
-        self.case = case
-        dtype = DTYPES[case.dtype]
-        generator = torch.Generator().manual_seed(seed + 1000 * copy)
-        assignment = case.assignment(seed)
+    def __init__(
+        self,
+        case: KernelCase,
+        device: str,
+        seed: int,
+        before: Problem | None = None,
+        own_rows: bool = False,
+        sets: int = 1,
+    ) -> None:
+        self.case, self.device = case, device
+        if before is None:
+            self._draw(seed, sets)
+        else:
+            self._share(before, own_rows)
+        spans = [self.pool.add(fold) for fold in self.folds]
+        if before is None:
+            used = np.unique(self._assignment)
+            entries = [(spans[adapter], np.flatnonzero(self._assignment == adapter)) for adapter in used]
+            self.plan = rk.make_plan(entries, device, total_rows=case.rows)
+        else:
+            mine = [spans[adapter] for adapter in np.unique(self._assignment)]
+            self.plan = before.plan._replace(spans=pack_spans(mine, device))
+        self._first = spans[0]
+        place = slice(spans[0].first, spans[0].first + case.adapters * case.rank)
+        shape = (case.adapters, case.rank, case.width)
+        self.down = self.pool.down[place].view(shape)
+        self.up = self.pool.up[place].view(shape)
+        self.bias = self.pool.bias[place].view(shape[:2]).to(DTYPES[case.dtype])
+
+    def _draw(self, seed: int, sets: int) -> None:
+        case, device, dtype = self.case, self.device, DTYPES[self.case.dtype]
+        generator = torch.Generator().manual_seed(seed)
+        self._assignment = case.assignment(seed)
+        self.index = torch.as_tensor(self._assignment, device=device)
         folds = [loreft_fold(case.rank, case.width, generator) for _ in range(case.adapters)]
-        self.pool = rk.Pool(case.width, dtype, device, capacity=case.adapters * case.rank)
-        spans = [self.pool.add(fold) for fold in folds]
-        used = np.unique(assignment)
-        entries = [(spans[adapter], np.flatnonzero(assignment == adapter)) for adapter in used]
-        self.plan = rk.make_plan(entries, device, total_rows=case.rows)
-        self.single_plan = rk.make_plan([(spans[0], np.arange(case.rows))], device, total_rows=case.rows)
+        self.folds = [rk.Fold(*(part.to(device) for part in fold)) for fold in folds]
+        self.capacity = case.pool_capacity(sets)
+        self.pool = rk.Pool(case.width, dtype, device, capacity=self.capacity)
         self.h = torch.randn(case.rows, case.width, generator=generator).to(device, dtype)
         self.gradient = torch.randn(case.rows, case.width, generator=generator).to(device, dtype)
         self.weight = torch.randn(case.width, generator=generator).to(device, dtype)
-        self.index = torch.as_tensor(assignment, device=device)
-        shape = (case.adapters, case.rank, case.width)
-        self.down = self.pool.down.clone().view(shape)
-        self.up = self.pool.up.clone().view(shape)
-        self.bias = self.pool.bias.clone().view(shape[:2]).to(dtype)
+
+    def _share(self, before: Problem, own_rows: bool) -> None:
+        case = self.case
+        self._assignment, self.index, self.folds = before._assignment, before.index, before.folds
+        self.capacity, self.pool, self.weight = before.capacity, before.pool, before.weight
+        if not self.pool.room_for([case.rank] * case.adapters):
+            self.pool = rk.Pool(case.width, self.pool.dtype, self.device, capacity=self.capacity)
+        self.h, self.gradient = before.h, before.gradient
+        if own_rows:
+            self.h, self.gradient = self.h.clone(), self.gradient.clone()
+
+    @functools.cached_property
+    def single_plan(self) -> Plan:
+        """All rows with the first adapter."""
+        return rk.make_plan([(self._first, np.arange(self.case.rows))], self.device, self.case.rows)
 
     def plan_tensors(self, single: bool = False) -> tuple[Tensor, ...]:
         plan = self.single_plan if single else self.plan
@@ -134,3 +193,13 @@ class Problem:
 
     def pool_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.pool.down, self.pool.up, self.pool.bias, self.pool.kind
+
+
+def problems(
+    case: KernelCase, device: str, seed: int, sets: int = 1, own_rows: bool = False
+) -> list[Problem]:
+    """`sets` input sets of a case, each with its adapters at another place in memory."""
+    found = [Problem(case, device, seed, sets=sets)]
+    while len(found) < sets:
+        found.append(Problem(case, device, seed, found[-1], own_rows))
+    return found

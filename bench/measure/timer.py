@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -39,6 +39,9 @@ class Candidate:
 class Clock(Protocol):
     """Takes samples of candidates."""
 
+    def building(self) -> contextlib.AbstractContextManager:
+        """Entered where the calls of candidates are made."""
+
     def prepare(self, candidate: Candidate) -> int:
         """Warms a candidate up and returns how many passes over its calls make a sample."""
 
@@ -58,6 +61,8 @@ class CpuClock:
 
     def __init__(self, span: float = 2e-3, warmup: int = 3) -> None:
         self.span, self.warmup = span, warmup
+
+    building = staticmethod(contextlib.nullcontext)
 
     def prepare(self, candidate: Candidate) -> int:
         with candidate.context():
@@ -100,6 +105,9 @@ class CudaEventClock:
         self.span, self.warmup = span, warmup
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
+
+    def building(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def prepare(self, candidate: Candidate) -> int:
         with candidate.context():
@@ -146,23 +154,29 @@ def passes_of_a_graph(calls: int) -> int:
 class CudaGraphClock(CudaEventClock):
     """CUDA events around replays of a graph that holds every call of a candidate, in turn, once or more.
 
-    The host's launch cost is gone; what remains is the time that a captured decode step would see.
+    The host's launch cost is gone; what remains is the time that a captured decode step would see. All runs
+    on a stream of its own, where the calls must be made, too: autograd runs a backward where its forward ran.
     """
 
     def __init__(self, span: float = 2e-3, warmup: int = 5) -> None:
         super().__init__(span, warmup)
+        self._stream = torch.cuda.Stream()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
+    @contextlib.contextmanager
+    def building(self) -> Iterator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
     def prepare(self, candidate: Candidate) -> int:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
         with candidate.context():
-            with torch.cuda.stream(side):
+            with self.building():
                 for _ in range(self.warmup):
                     _untimed_pass(candidate)
-            torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._stream):
                 for _ in range(passes_of_a_graph(len(candidate.calls))):
                     _untimed_pass(candidate)
         self._graphs[id(candidate)] = graph
@@ -222,12 +236,25 @@ def interleave(
     rounds: int,
     seed: int = 0,
     on_round: Callable[[], None] = lambda: None,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Samples of every candidate in seconds a call, interleaved; see `interleaved`."""
+    """Samples of every candidate in seconds a call, interleaved; see `interleaved`.
+
+    Args:
+        on_failure: is given a candidate's name and what its preparation raised (one that no graph can hold,
+            say); it is then left out. Without it that is raised.
+    """
     named = {candidate.name: candidate for candidate in candidates}
-    passes = {name: clock.prepare(candidate) for name, candidate in named.items()}
+    passes = {}
+    for name, candidate in named.items():
+        try:
+            passes[name] = clock.prepare(candidate)
+        except Exception as failure:
+            if on_failure is None:
+                raise
+            on_failure(name, failure)
     return interleaved(
-        [candidate.name for candidate in candidates],
+        list(passes),
         lambda name: clock.sample(named[name], passes[name]),
         rounds,
         seed,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from . import names
+from .host_costs import TITLES, depths, split
 from .record import CaseResult, Results, SystemResult
 from .stats import SAME, Interval
 
@@ -13,7 +14,7 @@ from .stats import SAME, Interval
 RESOLUTION = 1.0
 
 #: What the baselines are called in a sentence, where their name alone says too little.
-BASELINES = {"one vector": "a step that trains one vector only"}
+BASELINES = {"one vector": "a step that trains one vector only", "bare": "the bare model"}
 
 #: More than so many times the rounds of a run is no advice; the machine should be quieter.
 MOST_TIMES_THE_ROUNDS = 10
@@ -56,6 +57,10 @@ def advice(rounds: int, noise: float, size: float) -> str:
 def ours(results: Results, systems: Iterable[str]) -> str | None:
     """The system of ours that the sentences are about: what runs by default on that machine."""
     found = [name for name in systems if names.is_ours(results.command, name)]
+    if results.command == "host":
+        kinds = list(names.HOST_BATCHES)
+        found.sort(key=lambda name: ("fused" in name, [name.endswith(kind) for kind in kinds].index(True)))
+        return found[0] if found else None
     first = "triton" if results.machine["gpu"] else "native"
     found.sort(key=lambda name: (name.endswith(" fused"), not name.endswith(first)))
     return found[0] if found else None
@@ -171,7 +176,32 @@ def _kernels(results: Results) -> list[str]:
     return found
 
 
-_KINDS = {"kernels": _kernels, "overhead": _overhead, "train": _train}
+def _host(results: Results) -> list[str]:
+    """A sentence for each mode: its deepest model, and what a layer and a step take."""
+    found = []
+    for cases in depths(results):
+        deepest, p = cases[-1], cases[-1].params
+        name = ours(results, deepest.systems)
+        if name is None:
+            continue
+        fitted = split(cases, name)
+        parts = ""
+        if fitted is not None:
+            step, layer = (plus_minus(one.scaled(1e6)) for one in fitted)
+            parts = f"; that is {layer} µs a layer and {step} µs a step"
+        batch = names.HOST_BATCHES[name.split(maxsplit=1)[1].removeprefix("fused ")]
+        found.append(
+            f"{TITLES[p['mode']].removeprefix('A ')}, {_layers(p['layers'])}, {batch}: "
+            f"{cost(deepest, name)}{parts}."
+        )
+    return found
+
+
+def _layers(number: int) -> str:
+    return f"{number} layer{'s' * (number != 1)}"
+
+
+_KINDS = {"kernels": _kernels, "overhead": _overhead, "host": _host, "train": _train}
 
 
 def sentences(results: Results) -> list[str]:

@@ -45,6 +45,23 @@ _TRAINING = {
     "pyreft": ("pyreft", "the reference library of ReFT, with the same interventions."),
 }
 
+_HOST = {
+    "bare": ("bare model", "the model as it was loaded. The baseline."),
+    "eager hooks": ("plain hooks, one adapter", "the same edit in plain PyTorch hooks; one adapter."),
+    "eager hooks mixed": ("plain hooks, mixed", "the same, every row of the batch with its own adapter."),
+    "PEFT LoRA": ("LoRA, one adapter", "PEFT's LoRA on the modules of its own choice, one adapter."),
+    "PEFT LoRA mixed": ("LoRA, mixed", "the same, every row of the batch with its own (`adapter_names`)."),
+    "pyreft": ("pyreft, one adapter", "the reference library of ReFT; one adapter for the whole batch."),
+}
+
+#: What a batch asks of this package in `reft-bench host`; sentences are about the first that was measured.
+HOST_BATCHES = {
+    "mixed": "every row of the batch with its own adapter, at every position",
+    "one adapter": "all rows with one adapter, at every position",
+    "prompt only": "an adapter that edits the prompt only, and thus nothing in a decode step",
+    "idle": "adapters loaded, none named",
+}
+
 _KERNELS = {
     "eager": (
         "torch, one adapter",
@@ -66,11 +83,20 @@ _KERNELS = {
     "vllm": ("vLLM", "vLLM's own LoRA kernels."),
 }
 
-_KNOWN = {"overhead": _MODELS, "train": _TRAINING, "kernels": _KERNELS}
+_KNOWN = {"overhead": _MODELS, "host": _HOST, "train": _TRAINING, "kernels": _KERNELS}
 
 
 def _ours(command: str, name: str) -> tuple[str, str] | None:
     """Label and sentence of one of this package's systems, or None."""
+    if command == "host":
+        match = re.fullmatch(rf"reft_kernels( fused)? ({'|'.join(HOST_BATCHES)})", name)
+        if match is None:
+            return None
+        fused = " The norms are fused (`fuse_norm=True`)." if match[1] else ""
+        return (
+            f"ReFT, {match[2]}{', norms fused' * bool(match[1])}",
+            f"this package, {HOST_BATCHES[match[2]]}.{fused}",
+        )
     match = re.fullmatch(r"(reft_kernels )?(\w+)( fused)?", name)
     if match is None or match[2] not in _BACKENDS or bool(match[1]) == (command == "kernels"):
         return None
@@ -144,6 +170,7 @@ def phase_text(params: dict[str, Any]) -> str:
     text = {
         "generate": f"generation of {params.get('new_tokens')} tokens",
         "step": "decode step by the GPU's own clock",
+        "host": "host's own time of a decode step",
         "train": "training step",
     }.get(phase, phase)
     return f"compiled {text}" if params.get("compiled") else text

@@ -237,8 +237,10 @@ def throughput(results: Results, swept: Sequence[Line], path: Path) -> tuple[str
     axes[0].set_ylabel("tokens a second")
     kept = [share for line in swept if (share := _kept(results, line))]
     few, many = (swept[0].cases[end].params["adapters"] for end in (0, -1))
-    title = f"Tokens a second against distinct adapters: with {many}, ReFT keeps "
-    title += f"{answers.span([100 * share for share in kept], '{:.0f}')} % of its rate with {few}"
+    title = "Tokens a second against distinct adapters"
+    if kept:  # ours may have been left out
+        share = answers.span([100 * part for part in kept], "{:.0f}")
+        title += f": with {many}, ReFT keeps {share} % of its rate with {few}"
     return title, _finish(figure, title, shown, path)
 
 

@@ -104,6 +104,36 @@ def paired_difference(
     return median_interval(a - b, confidence, seed)
 
 
+def fitted_line(
+    places: Sequence[float],
+    samples: Sequence[Sequence[float]],
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> tuple[Interval, Interval]:
+    """(value at 0, slope): medians over the rounds of the line through a round's samples at each place.
+
+    The samples weigh 1 / place: what is measured at a place is taken to scatter in proportion to it.
+
+    Args:
+        places: at least two, positive and all different.
+        samples: for each place one sample a round, in the same order.
+
+    Raises:
+        ValueError: for other places, or if samples are missing.
+    """
+    x = np.asarray(places, dtype=np.float64)
+    if x.ndim != 1 or len(x) < 2 or len(set(x)) != len(x) or not (x > 0).all():
+        raise ValueError(f"places: must be two or more positive numbers, all different, were {list(places)}")
+    arrays = [_checked(taken, "samples") for taken in samples]
+    if len(arrays) != len(x) or len({len(array) for array in arrays}) != 1:
+        counts = [len(array) for array in arrays]
+        raise ValueError(f"samples: need as many for each of the {len(x)} places, were {counts}")
+    weights = 1.0 / x
+    solve = np.linalg.pinv(weights[:, None] * np.stack([np.ones_like(x), x], axis=1)) * weights
+    at_zero, slope = solve @ np.stack(arrays)
+    return median_interval(at_zero, confidence, seed), median_interval(slope, confidence, seed)
+
+
 def share(
     part: Sequence[float], whole: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:

@@ -1,7 +1,8 @@
 """One generation, timed token by token: time to the first token, each decode step, and the whole.
 
-On a GPU, in a generation of its own, also what the device alone takes for a decode step: a kernel that waits
-keeps it busy while the host prepares the step, so that no time of the host's is in it.
+On a GPU also what the device alone takes for a decode step, and what the host alone takes, each in a
+generation of its own. In the first, a kernel that waits keeps the device busy while the host prepares the
+step, so that no time of the host's is in it. In the second nobody waits for the logits.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ class Timing:
 
     step: the median of what the device took for these steps, from their inputs to their logits; not measured
         with the rest, and NaN where it was not asked for.
+    host: the same of the host: until the logits are on their way, not until they are there.
     """
 
     prefill: float
     decode: float
     generate: float
     step: float = float("nan")
+    host: float = float("nan")
 
     def less(self, other: Timing) -> Timing:
         """Phase by phase."""
@@ -72,7 +75,7 @@ def _generate(runner: Runner, tokens: int, read: Callable[[], float]) -> Timing:
 
 
 def timed(runner: Runner, tokens: int, phases: Collection[str] = ("decode",)) -> Timing:
-    """One generation of `tokens` (at least 2) tokens by the wall clock; for the phase "step" another one."""
+    """One generation of `tokens` (at least 2) tokens by the wall clock; "step" and "host" take one more."""
     cuda = runner.setup.device.type == "cuda"
 
     def now() -> float:
@@ -82,15 +85,35 @@ def timed(runner: Runner, tokens: int, phases: Collection[str] = ("decode",)) ->
 
     nothing = float("nan")
     found = Timing(nothing, nothing, nothing)
-    if set(phases) != {"step"}:
+    if set(phases) - {"step", "host"}:
         found = _generate(runner, tokens, now)
     if "step" in phases:
-        found = dataclasses.replace(found, step=device_step(runner, tokens, CudaMarks()))
+        found = dataclasses.replace(found, step=marked_step(runner, tokens, CudaMarks()))
+    if "host" in phases:
+        found = dataclasses.replace(found, host=marked_step(runner, tokens, HostMarks()))
     return found
 
 
+def on_clock(runner: Runner, tokens: int, read: Callable[[], float]) -> Timing:
+    """One generation of `tokens` (at least 2) tokens by any clock that gives seconds."""
+    return _generate(runner, tokens, read)
+
+
+def by_hand(runner: Runner, steps: int, read: Callable[[], float]) -> float:
+    """Median seconds of a decode step where the model is called in a loop of one's own, without generate."""
+    spans = []
+    with runner.context(), torch.no_grad():
+        runner.prefill()
+        for _ in range(steps):
+            start = read()
+            runner.decode()
+            spans.append(read() - start)
+    runner.cache = None
+    return statistics.median(spans)
+
+
 class Marks(Protocol):
-    """Notes when a device reaches the begin and the end of a step."""
+    """Notes when a device, or the host, reaches the begin and the end of a step."""
 
     def begin(self) -> None: ...
 
@@ -123,6 +146,29 @@ class CudaMarks:
         return [begin.elapsed_time(end) * 1e-3 for begin, end in self._events]
 
 
+class HostMarks:
+    """The host's clock, begun when the device has nothing left to do. What is launched is not waited for.
+
+    Args:
+        wait: returns when the device has nothing left to do.
+    """
+
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
+        self._wait = wait or torch.cuda.synchronize
+        self._begin: list[float] = []
+        self._end: list[float] = []
+
+    def begin(self) -> None:
+        self._wait()
+        self._begin.append(time.perf_counter())
+
+    def end(self) -> None:
+        self._end.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [end - begin for begin, end in zip(self._begin, self._end)]
+
+
 @contextlib.contextmanager
 def _marking(model: Any, marks: Marks) -> Iterator[None]:
     """Every step of a generation begins where its inputs are prepared."""
@@ -144,7 +190,7 @@ def _marking(model: Any, marks: Marks) -> Iterator[None]:
             model.prepare_inputs_for_generation = own
 
 
-def device_step(runner: Runner, tokens: int, marks: Marks) -> float:
+def marked_step(runner: Runner, tokens: int, marks: Marks) -> float:
     """Median seconds of a decode step by `marks`, in one generation of `tokens` tokens."""
     from transformers import LogitsProcessorList
 

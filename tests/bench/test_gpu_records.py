@@ -85,6 +85,7 @@ def _run(command: str, params: dict, times: dict[str, float], floor: dict | None
 
 
 KERNEL = {"dtype": "bfloat16", "width": 4096, "rank": 8, "mix": "distinct", "direction": "forward"}
+KERNEL["pool_rows"] = 0
 STEP = {"phase": "step", "compiled": True, "positions": "all", "batch": 64, "adapters": 64}
 
 
@@ -95,10 +96,18 @@ def test_what_was_reached_of_the_targets() -> None:
     runs.append(_run("kernels", KERNEL | {"rows": 4096, "adapters": 1}, {"native": 22.0}, floor))
     backward = KERNEL | {"rows": 4096, "adapters": 1, "direction": "backward"}
     runs.append(_run("kernels", backward, {"native": 77.0}, floor))
+    large = KERNEL | {"rows": 64, "adapters": 64, "pool_rows": targets.LARGE_POOL}
+    runs.append(_run("kernels", large, {"native": 6.0}, floor))
     for model, ratio in (("8b", 1.02), ("8b-quarter", 1.06)):
         runs.append(_run("overhead", STEP | {"model": model}, {"reft_kernels native": ratio}))
+    host = _run("overhead", STEP | {"phase": "host", "model": "8b"}, {"reft_kernels native": 1.02})
+    host.cases[0].systems["reft_kernels native"].extra["difference_s"] = {"median": 34e-6}
+    runs.append(host)
     rows = {row[0]: row[1:] for row in targets.rows(runs)}
-    assert len(rows) == 5
+    assert len(rows) == 7
+    (host,) = [row for text, row in rows.items() if text.startswith("the host's time")]
+    assert host == ("at most 20 µs", "34 µs (missed)", "–")
+    assert rows["the same, 64 rows, in a pool of 16384 rows"][1] == "1.50 (missed)"
     assert rows["op over its floor, 64 rows, as many adapters"] == ("at most 1.25", "1.25", "2.00 (missed)")
     assert rows["shrink and expand over the op, 64 rows"] == ("at least 1.50", "2.00", "1.25 (missed)")
     assert rows["op over copying h, 4096 rows, one adapter"] == ("at most 1.50", "1.10", "–")

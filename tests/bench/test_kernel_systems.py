@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import types
 
 import numpy as np
 import pytest
 import torch
+from reft_bench.cli import parser
+from reft_bench.commands import kernels as run
+from reft_bench.gpu import plan as gpu_plan
 from reft_bench.kernels import systems
-from reft_bench.kernels.cases import MIXES, KernelCase, Problem
+from reft_bench.kernels.cases import MIXES, USUAL_POOL, KernelCase, Problem, problems
 from reft_bench.measure.ceilings import Ceilings
+from reft_bench.measure.session import LeftOut
 from reft_bench.measure.timer import CpuClock
 
 
@@ -113,3 +118,106 @@ def test_a_floor_is_the_longer_of_bytes_and_operations_plus_a_call():
     assert floor["floor_s"] == max(floor["bytes_s"], floor["operations_s"]) + floor["empty_call_s"]
     assert 1e8 < floor["copy_rate"] < 1e13 and 1e8 < floor["matrix_rate"] < 1e16
     assert 1e-8 < floor["empty_call_s"] < 1e-3
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_input_sets_have_their_adapters_at_other_places(direction):
+    case = _case(direction, rows=5, width=64, rank=8, adapters=200)
+    sets = problems(case, "cpu", 0, sets=6)
+    places = {(id(it.pool), it.plan.spans[0, 0].item()) for it in sets}
+    assert len(places) == 6
+    # Two sets fill a pool; a backward, which gives gradients for all of its pool, has one for each set.
+    sizes = [it.pool.capacity for it in {id(it.pool): it for it in sets}.values()]
+    assert sizes == ([1600] * 6 if direction == "backward" else [USUAL_POOL] * 3)
+    for name in ("native", "gather+bmm", "eager"):
+        for it in sets:
+            assert systems.check(systems.all_systems()[name], it) <= 1e-5, name
+    assert all(it.h is sets[0].h and it.plan.rows is sets[0].plan.rows for it in sets)
+    apart = problems(case, "cpu", 0, sets=2, own_rows=True)
+    assert apart[0].h.data_ptr() != apart[1].h.data_ptr() and torch.equal(apart[0].h, apart[1].h)
+
+
+#: Of an H200.
+L2 = 60 << 20
+
+
+def _kit_cases():
+    for part in gpu_plan.BENCHMARKS:
+        for _, text, *_ in gpu_plan.BENCHMARKS[part]:
+            if text.startswith("kernels"):
+                yield from run.cases_of(parser("kernels").parse_args(text.split()))
+
+
+@pytest.mark.parametrize("case", list(_kit_cases()), ids=lambda case: case.id)
+def test_on_a_gpu_adapters_come_from_memory(case):
+    """All sets of a run together are far beyond the L2, so that none is found there at the next replay."""
+    work = case.work(0)
+    cached = work.of_rows <= L2 / 4 and case.direction != "backward"
+    cold = run.cold_bytes(work, cached)
+    assert run.sets_beyond(L2, cold) * cold >= run.CACHES * L2
+    if cached:
+        weights = case.adapters * case.rank * 2 * case.width
+        assert cold >= weights  # not h, which is in the L2 by purpose
+
+
+def test_a_large_pool_is_one_pool():
+    (case,) = [case for case in _kit_cases() if case.pool_rows]
+    sets = run.sets_beyond(L2, run.cold_bytes(case.work(0), True))
+    assert case.pool_capacity(sets) == case.pool_rows >= 16384
+    assert case.pool_rows >= sets * case.adapters * case.rank and case.id.endswith(f"pool={case.pool_rows}")
+
+
+class _WrongOps(systems.Ours):
+    def backward_ops(self, problem):
+        call = super().backward_ops(problem)
+        return lambda: (call()[0], *(2 * gradient for gradient in call()[1:]))
+
+
+def test_what_a_graph_holds_of_a_backward_is_checked_too():
+    problem = Problem(_case("backward"), "cpu", 0)
+    assert systems.check(systems.Ours("native"), problem) <= 1e-5
+    assert systems.check(_WrongOps("native"), problem) > 0.5
+
+
+class _NoGraph(CpuClock):
+    """A clock that can't prepare one system, as a graph can't hold some."""
+
+    def __init__(self, refused):
+        super().__init__(span=1e-5)
+        self.refused = refused
+
+    def prepare(self, candidate):
+        if candidate.name == self.refused:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return super().prepare(candidate)
+
+
+def _bench(monkeypatch, refused=""):
+    args = parser("kernels").parse_args(["kernels", "--rounds", "2"])
+    chosen = {name: systems.all_systems()[name] for name in ("eager", "native", "gather+bmm")}
+    session = types.SimpleNamespace(note=lambda text: None, results=types.SimpleNamespace())
+    bench = run.Bench(session, chosen, args, "cpu")
+    monkeypatch.setattr(run, "_clock", lambda *words: _NoGraph(refused))
+    return bench
+
+
+def test_a_backward_is_captured_by_its_ops(monkeypatch):
+    bench, called = _bench(monkeypatch), []
+    ops = systems.Ours.backward_ops
+    monkeypatch.setattr(
+        systems.Ours, "backward_ops", lambda self, problem: called.append("ops") or ops(self, problem)
+    )
+    monkeypatch.setattr(systems, "check", lambda system, problem: 0.0)
+    bench.measure(_case("backward"), lambda: None)
+    assert not called  # launched one by one, it is autograd's
+    bench.captures = True
+    bench.measure(_case("backward"), lambda: None)
+    assert called == ["ops"]
+
+
+def test_a_system_that_no_graph_holds_is_left_out(monkeypatch):
+    (result,) = _bench(monkeypatch, "gather+bmm").measure(_case(), lambda: None)
+    assert set(result.systems) == {"eager", "eager (A/A)", "native"}
+    assert "not permitted when stream is capturing" in result.left_out["gather+bmm"]
+    with pytest.raises(LeftOut, match="not permitted"):
+        _bench(monkeypatch, "eager").measure(_case(), lambda: None)

@@ -258,7 +258,29 @@ def test_a_devices_step_is_from_its_inputs_to_its_logits(name):
         return prepare(*args, **kwargs)
 
     runner.model.prepare_inputs_for_generation = slowly
-    inside = generation.device_step(runner, 5, marks)
+    inside = generation.marked_step(runner, 5, marks)
     assert len(marks.stamps) == 5 and all(len(pair) == 2 for pair in marks.stamps)
     assert inside > slow  # what the patch does before a forward is a part of it
     assert runner.model.prepare_inputs_for_generation is slowly
+
+
+def test_the_hosts_time_ends_where_the_logits_are_launched():
+    """What the step itself takes is in it; what comes after its logits and waiting for the device are not."""
+    runner, waits = all_systems()["reft_kernels native"].build(_setup(positions="all")), []
+    inside = runner.model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.02))
+
+    def wait():
+        waits.append(time.sleep(0.5))
+
+    marks = generation.HostMarks(wait)
+    host = generation.marked_step(runner, 5, marks)
+    inside.remove()
+    assert len(waits) == len(marks.seconds()) == 5
+    assert 0.02 <= host < 0.5
+
+
+def test_phases_that_only_a_gpu_has_are_refused_on_a_cpu(bench):
+    for phase in ("step", "host"):
+        words = ("overhead", "--device", "cpu", "--model", "tiny", "--phases", phase, "--compiled")
+        status, said = bench(*words)
+        assert status == 2 and f"--phases: {phase}" in said and "cpu" in said

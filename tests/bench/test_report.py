@@ -14,7 +14,7 @@ from reft_bench.kernels import systems as kernel_systems
 from reft_bench.records import answers, bars, names, plots, record
 from reft_bench.records.record import CaseResult, Results
 from reft_bench.records.stats import Interval
-from reft_bench.systems import training
+from reft_bench.systems import host, training
 
 RECORDS = Path(report.__file__).resolve().parents[1] / "results"
 MACHINE = {"cpu": {"model": "m", "cores": 2, "features": []}, "gpu": None, "threads": 2, "versions": {}}
@@ -83,6 +83,7 @@ def test_every_system_is_explained():
         "overhead": systems.all_systems(),
         "train": training.all_systems(),
         "kernels": kernel_systems.all_systems(),
+        "host": host.all_systems(),
     }
     for command, found in known.items():
         for line in names.explained(command, [name for one in found for name in (one, one + names.AGAIN)]):
