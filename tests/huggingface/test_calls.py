@@ -329,8 +329,9 @@ def test_a_keyword_that_the_models_forward_has_is_no_slip(batch):
 
 def test_no_keyword_of_transformers_looks_like_a_slip():
     """Of generate's settings, and of the forwards of all language models."""
-    from reft_kernels.huggingface.slips import OURS, meant_by
     from transformers.models.auto import modeling_auto
+
+    from reft_kernels.huggingface.slips import OURS, meant_by
 
     found = {*vars(transformers.GenerationConfig()), *inspect.signature(make_model().generate).parameters}
     for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
