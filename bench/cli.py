@@ -1,4 +1,4 @@
-"""The command line: reft-bench kernels | overhead | train | report | compare."""
+"""The command line: reft-bench kernels | overhead | host | train | report | compare."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 COMMANDS = {
     "kernels": (".kernels.run", True, "the op alone, beside torch's own ways and the machine's floor"),
     "overhead": (".overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
+    "host": (".host", True, "the host's own time in decode steps of a model that costs nothing"),
     "train": (".train", True, "training steps: time and peak memory, beside PEFT's LoRA and pyreft"),
     "report": (".report", False, "tables and plots of a folder of results"),
     "compare": (".compare", False, "what got slower between two runs; exit status 1 if anything did"),

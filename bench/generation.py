@@ -89,6 +89,24 @@ def timed(runner: Runner, tokens: int, phases: Collection[str] = ("decode",)) ->
     return found
 
 
+def on_clock(runner: Runner, tokens: int, read: Callable[[], float]) -> Timing:
+    """One generation of `tokens` (at least 2) tokens by any clock that gives seconds."""
+    return _generate(runner, tokens, read)
+
+
+def by_hand(runner: Runner, steps: int, read: Callable[[], float]) -> float:
+    """Median seconds of a decode step where the model is called in a loop of one's own, without generate."""
+    spans = []
+    with runner.context(), torch.no_grad():
+        runner.prefill()
+        for _ in range(steps):
+            start = read()
+            runner.decode()
+            spans.append(read() - start)
+    runner.cache = None
+    return statistics.median(spans)
+
+
 class Marks(Protocol):
     """Notes when a device reaches the begin and the end of a step."""
 

@@ -57,22 +57,32 @@ def build(name: str, dtype: torch.dtype, device: str, seed: int) -> nn.Module:
                 f"--model {name}: no shape ({shapes}, llama-<width>x<layers>) and can't be loaded: {reason}"
             ) from error
     else:
-        width, depth, inner, heads, kv_heads, vocabulary = shape
-        config = transformers.LlamaConfig(
-            hidden_size=width,
-            num_hidden_layers=depth,
-            intermediate_size=inner,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            vocab_size=vocabulary,
-            max_position_embeddings=8192,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=None,
-        )
-        torch.manual_seed(seed)
-        with torch.device(device):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = random_llama(shape, dtype, device, seed)
+    return model.eval().requires_grad_(False)
+
+
+def random_llama(
+    shape: tuple[int, int, int, int, int, int], dtype: torch.dtype, device: str, seed: int
+) -> nn.Module:
+    """A frozen Llama in eval mode with random weights; shape: as in `SHAPES`."""
+    import transformers
+
+    width, depth, inner, heads, kv_heads, vocabulary = shape
+    config = transformers.LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 

@@ -59,6 +59,22 @@ _SERVING = Sweep(
     _base(batch=256, prompt=128, positions="all", adapters=1),
     {"adapters": (1, 4, 16, 64, 256)},
 )
+_PAPER_CPU = (
+    Sweep(
+        _base(batch=4, prompt=32, adapters=1, positions="all"),
+        {
+            "rank": (1, 2, 4, 8, 16, 32, 64),
+            "layers": (1, 2, 4, "all"),
+            "positions": ("f1", "f1+l1", "f3+l3", "f5+l5", "f10+l10", "all"),
+        },
+        ("generate",),
+    ),
+    Sweep(
+        _base(batch=64, prompt=8, adapters=1, positions="all"),
+        {"adapters": (1, 4, 16, 64)},
+        ("generate",),
+    ),
+)
 
 PRESETS = {
     "quick": Preset(
@@ -89,6 +105,13 @@ PRESETS = {
     ),
     "paper": Preset(
         "7b", rounds=15, new_tokens=256, sweeps=(_PAPER,), text="the ReFT paper's sweeps on a 7B shape"
+    ),
+    "paper-cpu": Preset(
+        "llama-512x8",
+        rounds=15,
+        new_tokens=8,
+        sweeps=_PAPER_CPU,
+        text="the paper's sweeps and distinct adapters, 2 CPU cores, under 25 minutes",
     ),
     "serving": Preset(
         "8b", rounds=31, new_tokens=64, sweeps=(_SERVING,), text="every position, 1 to 256 distinct adapters"

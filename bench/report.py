@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import plots, record, targets
+from . import host_report, paper_plots, plots, record, targets
 from .record import CaseResult, ResultError, Results
 from .stats import Interval
 from .tables import attributed_text, interval_text, time_text
@@ -131,12 +131,25 @@ def _train(results: Results) -> str:
     return _markdown([*headings, "peak memory (MiB)", "trained parameters"], rows)
 
 
+def _host(results: Results) -> str:
+    return "\n".join(
+        f"### {table.title}\n\n{_markdown(table.headings, table.rows)}"
+        for table in host_report.tables(results)
+    )
+
+
+def _host_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
+    return [(host_report.PLOT, host_report.draw(results, folder / "host.png"))] if results.cases else []
+
+
 def _overhead_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
-    drawn = []
+    drawn = paper_plots.draw(results, folder)
     on_a_line = {
         id(case) for axis in plots.AXIS_LABELS for line in plots.lines(results, axis) for case in line.cases
     }
     for axis in ("rank", "layers", "positions", "prompt", "batch"):
+        if drawn and axis in paper_plots.PANELS:
+            continue  # the figure above has them
         swept = plots.lines(results, axis)
         if swept:
             path = folder / f"overhead-{axis}.png"
@@ -171,6 +184,7 @@ def _train_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
 KINDS: dict[str, tuple[str, Any, Any]] = {
     "kernels": ("The op alone", _kernels, _kernel_plots),
     "overhead": ("Overhead over merged LoRA", _overhead, _overhead_plots),
+    "host": ("The host's time", _host, _host_plots),
     "train": ("Training", _train, _train_plots),
 }
 

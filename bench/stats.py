@@ -104,6 +104,43 @@ def paired_difference(
     return median_interval(a - b, confidence, seed)
 
 
+def fitted_line(
+    places: Sequence[float],
+    samples: Sequence[Sequence[float]],
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> tuple[Interval, Interval]:
+    """(value at 0, slope) of the line through the medians of the samples that were taken at each place.
+
+    The medians weigh 1 / place: what is measured at a place is taken to scatter in proportion to it. Each
+    place's samples are resampled by themselves.
+
+    Args:
+        places: at least two, positive and all different.
+
+    Raises:
+        ValueError: for other places, or if they are not as many as the lists of samples.
+    """
+    x = np.asarray(places, dtype=np.float64)
+    if x.ndim != 1 or len(x) < 2 or len(set(x)) != len(x) or not (x > 0).all():
+        raise ValueError(f"places: must be two or more positive numbers, all different, were {list(places)}")
+    if len(samples) != len(x):
+        raise ValueError(f"samples: {len(samples)} lists for {len(x)} places")
+    arrays = [_checked(taken, "samples") for taken in samples]
+    weights = 1.0 / x
+    solve = np.linalg.pinv(weights[:, None] * np.stack([np.ones_like(x), x], axis=1)) * weights
+    drawn = [
+        _resampled(lambda index, a=array: np.median(a[index], axis=1), len(array), seed + number, RESAMPLES)
+        for number, array in enumerate(arrays)
+    ]
+    found = solve @ np.array([np.median(array) for array in arrays])
+    at_zero, slope = (
+        Interval(float(middle), *_ends(values, confidence))
+        for middle, values in zip(found, solve @ np.stack(drawn))
+    )
+    return at_zero, slope
+
+
 def share(
     part: Sequence[float], whole: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:

@@ -57,6 +57,7 @@ class Setup:
         adapter_of: [batch] number of each row's adapter.
         adapters: LoReFT adapters, not trainable.
         compiled: whether generations have a static cache and a compiled decode step.
+        compile_options: for transformers' CompileConfig, where they are; its defaults otherwise.
     """
 
     def __init__(self, original: nn.Module, point: Point, seed: int, compiled: bool = False) -> None:
@@ -89,6 +90,7 @@ class Setup:
         for adapter in self.adapters:
             adapter.trainable = False
         self.merged: nn.Module = original
+        self.compile_options: dict[str, Any] = {}
 
     def eager(self) -> Setup:
         """The same with generations that are not compiled."""
@@ -106,11 +108,14 @@ class Setup:
         return parsed.resolve(self.point.prompt).tolist()
 
 
-def compiled_generation() -> dict[str, Any]:
-    """Arguments of transformers' generate for a static cache and a compiled decode step, on any device."""
+def compiled_generation(**options: Any) -> dict[str, Any]:
+    """Arguments of transformers' generate for a static cache and a compiled decode step, on any device.
+
+    options: those of transformers' CompileConfig.
+    """
     from transformers import CompileConfig
 
-    config = CompileConfig()
+    config = CompileConfig(**options)
     config._compile_all_devices = True  # transformers compiles on accelerators only
     return {"cache_implementation": "static", "compile_config": config}
 
@@ -170,7 +175,7 @@ class Runner:
 
     def generation(self, tokens: int) -> dict[str, Any]:
         ids = self.setup.input_ids
-        how = compiled_generation() if self.setup.compiled else {}
+        how = compiled_generation(**self.setup.compile_options) if self.setup.compiled else {}
         return how | {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

@@ -86,3 +86,28 @@ def test_verdicts(ratio, control, said):
 def test_bad_samples_are_refused(system, baseline, message):
     with pytest.raises(ValueError, match=message):
         stats.paired_ratio(system, baseline)
+
+
+def test_a_fitted_line_holds_the_truth():
+    rng, places = np.random.default_rng(4), (2, 8, 32)
+    held = np.zeros(2)
+    for _ in range(REPEATS):
+        samples = [(5 + 3 * place) + rng.normal(0, place, 25) for place in places]
+        at_zero, slope = stats.fitted_line(places, samples)
+        held += at_zero.holds(5), slope.holds(3)
+    assert (held / REPEATS >= 0.90).all() and (held / REPEATS <= 0.995).all()
+
+
+@pytest.mark.parametrize(
+    ("places", "samples", "message"),
+    [
+        ([2], [[1.0]], "two or more"),
+        ([2, 2], [[1.0], [1.0]], "all different"),
+        ([0, 2], [[1.0], [1.0]], "positive"),
+        ([1, 2], [[1.0]], "1 lists for 2 places"),
+        ([1, 2], [[1.0], []], "at least one sample"),
+    ],
+)
+def test_a_line_needs_places_and_samples(places, samples, message):
+    with pytest.raises(ValueError, match=message):
+        stats.fitted_line(places, samples)
