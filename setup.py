@@ -55,6 +55,11 @@ class Library:
     flags: list[str]
     link: list[str]
     cuda: bool = False
+    python: bool = False
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.abi3.so" if self.python else f"{self.name}.so"
 
 
 def _cpu_library() -> Library:
@@ -85,7 +90,22 @@ def _cuda_library() -> Library:
     return Library("reft_kernels_cuda", sources, flags, ["-ltorch_cpu", "-ltorch_cuda"], cuda=True)
 
 
-LIBRARIES = [_cpu_library(), _cuda_library()]
+def _standin_library() -> Library:
+    """The one that knows Python, by its limited API: one binary serves every Python from 3.10 on."""
+    sources = {f"python_bindings/{name}.cpp": [] for name in ("standin", "standin_records")}
+    flags = ["-fvisibility=hidden"]
+    return Library("reft_kernels_standin", sources, flags, ["-ldl"], python=True)
+
+
+LIBRARIES = [_cpu_library(), _cuda_library(), _standin_library()]
+
+
+#: What is so without a library.
+WITHOUT = {
+    "reft_kernels_cpu": "on a CPU it then runs its slow reference backend",
+    "reft_kernels_cuda": "GPUs then take the triton backend",
+    "reft_kernels_standin": "an edit then takes the longer way through torch's dispatcher",
+}
 
 
 def _wanted(library: Library) -> bool:
@@ -171,6 +191,14 @@ def _tool(name: str, what: str) -> str:
     return path
 
 
+def _python_headers() -> Path:
+    """The folder of Python.h."""
+    include = Path(sysconfig.get_paths()["include"])
+    if not (include / "Python.h").is_file():
+        raise CannotBuild(f"Python's headers (there is no Python.h in {include})")
+    return include
+
+
 def _escaped(path: Path | str) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
@@ -178,8 +206,12 @@ def _escaped(path: Path | str) -> str:
 def _ninja_file(library: Library, compiler: str, torch: Path, folder: Path) -> str:
     """build.ninja with one compile edge a source, and one link edge."""
     include = f"-isystem '{torch / 'include'}'"
+    if library.python:
+        include += f" -isystem '{_python_headers()}'"
     common = ["-O3", "-std=c++17", "-fPIC", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    common += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *library.flags]
+    if not library.python:  # which takes one header of torch, in plain C, that is not for the stable ABI
+        common += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    common += library.flags
     shared = "-shared" if sys.platform != "darwin" else "-dynamiclib -undefined dynamic_lookup"
     link = f"{shared} -L'{torch / 'lib'}' {' '.join(library.link)}"
     linker, cuda = "$cxx", []
@@ -213,7 +245,7 @@ def _ninja_file(library: Library, compiler: str, torch: Path, folder: Path) -> s
         objects.append(_escaped(folder / (source.replace("/", "_") + ".o")))
         rule = "cuda" if source.endswith(".cu") else "compile"
         lines += [f"build {objects[-1]}: {rule} {source}", f"  extra = {' '.join(extra)}"]
-    lines += [f"build {_escaped(folder / (library.name + '.so'))}: link {' '.join(objects)}", ""]
+    lines += [f"build {_escaped(folder / library.file)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
 
@@ -230,7 +262,7 @@ def _build(library: Library, folder: Path) -> Path:
     done = subprocess.run([ninja, "-f", str(folder / "build.ninja")], cwd=ROOT)
     if done.returncode:
         raise CannotBuild(f"a compile of {library.name} without errors (they stand above)")
-    return folder / f"{library.name}.so"
+    return folder / library.file
 
 
 class BuildNative(build_ext):
@@ -246,14 +278,9 @@ class BuildNative(build_ext):
             except CannotBuild as missing:
                 if library.cuda and _build_cuda() == "1":
                     raise SystemExit(f"reft_kernels: {library.name} needs {missing}") from missing
-                without = (
-                    "GPUs then take the triton"
-                    if library.cuda
-                    else "on a CPU it then runs its slow reference"
-                )
                 print(
                     f"reft_kernels: {library.name} was not built, it needs {missing}. The package works "
-                    f"without it; {without} backend.",
+                    f"without it; {WITHOUT[library.name]}.",
                     file=sys.stderr,
                 )
                 continue
