@@ -78,10 +78,9 @@ class BuildNative(build_ext):
 
 
 def _warn(library, reason: str) -> None:
-    without = "GPUs then take the triton" if library.cuda else "on a CPU it then runs its slow reference"
     print(
-        f"reft_kernels: {library.name} was not built, {reason}. The package works without it; {without} "
-        "backend. `reft-kernels build` compiles it once the package is installed.",
+        f"reft_kernels: {library.name} was not built, {reason}. The package works without it; "
+        f"{native.WITHOUT[library.name]}. `reft-kernels build` compiles it once the package is installed.",
         file=sys.stderr,
     )
 

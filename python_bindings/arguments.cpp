@@ -116,7 +116,12 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
       {"rows", out.plan.rows, 4 * out.positions}, {"tiles", out.plan.tiles, 12 * out.tile_count},
       {"spans", out.plan.spans, 8 * out.segments}};
   std::copy(std::begin(regions), std::end(regions), out.regions);
+  check_values(&out, h);
+  return out;
+}
 
+void check_values(Checked* checked, const Rows& h) {
+  Checked& out = *checked;
   int64_t highest = -1;
   for (int64_t i = 0; i < out.positions; ++i) {
     highest = std::max<int64_t>(highest, out.plan.rows[i]);
@@ -145,7 +150,6 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
     out.max_rank = std::max(out.max_rank, rank);
     out.work += rank * (tile.count + 16) * h.d;
   }
-  return out;
 }
 
 void check_apart(const Rows& h, const Checked& checked) {

@@ -48,6 +48,9 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
                             const Tensor& kind, const Tensor& rows, const Tensor& tiles,
                             const Tensor& spans, const Rows& h);
 
+// The part of these checks that reads the plan; sets max_rank and work, from everything above them.
+void check_values(Checked* checked, const Rows& h);
+
 // Refuses h that shares memory with the pool or the plan.
 void check_apart(const Rows& h, const Checked& checked);
 

@@ -7,12 +7,15 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
+#include <exception>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "arguments.h"
+#include "launch.h"
 #include "weight_ranges.h"
 
 namespace reft {
@@ -174,8 +177,68 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
   return result();
 }
 
+// What a stand-in calls: `body`, and what it threw as a text.
+template <class Body>
+const char* told(const Body& body) {
+  thread_local std::string error;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& thrown) {
+    error = thrown.what();
+  } catch (...) {
+    error = "an unknown error in the native backend";
+  }
+  return error.c_str();
+}
+
+Dtype dtype_of(int32_t code) {
+  return code == kReftF32 ? Dtype::f32 : code == kReftBf16 ? Dtype::bf16 : Dtype::f16;
+}
+
+Rows rows_of(const ReftHidden& h) { return {{h.data, h.d}, h.count, h.d, dtype_of(h.dtype)}; }
+
+// As the op does, from addresses: shapes and dtypes were checked when the addresses were taken; the
+// plan's values are checked here as well, which costs nothing beside the call.
+const char* launch_intervene_(const ReftHidden* h, const ReftPool* pool, const ReftRows* plan) {
+  return told([&] {
+    Checked checked{};
+    checked.pool = {pool->down, pool->up, pool->bias, pool->kind, dtype_of(pool->dtype)};
+    checked.plan = {plan->rows, reinterpret_cast<const Tile*>(plan->tiles),
+                    reinterpret_cast<const Span*>(pool->spans)};
+    checked.pool_rows = pool->rows;
+    checked.positions = plan->positions;
+    checked.tile_count = plan->tile_count;
+    checked.segments = pool->segments;
+    const Rows view = rows_of(*h);
+    check_values(&checked, view);
+    run_forward(view, checked);
+  });
+}
+
+const char* launch_norm(const ReftHidden* h, void* out, const ReftNorm* norm) {
+  return told([&] {
+    const Rows view = rows_of(*h);
+    const RowNorm norms{view.matrix,  {out, view.d}, view.d,    view.dtype,
+                        norm->weight, norm->shift,   norm->eps, norm->norm};
+    const Isa& kernels = isa();
+    for_each(view.count, view.count * view.d * kNormWork, 0,
+             [&](int64_t row, float*) { kernels.norm_row(norms, row); });
+  });
+}
+
+int launch_grad_enabled() { return aoti_torch_grad_mode_is_enabled() ? 1 : 0; }
+
+constexpr ReftLaunches kLaunches = {kReftLaunchesVersion, launch_grad_enabled, launch_intervene_,
+                                    launch_norm};
+
 }  // namespace
 }  // namespace reft
+
+// What the stand-ins call past torch's dispatcher.
+extern "C" __attribute__((visibility("default"))) const ReftLaunches* reft_kernels_cpu_launches() {
+  return &reft::kLaunches;
+}
 
 // The instruction set in use ("avx512", "avx2", "scalar"), or null with *error set.
 extern "C" __attribute__((visibility("default"))) const char* reft_kernels_cpu_isa(

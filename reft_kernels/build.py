@@ -43,6 +43,11 @@ class Library:
     flags: list[str]
     link: list[str]
     cuda: bool = False
+    python: bool = False
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.abi3.so" if self.python else f"{self.name}.so"
 
 
 def _cpu_library() -> Library:
@@ -74,7 +79,22 @@ def _cuda_library() -> Library:
     return Library("reft_kernels_cuda", files, flags, ["-ltorch_cpu", "-ltorch_cuda"], cuda=True)
 
 
-LIBRARIES = [_cpu_library(), _cuda_library()]
+def _standin_library() -> Library:
+    """The one that knows Python, by its limited API: one binary serves every Python from 3.10 on."""
+    files: dict[str, list[str]] = {
+        f"python_bindings/{name}.cpp": [] for name in ("standin", "standin_records")
+    }
+    return Library("reft_kernels_standin", files, ["-fvisibility=hidden"], ["-ldl"], python=True)
+
+
+LIBRARIES = [_cpu_library(), _cuda_library(), _standin_library()]
+
+#: What is so without a library.
+WITHOUT = {
+    "reft_kernels_cpu": "on a CPU it then runs its slow reference backend",
+    "reft_kernels_cuda": "GPUs then take the triton backend",
+    "reft_kernels_standin": "an edit then takes the longer way through torch's dispatcher",
+}
 
 
 def unwanted(library: Library) -> str | None:
@@ -168,6 +188,14 @@ def _tool(name: str, what: str) -> str:
     return path
 
 
+def _python_headers() -> Path:
+    """The folder of Python.h."""
+    include = Path(sysconfig.get_paths()["include"])
+    if not (include / "Python.h").is_file():
+        raise CannotBuild(f"Python's headers (there is no Python.h in {include})")
+    return include
+
+
 def _escaped(path: Path | str) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
@@ -175,8 +203,12 @@ def _escaped(path: Path | str) -> str:
 def _ninja_file(library: Library, compiler: str, torch: Path, folder: Path) -> str:
     """build.ninja with one compile edge a source, and one link edge."""
     include = f"-isystem '{torch / 'include'}'"
+    if library.python:
+        include += f" -isystem '{_python_headers()}'"
     common = ["-O3", "-std=c++17", "-fPIC", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    common += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *library.flags]
+    if not library.python:  # which takes one header of torch, in plain C, that is not for the stable ABI
+        common += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    common += library.flags
     shared = "-shared" if sys.platform != "darwin" else "-dynamiclib -undefined dynamic_lookup"
     link = f"{shared} -L'{torch / 'lib'}' {' '.join(library.link)}"
     linker, cuda = "$cxx", []
@@ -210,7 +242,7 @@ def _ninja_file(library: Library, compiler: str, torch: Path, folder: Path) -> s
         objects.append(_escaped(folder / (source.replace("/", "_") + ".o")))
         rule = "cuda" if source.endswith(".cu") else "compile"
         lines += [f"build {objects[-1]}: {rule} {source}", f"  extra = {' '.join(extra)}"]
-    lines += [f"build {_escaped(folder / (library.name + '.so'))}: link {' '.join(objects)}", ""]
+    lines += [f"build {_escaped(folder / library.file)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
 
@@ -237,7 +269,7 @@ def build(library: Library, folder: Path) -> Path:
     done = subprocess.run([ninja, "-f", str(folder / "build.ninja")], cwd=root)
     if done.returncode:
         raise CannotBuild(f"a compile of {library.name} without errors (they stand above)")
-    return folder / f"{library.name}.so"
+    return folder / library.file
 
 
 def install(made: Path, lib: Path = LIB) -> Path:
@@ -253,7 +285,7 @@ def install(made: Path, lib: Path = LIB) -> Path:
 
 def note(library: Library, reason: str, lib: Path = LIB) -> Path | None:
     """Writes down why a library was not built, for who asks later; nothing where one lies there."""
-    target = lib / f"{library.name}.so"
+    target = lib / library.file
     if target.exists():
         return None
     lib.mkdir(parents=True, exist_ok=True)

@@ -87,10 +87,7 @@ class SavedModules(nn.Module):
             return
         theirs = self.check(model)
         for module in theirs.values():
-            twin = copy.deepcopy(module)
-            for child in twin.modules():  # hooks and wrappers are the model's
-                child.__dict__.pop("forward", None)
-            self._copies.append(twin)
+            self._copies.append(_copied(module))
         self._paths = tuple(theirs)
         for path, tensors in self.stored.items():
             twin = self.modules_by_path[path]
@@ -99,6 +96,16 @@ class SavedModules(nn.Module):
             twin.to(next(theirs[path].parameters()).device)
         self.stored = {}
         self.requires_grad_(trainable)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy without the wrappers of `forward`, which are the model's and may lead to all of it."""
+    wrappers = {part: part.__dict__.pop("forward") for part in module.modules() if "forward" in part.__dict__}
+    try:
+        return copy.deepcopy(module)
+    finally:
+        for part, wrapper in wrappers.items():
+            part.__dict__["forward"] = wrapper
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

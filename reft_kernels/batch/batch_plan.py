@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .. import ops
+from ..ops import launch
 from ..plan import Rows, SegmentRows, cover, pack_rows
 from ..pool import Fold
 from .tables import Place, SiteKey, SiteTable, Table
@@ -37,6 +38,8 @@ class BatchPlan:
         folds: with autograd, the folds of adapters that want a gradient, made once a forward for all layers.
         stale: whether the pools may hold trainable adapters as they were. A step with autograd reads no pool,
             so they are renewed only once something does.
+        launch_rows: the rows by address, one a device, None for a device whose ops are all called by name; or
+            None, where all are: see docs/architecture.md, the short way.
     """
 
     __slots__ = (
@@ -45,6 +48,7 @@ class BatchPlan:
         "covers",
         "folds",
         "head_rows_by_key",
+        "launch_rows",
         "recomputing",
         "rows",
         "saved_modules",
@@ -73,6 +77,7 @@ class BatchPlan:
         self.recomputing = False
         self.folds: dict[Intervention, Fold] = {}
         self.stale = table.trainable
+        self.launch_rows: tuple[Any, ...] | None = None
 
     def prepare(self) -> None:
         """What compiled code can't do when it runs: chooses backends, renews pools or makes live folds.
@@ -84,11 +89,20 @@ class BatchPlan:
         if not torch.is_grad_enabled():
             if self.stale:
                 self.renew()
+            self._open_short_way()
             return
         # Asked each time, as PEFT and users freeze as they go.
         for adapter in self.table.adapters.values():
             if any(one.wants_grad for one in adapter.interventions):
                 self.folds.update(zip(adapter.interventions, adapter.folds()))
+
+    def _open_short_way(self) -> None:
+        """For the CPU's native kernels, under a plan that no gradient comes through."""
+        if launch.missing is None and ops.current_backend("cpu") == "native":
+            self.launch_rows = tuple(
+                launch.plan_rows(rows.rows, rows.tiles, self.tokens) if device.type == "cpu" else None
+                for device, rows in zip(self.table.devices, self.rows)
+            )
 
     def trains(self, site: SiteTable) -> bool:
         """Whether something at the site wants a gradient."""
@@ -106,6 +120,7 @@ class BatchPlan:
         self.sites = self.table.sites
         self.rows = [pack_rows(self.by_segment, device) for device in self.table.devices]
         self.head_rows_by_key.clear()
+        self.launch_rows = None  # the sites' slots may be others
         self.backends[place.device] = ops.current_backend(place.device)
         return self.sites[key]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,10 +52,11 @@ class SiteTable:
     """One site under one set of segments.
 
     pool: where its interventions lie. spans: each segment's range there, [S, 2] int32 on the pool's device.
-    slot: index into a plan's rows (one for each device). place: of its hidden states.
+    slot: index into a plan's rows (one for each device). place: of its hidden states. launch: pool and spans
+    by address, for the short way, which makes it (python_bindings/standin.cpp); a copy has none.
     """
 
-    __slots__ = ("_interventions", "_live", "_who", "place", "pool", "slot", "spans")
+    __slots__ = ("_interventions", "_live", "_who", "launch", "place", "pool", "slot", "spans")
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class SiteTable:
         who: Callable[[], list[Intervention | None]],
     ) -> None:
         self.pool, self.spans, self.slot, self.place = pool, spans, slot, place
+        self.launch: Any = None
         self._who = who
         self._interventions: list[Intervention | None] | None = None
         self._live: tuple[Tensor, Tensor] | None = None

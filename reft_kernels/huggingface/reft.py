@@ -307,7 +307,7 @@ class Reft(Names, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for adapter in self._store.adapters.values():  # copies of adapters have no owner
+        for adapter in self._modules_of.values():  # copies of adapters have no owner
             adapter.on_trainable = self._freeze_base
 
     def state_dict(

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..batch import BatchPlan, SiteKey, edit
 from ..batch.edit import site_of
+from ..ops import launch
 from .blocks import edits_input, site_module
 from .fused_norm import NextNorm, edit_and_norm
 from .runtime import Runtime
@@ -20,6 +21,8 @@ class SiteForward(StandIn):
 
     inputs, outputs: sites at this module (each head of attention is one).
     norm: the norm that takes a block's output, where it is fused with the edit.
+    key: for the short way (python_bindings/standin.cpp, which reads it and calls `after`): the one site,
+        False where there is none, None where a call takes more than one edit of the whole output.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime) -> None:
@@ -28,6 +31,13 @@ class SiteForward(StandIn):
         self.inputs: tuple[SiteKey, ...] = ()
         self.outputs: tuple[SiteKey, ...] = ()
         self.norm: NextNorm | None = None
+        self.key: SiteKey | bool | None = False
+
+    def use(self, inputs: tuple[SiteKey, ...], outputs: tuple[SiteKey, ...]) -> None:
+        """Edits at these sites from now on."""
+        self.inputs, self.outputs = inputs, outputs
+        one = outputs[0] if len(outputs) == 1 and outputs[0].head is None else None
+        self.key = None if inputs else (one if outputs else False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.runtime.plan
@@ -35,7 +45,10 @@ class SiteForward(StandIn):
             return self.original(*args, **kwargs)
         if self.inputs:
             args, kwargs = self._edit_input(args, kwargs, plan)
-        output = self.original(*args, **kwargs)
+        return self.after(self.original(*args, **kwargs), plan)
+
+    def after(self, output: Any, plan: BatchPlan) -> Any:
+        """The module's output with its edits."""
         norm = self.norm
         if norm is None and not self.outputs:
             return output
@@ -81,7 +94,7 @@ class Sites:
     def _stand_in(self, module: nn.Module) -> SiteForward:
         site = self._modules.get(module)
         if site is None:
-            site = self._modules[module] = SiteForward(module, self.runtime)
+            site = self._modules[module] = launch.shortened(SiteForward, "site")(module, self.runtime)
             site.attach()
         return site
 
@@ -91,17 +104,19 @@ class Sites:
         for key in new:
             site = self._keys[key] = self._stand_in(site_module(self.blocks.layers[key.layer], key.site))
             if edits_input(key.site):
-                site.inputs += (key,)
+                site.use((*site.inputs, key), site.outputs)
             else:
-                site.outputs += (key,)
+                site.use(site.inputs, (*site.outputs, key))
         return bool(new)
 
     def keep(self, keys: set[SiteKey]) -> None:
         """Detaches all others."""
         for key in [key for key in self._keys if key not in keys]:
             site = self._keys.pop(key)
-            site.inputs = tuple(other for other in site.inputs if other != key)
-            site.outputs = tuple(other for other in site.outputs if other != key)
+            site.use(
+                tuple(other for other in site.inputs if other != key),
+                tuple(other for other in site.outputs if other != key),
+            )
             self._drop_idle(site)
 
     def _drop_idle(self, site: SiteForward) -> None:

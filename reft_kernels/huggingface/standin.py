@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from ..ops import launch
+
 
 class StandIn:
     """Stands for the method `name` of `module`; `original` is the method below.
@@ -64,6 +66,10 @@ class StandIn:
         self.own, self.original = top, getattr(self.module, self.name)
         self.attach()
         return True
+
+    def __reduce__(self) -> Any:
+        # By the class in Python: who reads a pickle may have no other.
+        return launch.blank, (launch.plain(type(self)),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
