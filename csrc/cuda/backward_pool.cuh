@@ -8,17 +8,17 @@
 #pragma once
 
 #include "activation.cuh"
-#include "sums.cuh"
+#include "held.cuh"
 
 namespace reft::cuda {
 
-constexpr int kPoolWarps = 8;
+constexpr int kPoolWarps = 4;
 constexpr int kPoolColumns = 64;  // two for each lane
 constexpr int kRowsAhead = 4;     // rows that a warp reads at once
 constexpr int kSlices = kLargestCluster;
-constexpr int kGroupRows = 2 * kPoolWarps * kRowsAhead;  // that a slice takes in turn
-constexpr int kPoolSums = kChunk * kPoolColumns;         // of D, and as many of U
-constexpr int kSliceSums = 2 * kPoolSums + kChunk;       // and of c
+constexpr int kGroupRows = 64;                      // that a slice takes in turn
+constexpr int kPoolSums = kChunk * kPoolColumns;    // of D, and as many of U
+constexpr int kSliceSums = 2 * kPoolSums + kChunk;  // and of c
 
 inline int64_t pool_bytes(int shift) {
   const int64_t floats = kPoolWarps * kPoolSums + (kSlices >> shift) * kSliceSums;
@@ -28,31 +28,42 @@ inline int64_t pool_bytes(int shift) {
 // p and v of pool rows first + begin to first + end, for a row with x and g, computed by one warp.
 // Those of the eight that are not in between are not read: they belong to others.
 template <class H, class P>
-__device__ void again(const BackwardCall& call, const H* x, const H* g, int64_t first, int begin,
+__device__ void again(const BackwardCall& call, const H* x, const H* g, int first, int begin,
                       int end, float (&p)[kChunk], float (&v)[kChunk]) {
   float z[kChunk] = {}, w[kChunk] = {};
-  for (int64_t col = threadIdx.x % 32; col < call.d; col += 32) {
+  for (int col = threadIdx.x % 32; col < width_of(call); col += 32) {
     const float xc = to_float(x[col]), gc = to_float(g[col]);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
       if (j >= begin && j < end) {
-        const int64_t place = (first + j) * call.d + col;
+        const int64_t place = offset(first + j, call.d) + col;
         z[j] = fmaf(xc, to_float(static_cast<const P*>(call.pool.down)[place]), z[j]);
         w[j] = fmaf(gc, to_float(static_cast<const P*>(call.pool.up)[place]), w[j]);
       }
     }
   }
+  // Each lane makes p and v of one pool row, so their code stands here once.
+  const int lane = threadIdx.x % 32, mine = lane % kChunk;
+  float my_z = 0.0f, my_w = 0.0f;
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) {
-    if (j < begin || j >= end) continue;
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      z[j] += shuffle_xor(z[j], offset);
-      w[j] += shuffle_xor(w[j], offset);
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      z[j] += shuffle_xor(z[j], lanes);
+      w[j] += shuffle_xor(w[j], lanes);
     }
-    const Bend bend(call.pool, Span{static_cast<int32_t>(first), end}, j);
-    v[j] = bend(z[j]);
-    p[j] = bend.slope(z[j]) * w[j];
+    if (j == mine) my_z = z[j], my_w = w[j];
+  }
+  float my_p = 0.0f, my_v = 0.0f;
+  if (mine >= begin && mine < end) {
+    const Bend bend(call.pool, Span{first, end}, mine);
+    my_v = bend(my_z);
+    my_p = bend.slope(my_z) * my_w;
+  }
+#pragma unroll
+  for (int j = 0; j < kChunk; ++j) {
+    p[j] = bits_float(shuffle(float_bits(my_p), j));
+    v[j] = bits_float(shuffle(float_bits(my_v), j));
   }
 }
 
@@ -60,10 +71,10 @@ __device__ void again(const BackwardCall& call, const H* x, const H* g, int64_t 
 struct Overlap {
   int skip, end;
 
-  __device__ Overlap(Span span, int64_t first) {
-    const int64_t from = span.first - first, to = from + span.rank;
-    skip = from > 0 ? from < kChunk ? static_cast<int>(from) : kChunk : 0;
-    end = to < kChunk ? to > 0 ? static_cast<int>(to) : 0 : kChunk;
+  __device__ Overlap(Span span, int first) {
+    const int from = span.first - first, to = from + span.rank;
+    skip = from > 0 ? from : 0;
+    end = to < kChunk ? to : kChunk;
     if (span.rank <= 0) end = 0;
   }
   __device__ bool any() const { return skip < end; }
@@ -73,45 +84,44 @@ struct Overlap {
 struct PoolParts {
   float down[kChunk][2] = {}, up[kChunk][2] = {}, bias[kChunk] = {};
 
-  // The rows of a group, every eighth for this warp.
-  template <class H, class P>
-  __device__ void add(const BackwardCall& call, Span span, Overlap rows, int64_t first,
-                      int64_t group, int64_t group_end, int64_t col) {
-    const int warp = threadIdx.x / 32;
-    const int column = static_cast<int>(first - span.first);  // of pool row `first` in p and v
-    for (int64_t at = group + warp; at < group_end; at += kPoolWarps * kRowsAhead) {
-      float x[kRowsAhead][2], g[kRowsAhead][2];
-      bool live[kRowsAhead];
+  // The rows of a group, every fourth for this warp. kFresh: p and v were not kept.
+  template <class H, class P, bool kFresh>
+  __device__ void add(const BackwardCall& call, Span span, Overlap rows, int first, int group,
+                      int group_end, int col) {
+    constexpr int kAhead = kFresh ? 1 : kRowsAhead;
+    const int column = first - span.first;  // of pool row `first` in p and v
+    for (int at = group + threadIdx.x / 32; at < group_end; at += kPoolWarps * kAhead) {
+      float x[kAhead][2], g[kAhead][2];
+      bool live[kAhead];
+      int row[kAhead];
 #pragma unroll
-      for (int i = 0; i < kRowsAhead; ++i) {
-        const int64_t position = at + i * kPoolWarps;
-        const int64_t row = position < group_end ? call.plan.rows[position] : -1;
-        live[i] = row >= 0 && row < call.row_count;
-        const H* xs = static_cast<const H*>(call.hs.data) + position * call.hs.stride;
-        const H* gs = static_cast<const H*>(call.grad.data) + row * call.grad.stride;
+      for (int i = 0; i < kAhead; ++i) {
+        const int position = at + i * kPoolWarps;
+        row[i] = position < group_end ? call.plan.rows[position] : -1;
+        live[i] = row[i] >= 0 && row[i] < call.row_count;
+        const H* xs = row_at<H>(call.hs, position);
+        const H* gs = row_at<H>(call.grad, row[i]);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          x[i][c] = live[i] && col + c < call.d ? to_float(xs[col + c]) : 0.0f;
-          g[i][c] = live[i] && col + c < call.d ? to_float(gs[col + c]) : 0.0f;
+          x[i][c] = live[i] && col + c < width_of(call) ? to_float(xs[col + c]) : 0.0f;
+          g[i][c] = live[i] && col + c < width_of(call) ? to_float(gs[col + c]) : 0.0f;
         }
       }
 #pragma unroll
-      for (int i = 0; i < kRowsAhead; ++i) {
+      for (int i = 0; i < kAhead; ++i) {
         if (!live[i]) continue;
-        const int64_t position = at + i * kPoolWarps;
+        const int position = at + i * kPoolWarps;
         float p[kChunk], v[kChunk];
-        if (span.rank <= kKept) {
+        if constexpr (kFresh) {
+          again<H, P>(call, row_at<H>(call.hs, position), row_at<H>(call.grad, row[i]), first,
+                      rows.skip, rows.end, p, v);
+        } else {
 #pragma unroll
           for (int j = 0; j < kChunk; ++j) {
             const bool mine = j >= rows.skip && j < rows.end;
-            p[j] = mine ? call.p[position * kKept + column + j] : 0.0f;
-            v[j] = mine ? call.v[position * kKept + column + j] : 0.0f;
+            p[j] = mine ? call.p[int64_t{position} * kKept + column + j] : 0.0f;
+            v[j] = mine ? call.v[int64_t{position} * kKept + column + j] : 0.0f;
           }
-        } else {
-          const H* xs = static_cast<const H*>(call.hs.data) + position * call.hs.stride;
-          const H* gs =
-              static_cast<const H*>(call.grad.data) + call.plan.rows[position] * call.grad.stride;
-          again<H, P>(call, xs, gs, first, rows.skip, rows.end, p, v);
         }
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) {
@@ -167,14 +177,15 @@ template <class H, class P>
 __global__ void __launch_bounds__(kPoolWarps * 32, 2)
     backward_pool(const BackwardCall call, int shift) {
   const int blocks = 1 << shift, block = static_cast<int>(blockIdx.x) & (blocks - 1);
-  const int64_t first = (int64_t{blockIdx.x} >> shift) * kChunk;
-  const int64_t begin = int64_t{blockIdx.y} * kPoolColumns;
-  const int64_t col = begin + 2 * (threadIdx.x % 32);
+  const int first = static_cast<int>(blockIdx.x >> shift) * kChunk;
+  const int begin = static_cast<int>(blockIdx.y) * kPoolColumns;
+  const int col = begin + 2 * (threadIdx.x % 32);
   float* const warps = shared_memory();  // [kPoolWarps, kPoolSums]
   float* const slices = warps + kPoolWarps * kPoolSums;
 
-  int64_t s_begin = call.segments, s_end = 0;  // those that own some of these pool rows
-  for (int64_t s = 0; s < call.segments; ++s) {
+  int s_begin = static_cast<int>(call.segments),
+      s_end = 0;  // those that own some of these pool rows
+  for (int s = 0; s < call.segments; ++s) {
     if (!Overlap(call.plan.spans[s], first).any()) continue;
     s_begin = s < s_begin ? s : s_begin;
     s_end = s + 1;
@@ -182,16 +193,19 @@ __global__ void __launch_bounds__(kPoolWarps * 32, 2)
   for (int slice = block; slice < kSlices && s_begin < s_end; slice += blocks) {
     PoolParts parts;
     bool used = false;
-    for (int64_t s = s_begin; s < s_end; ++s) {
+    for (int s = s_begin; s < s_end; ++s) {
       const Span span = call.plan.spans[s];
       const Overlap rows(span, first);
       if (!rows.any()) continue;
-      const int64_t end = call.offsets[s + 1];
-      for (int64_t at = call.offsets[s] + slice * kGroupRows; at < end;
-           at += kSlices * kGroupRows) {
+      const int end = call.offsets[s + 1];
+      for (int at = call.offsets[s] + slice * kGroupRows; at < end; at += kSlices * kGroupRows) {
         used = true;
-        parts.template add<H, P>(call, span, rows, first, at,
-                                 end - at < kGroupRows ? end : at + kGroupRows, col);
+        const int to = end - at < kGroupRows ? end : at + kGroupRows;
+        if (span.rank <= kKept) {
+          parts.template add<H, P, false>(call, span, rows, first, at, to, col);
+        } else {
+          parts.template add<H, P, true>(call, span, rows, first, at, to, col);
+        }
       }
     }
     float* const mine = slices + (slice >> shift) * kSliceSums;
@@ -207,8 +221,8 @@ __global__ void __launch_bounds__(kPoolWarps * 32, 2)
   P* const up = static_cast<P*>(call.pool_grad.up);
   for (int i = threadIdx.x + block * kPoolWarps * 32; i < kSliceSums;
        i += blocks * kPoolWarps * 32) {
-    const int64_t row = first + (i < 2 * kPoolSums ? i % kPoolSums / kPoolColumns : i % kChunk);
-    const int64_t at = begin + i % kPoolColumns;
+    const int row = first + (i < 2 * kPoolSums ? i % kPoolSums / kPoolColumns : i % kChunk);
+    const int at = begin + i % kPoolColumns;
     if (row >= call.pool_rows || (i < 2 * kPoolSums ? at >= call.d : blockIdx.y != 0)) continue;
     float sum = 0.0f;
     if (s_begin < s_end) {
@@ -221,9 +235,9 @@ __global__ void __launch_bounds__(kPoolWarps * 32, 2)
       for (int s = 0; s < kSlices; ++s) sum = s == 0 ? part[0] : sum + part[s];
     }
     if (i < kPoolSums) {
-      round_to(call.pool.kind[row] & kNoProduct ? 0.0f : sum, &down[row * call.d + at]);
+      round_to(call.pool.kind[row] & kNoProduct ? 0.0f : sum, &down[offset(row, call.d) + at]);
     } else if (i < 2 * kPoolSums) {
-      round_to(sum, &up[row * call.d + at]);
+      round_to(sum, &up[offset(row, call.d) + at]);
     } else {
       call.bias_grad[row] = sum;
     }
