@@ -31,6 +31,9 @@ DTYPES = (
 #: The least that a block may have on a GPU of compute capability 8.0 or more (8.6 and 8.9).
 SHARED = 99 * 1024
 
+#: Whether this Triton takes the form for old ones.
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+
 #: Between the Tritons that the blocks were chosen with, `backward_pool_kernel` spills a few registers.
 BETWEEN = (3, 7) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
@@ -112,7 +115,8 @@ def _check(variant: Variant, made: dict) -> None:
         assert made["stack"] <= 16, made
     else:
         assert made["local"] == made["stack"] == made["local_accesses"] == 0, made
-    assert made["shared"] <= SHARED, made
+    # The form for old Tritons is launched by old ones alone, which let its two loops share their memory.
+    assert made["shared"] <= SHARED or (variant.old and not OLD), made
     assert made["atomics"] == 0, made
     # Triton's own order of summation, only where there is one form: whole rows, and p of a block of the pool.
     assert all(len(shape) == 1 or "pool" in variant.kernel for shape in made["float_sums"]), made

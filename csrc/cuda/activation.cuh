@@ -76,12 +76,12 @@ __device__ inline float activation_slope(float z, int32_t kind) {
 }
 
 // c, φ and whether there is a D of pool row `r` of a range. Loaded ahead of the sum that it meets.
-struct Bend {
+struct RowActivation {
   float bias = 0;
   int32_t kind = 0;
   bool live, has_down;
 
-  __device__ Bend(const Pool& pool, Span span, int r) : live(r < span.rank) {
+  __device__ RowActivation(const Pool& pool, Span span, int r) : live(r < span.rank) {
     if (live) {
       bias = pool.bias[span.first + r];
       kind = pool.kind[span.first + r];

@@ -47,7 +47,7 @@ __device__ void differentiate(const BackwardCall& call, const RowSums& sums, int
   for (int from = 0; from < span.rank; from += most) {
     const int to = span.rank - from <= most ? span.rank : from + most;
     for (int begin = from; begin < to; begin += kChunk, ++turn) {
-      const Bend bend(call.pool, span, begin + thread % kChunk);
+      const RowActivation activation(call.pool, span, begin + thread % kChunk);
       for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
         const int64_t col = int64_t{unit} * kUnit + thread * 8, left = call.d - col;
         float totals[kRowSums];
@@ -80,11 +80,11 @@ __device__ void differentiate(const BackwardCall& call, const RowSums& sums, int
         const int i = thread / kChunk, r = begin + thread % kChunk;
         const int at_z = i * 2 * kChunk + thread % kChunk;
         const float z = sums.total(at_z, turn);
-        const float p = bend.slope(z) * sums.total(at_z + kChunk, turn);
-        values[i * most + r - from] = bend.has_down ? p : 0.0f;
-        if (bend.live && call.p != nullptr && span.rank <= kKept && sums.block == 0) {
+        const float p = activation.slope(z) * sums.total(at_z + kChunk, turn);
+        values[i * most + r - from] = activation.has_down ? p : 0.0f;
+        if (activation.live && call.p != nullptr && span.rank <= kKept && sums.block == 0) {
           call.p[(at + i) * kKept + r] = p;
-          call.v[(at + i) * kKept + r] = bend(z);
+          call.v[(at + i) * kKept + r] = activation(z);
         }
       }
     }

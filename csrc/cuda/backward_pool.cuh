@@ -56,9 +56,9 @@ __device__ void again(const BackwardCall& call, const H* x, const H* g, int firs
   }
   float my_p = 0.0f, my_v = 0.0f;
   if (mine >= begin && mine < end) {
-    const Bend bend(call.pool, Span{first, end}, mine);
-    my_v = bend(my_z);
-    my_p = bend.slope(my_z) * my_w;
+    const RowActivation activation(call.pool, Span{first, end}, mine);
+    my_v = activation(my_z);
+    my_p = activation.slope(my_z) * my_w;
   }
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) {

@@ -51,7 +51,7 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums<kOne>& sums,
   for (int i = 0; i < kRows; ++i) held.row[i] = rows(call, count, i);
 
   for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
-    const Bend bend(call.pool, span, begin + thread % kChunk);
+    const RowActivation activation(call.pool, span, begin + thread % kChunk);
     if (!kOne && kAligned) sums.prefetch(down, up, begin, span.rank, width_of(call));
     for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
       if (!kOne || begin > 0) load_down(unit, begin);
@@ -70,7 +70,8 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums<kOne>& sums,
     }
     sync_cluster(sums.blocks);
     if (thread < kRows * kChunk) {
-      values[thread / kChunk * width + begin + thread % kChunk] = bend(sums.total(thread, turn));
+      values[thread / kChunk * width + begin + thread % kChunk] =
+          activation(sums.total(thread, turn));
     }
   }
   sync_block();

@@ -73,7 +73,7 @@ struct Tiles {
     for (int i = 0; i < kEights; ++i) row[i] = rows(call, count, i);
 
     for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
-      const Bend bend(call.pool, span, begin + thread % kChunk);
+      const RowActivation activation(call.pool, span, begin + thread % kChunk);
       if (!kOne && kAligned) sums.prefetch(down, up, begin, span.rank, width_of(call));
       for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
         Eight<T> x[kEights][2];  // the same columns of the rows
@@ -115,7 +115,8 @@ struct Tiles {
       }
       sync_cluster(sums.blocks);
       if (thread < kSums && thread / kChunk < count) {
-        values[thread / kChunk * width + begin + thread % kChunk] = bend(sums.total(thread, turn));
+        values[thread / kChunk * width + begin + thread % kChunk] =
+            activation(sums.total(thread, turn));
       }
     }
     sync_block();

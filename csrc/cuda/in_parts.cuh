@@ -24,7 +24,7 @@ __device__ void edit_in_parts(const ForwardCall& call, const Sums& sums, const i
     for (int from = 0; from < span.rank; from += part) {
       const int to = span.rank - from < part ? span.rank : from + part;
       for (int begin = from; begin < to; begin += kChunk, ++turn) {
-        const Bend bend(call.pool, span, begin + thread % kChunk);
+        const RowActivation activation(call.pool, span, begin + thread % kChunk);
         for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
           float z[kChunk] = {};
           for (int i = thread; i < kUnit; i += kThreads) {
@@ -41,7 +41,7 @@ __device__ void edit_in_parts(const ForwardCall& call, const Sums& sums, const i
           sums.template close<kChunk>(unit, turn);
         }
         sync_cluster(sums.blocks);
-        if (thread < kChunk) values[begin - from + thread] = bend(sums.total(thread, turn));
+        if (thread < kChunk) values[begin - from + thread] = activation(sums.total(thread, turn));
       }
       sync_block();
       for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {

@@ -308,7 +308,7 @@ class Reft(Names, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for adapter in self._modules_of.values():  # copies of adapters have no owner
-            adapter.on_trainable = self._freeze_base
+            adapter.on_trainable = self._freeze_base  # type: ignore[assignment]
 
     def state_dict(
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
