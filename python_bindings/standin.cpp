@@ -165,12 +165,21 @@ PyObject* norm_of(PyObject* self, PyObject* x) {
 
 // A norm whose kind is known: NormForward.
 PyObject* call_norm(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
+  const Ref runtime(PyObject_GetAttr(self, state.runtime));
+  if (!runtime) return nullptr;
+  const Ref plan(PyObject_GetAttr(runtime.get(), state.plan));
+  if (!plan) return nullptr;
+  if (plan.get() == Py_None) {  // called by itself, not by its model
+    const Ref original(PyObject_GetAttr(self, state.original));
+    return original ? state.vectorcall(original.get(), args, nargsf, names) : nullptr;
+  }
   if (state.on && (nargsf & ~kOffset) == 1 && (names == nullptr || PyTuple_Size(names) == 0)) {
     const Ref fused(PyObject_GetAttr(self, state.fused));
     if (!fused) return nullptr;
     const Ref offered(PyObject_GetAttr(fused.get(), state.offered));
-    if (!offered) return nullptr;
-    if (offered.get() == Py_None) {
+    const Ref listed(PyObject_GetAttr(plan.get(), state.launch_rows));
+    if (!offered || !listed) return nullptr;
+    if (offered.get() == Py_None && PyTuple_Check(listed.get())) {
       PyObject* const result = norm_of(self, args[0]);
       if (result != nullptr || PyErr_Occurred()) return result;
     }

@@ -128,7 +128,7 @@ class BatchPlan:
         """Rows that name all of h: those of the plan and the others, or (edited: False) all as unedited."""
         key = (device, edited)
         if key not in self.covers:
-            rows = cover(self.by_segment, self.tokens, device) if edited else _unedited(self.tokens, device)
+            rows = cover(self.by_segment, self.tokens, device) if edited else unedited(self.tokens, device)
             self.covers[key] = rows
         return self.covers[key]
 
@@ -143,6 +143,7 @@ class BatchPlan:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # it is kept, whoever asks first
-def _unedited(tokens: int, device: torch.device) -> Rows:
+def unedited(tokens: int, device: torch.device) -> Rows:
+    """Rows that name all of h's `tokens` as ones without an edit."""
     nothing = np.zeros(0, dtype=np.int64)
     return cover(SegmentRows(nothing, nothing), tokens, device)

@@ -22,7 +22,7 @@ from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackFo
 from .checkpointing import forget_plans
 from .describe import Names
 from .freezing import Freeze
-from .fused_norm import next_norms
+from .fused_norm import Kinds, next_norms, other_norms
 from .reading import CallReader
 from .runtime import Runtime
 from .saved_modules import SavedModuleStandIns
@@ -285,7 +285,9 @@ class Reft(Names, nn.Module):
         for stand_in in self._calls:
             stand_in.attach()
         if fuse_norm:
-            self._sites.fuse(next_norms(blocks, self._runtime.fused))
+            fused, kinds = self._runtime.fused, Kinds()
+            norms = next_norms(blocks, fused, kinds)
+            self._sites.fuse(norms, other_norms(blocks, fused, norms, kinds))
         self._runtime.forget_compiled()
 
     def _detach(self) -> None:

@@ -121,7 +121,7 @@ class Runtime:
     def __init__(self, model: nn.Module, blocks: Blocks, store: AdapterStore) -> None:
         self.model, self.blocks, self.store = model, blocks, store
         self.planner = Planner(store)
-        self.fused = FusedNorms()
+        self.fused = FusedNorms(self)
         self.told = Told()
         self.active: str | None = None
         self._rest()

@@ -11,7 +11,7 @@ from ..batch import BatchPlan, SiteKey, edit
 from ..batch.edit import site_of
 from ..ops import launch
 from .blocks import edits_input, site_module
-from .fused_norm import NextNorm, edit_and_norm
+from .fused_norm import NextNorm, NormForward, edit_and_norm
 from .runtime import Runtime
 from .standin import StandIn
 
@@ -130,15 +130,17 @@ class Sites:
         if lost:
             self.runtime.forget_compiled()
 
-    def fuse(self, norms: dict[int, NextNorm]) -> None:
-        """Fuses the norms that follow these blocks with the edits at the blocks' outputs."""
+    def fuse(self, norms: dict[int, NextNorm], alone: list[NormForward]) -> None:
+        """Fuses the norms that follow these blocks with the edits at their outputs; others run alone."""
         for layer, norm in norms.items():
             block = self._stand_in(self.blocks.layers[layer])
             block.norm = norm
             if layer + 1 < len(self.blocks.layers):
                 norm.reader = self._stand_in(self.blocks.layers[layer + 1])
             norm.stand_in.attach()
-        self.runtime.fused.use(norms)
+        for stand_in in alone:
+            stand_in.attach()
+        self.runtime.fused.use(norms, alone)
 
     def part_norms(self) -> None:
         """Undoes `fuse`."""
@@ -147,4 +149,6 @@ class Sites:
                 site.norm.stand_in.detach()
                 site.norm = None
             self._drop_idle(site)
-        self.runtime.fused.use({})
+        for stand_in in self.runtime.fused.alone:
+            stand_in.detach()
+        self.runtime.fused.use({}, [])

@@ -15,10 +15,24 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import reft_kernels as rk
 from reft_kernels.huggingface.fused_norm import NextNorm, NormForward, kind_of
-from reft_kernels.ops import Norm
+from reft_kernels.ops import Norm, launch
 
 pytestmark = pytest.mark.models
 LENGTHS = [6, 3, 5, 1]
+
+
+@pytest.fixture(autouse=True, params=["short", "long"])
+def way(request):
+    """Past the dispatcher, where nothing is offered, and through it."""
+    if request.param == "short":
+        if launch.missing is not None:
+            pytest.skip(f"no short way: {launch.missing}")
+        yield request.param
+    else:
+        with launch.long_way():
+            yield request.param
+
+
 NAMES = ["everywhere", "tied", "__base__", "generated"]
 
 
@@ -100,9 +114,48 @@ def test_no_norm_runs_beside_the_fused_one():
     with torch.profiler.profile() as profile, torch.no_grad():
         model(**batch, adapter_names=["everywhere", "__base__"])
     ran = {event.key: event.count for event in profile.key_averages()}
-    assert ran["reft_kernels::intervene_norm_"] == LAYERS
-    assert "reft_kernels::intervene_" not in ran
-    assert ran["aten::rsqrt"] == LAYERS + 1  # the first block's first norm, and the second one in each block
+    # Each block's output; and alone the first block's first norm, and the second one in each block.
+    assert ran["reft_kernels::intervene_norm_"] == LAYERS + LAYERS + 1
+    assert "reft_kernels::intervene_" not in ran and "aten::rsqrt" not in ran
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_ways_give_the_same_bits(family):
+    model = patched(True, family)
+    batch = batch_of(LENGTHS)
+    for names in (NAMES, None):
+        got = logits(model, batch, names)
+        with launch.long_way():
+            assert torch.equal(logits(model, batch, names), got)
+
+
+def test_a_norm_over_channels_is_not_one_over_the_last_dimension():
+    assert kind_of(nn.GroupNorm(1, 48)) is None
+
+
+def test_the_norms_alone_are_the_models_own_where_they_must(way):
+    """In training, with autograd, under autocast and outside of a forward."""
+    model = patched(True)
+    assert len(model.reft._runtime.fused.alone) == LAYERS + 1
+    norm = model.model.layers[0].post_attention_layernorm
+    stand_in = norm.__dict__["forward"]
+    count = []
+    below = stand_in.original
+    stand_in.original = lambda x: (count.append(1), below(x))[1]
+    batch = batch_of([4, 4])
+    logits(model, batch)
+    assert not count
+    with torch.no_grad():
+        norm(torch.randn(2, 32))
+    assert len(count) == 1
+    model(**batch)
+    assert len(count) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model, batch)
+    assert len(count) == 3
+    model.train()
+    logits(model, batch)
+    assert len(count) == 4
 
 
 def _same_as_unfused(model, batch, prepare) -> None:
@@ -133,7 +186,8 @@ def test_a_hook_in_between_turns_it_off_there(prepare):
     model = patched(True)
     calls = Calls(model)
     _same_as_unfused(model, batch_of(LENGTHS), prepare)
-    assert calls.count == 1  # that norm alone
+    assert calls.count == 0  # its norm runs alone, on what the hook made
+    assert not any(norm.given_up for norm in norms_of(model))
 
 
 def test_a_norm_that_somebody_wrapped_runs_itself():
@@ -163,7 +217,7 @@ def test_an_edit_of_the_next_blocks_input_comes_in_between():
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
-def test_a_result_that_nobody_fetches_is_given_up():
+def test_a_result_that_nobody_fetches_is_given_up(way):
     """As where a family's first norm reads something else than the block's output."""
 
     def prepare(model):
@@ -179,7 +233,7 @@ def test_a_result_that_nobody_fetches_is_given_up():
         torch.testing.assert_close(
             logits(model, batch, NAMES), logits(plain, batch, NAMES), atol=2e-5, rtol=2e-5
         )
-    assert [norm.given_up for norm in norms_of(model)] == [True, False, False]
+    assert [norm.given_up for norm in norms_of(model)] == [way == "long", False, False]
     assert model.reft._runtime.fused.pending is False
 
 
