@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, ops
-from .ops import native
+from .ops import launch, native
 from .ops.dispatch import ENVIRONMENT
 
 #: Name → (oldest supported version, first unsupported one or None); the same ranges as in pyproject.toml.
@@ -110,6 +110,7 @@ def diagnose() -> dict[str, Any]:
         "versions": _versions(),
         "environment": {ENVIRONMENT: os.environ.get(ENVIRONMENT)},
         "devices": devices,
+        "short_way": {"available": launch.missing is None, "detail": launch.missing},
         "fast": any(device["default"] not in (None, "reference") for device in devices.values()),
     }
 
@@ -138,5 +139,9 @@ def report(facts: dict[str, Any]) -> str:
             if backend["cost"]:
                 lines.append(f"  {'':<20}so {backend['cost']}")
         lines.append(f"  used here: {device['default'] or device['error']}")
+    short = facts["short_way"]
+    lines += ["", f"edits past torch's dispatcher, on CPUs: {'yes' if short['available'] else 'no'}"]
+    if not short["available"]:
+        lines.append(f"  {short['detail']}")
     verdict = "A fused backend runs here." if facts["fast"] else "Only the reference backend runs here: slow."
     return "\n".join([*lines, "", verdict])

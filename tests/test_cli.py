@@ -197,3 +197,17 @@ def test_convert_without_positions_is_refused(tmp_path: Path, capsys: pytest.Cap
         cli.main(["convert", str(tmp_path), str(tmp_path / "out")])
     assert stop.value.code == 2
     assert "--positions" in capsys.readouterr().err
+
+
+def test_doctor_says_whether_edits_pass_the_dispatcher_by(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from reft_kernels.ops import launch
+
+    for missing, said in (
+        (None, "on CPUs: yes"),
+        ("its library was taken away", "on CPUs: no\n  its library"),
+    ):
+        monkeypatch.setattr(launch, "missing", missing)
+        cli.main(["doctor"])
+        assert said in capsys.readouterr().out
