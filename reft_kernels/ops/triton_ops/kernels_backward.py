@@ -27,6 +27,7 @@ from .blocks import (
     _TILE,
     BATCH_SIZES,
     BATCH_TABLES,
+    LOW_RANK,
     activated,
     pool_range,
     pre_activation,
@@ -37,7 +38,7 @@ from .blocks import (
 )
 
 _POOL_BLOCK = tl.constexpr(16)
-_KEPT = tl.constexpr(64)  # columns of the kept p and v
+_KEPT = tl.constexpr(LOW_RANK)  # columns of the kept p and v
 
 
 @triton.jit
@@ -169,7 +170,7 @@ def backward_rows_kernel(
             grad, dh, hs, down, up, bias, kind, p_kept, v_kept, rows, start, count, first, rank, n_rows,
             grad_stride, need_h, need_pool, D, 16, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
         )  # fmt: skip
-    elif rank <= 64:
+    elif rank <= _KEPT:
         _rows_by_products(
             grad, dh, hs, down, up, bias, kind, p_kept, v_kept, rows, start, count, first, rank, n_rows,
             grad_stride, need_h, need_pool, D, 64, max(DOWN_BLOCK // 2, 16), UP_BLOCK // 2, STAGES, FULL,
