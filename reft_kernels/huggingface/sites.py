@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..batch import BatchPlan, SiteKey, edit
+from ..batch import BatchPlan, DecodeWorkspace, SiteKey, edit
 from ..batch.edit import site_of
 from .blocks import edits_input, site_module
+from .compiled_step import layout_of, run_site
 from .fused_norm import NextNorm, edit_and_norm
 from .runtime import Runtime
 from .standin import StandIn
@@ -20,6 +23,7 @@ class SiteForward(StandIn):
 
     inputs, outputs: sites at this module (each head of attention is one).
     norm: the norm that takes a block's output, where it is fused with the edit.
+    number: its name among the model's stand-ins, a number.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime) -> None:
@@ -28,11 +32,15 @@ class SiteForward(StandIn):
         self.inputs: tuple[SiteKey, ...] = ()
         self.outputs: tuple[SiteKey, ...] = ()
         self.norm: NextNorm | None = None
+        self.number = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.runtime.plan
         if plan is None:
             return self.original(*args, **kwargs)
+        workspace = plan.workspace
+        if workspace is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return run_site(self, args, kwargs, plan, workspace)
         if self.inputs:
             args, kwargs = self._edit_input(args, kwargs, plan)
         output = self.original(*args, **kwargs)
@@ -77,13 +85,19 @@ class Sites:
         self.runtime, self.blocks = runtime, runtime.blocks
         self._modules: dict[nn.Module, SiteForward] = {}
         self._keys: dict[SiteKey, SiteForward] = {}
+        self._count = itertools.count()
 
     def _stand_in(self, module: nn.Module) -> SiteForward:
         site = self._modules.get(module)
         if site is None:
             site = self._modules[module] = SiteForward(module, self.runtime)
+            site.number = str(next(self._count))
             site.attach()
         return site
+
+    def lay_out(self, workspace: DecodeWorkspace) -> None:
+        """Tells compiled code what the modules do with a workspace."""
+        workspace.layout = layout_of(list(self._modules.values()), workspace)
 
     def add(self, keys: Iterable[SiteKey]) -> bool:
         """Attaches what is not there yet; returns whether there was any such."""
