@@ -10,7 +10,8 @@ def orthonormal_rows(x: Tensor) -> Tensor:
     """x with its rows made orthonormal: L⁻¹ x, where x xᵀ = L Lᵀ (Cholesky QR).
 
     Args:
-        x: [..., r, d], r ≤ d, of full row rank.
+        x: [..., r, d], r ≤ d, of full row rank. Otherwise the CPU raises torch.linalg.LinAlgError; on an
+            accelerator, where to look would be to wait for it, all of the result is NaN.
 
     Returns:
         Like x, in float32 at least, contiguous. Rows that were orthonormal stay as they were up to rounding.
@@ -21,9 +22,16 @@ def orthonormal_rows(x: Tensor) -> Tensor:
     """
     out = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-    lower = torch.linalg.cholesky(wide @ wide.mT)
+    lower = _lower(wide @ wide.mT, checked=wide.device.type == "cpu")
     # The solver leaves columns contiguous; the kernels read rows.
     return torch.linalg.solve_triangular(lower, wide, upper=False).to(out).contiguous()
+
+
+def _lower(gram: Tensor, checked: bool) -> Tensor:
+    """The Cholesky factor of gram [..., r, r]. Where there is none: an error, or (checked: False) NaN."""
+    lower, info = torch.linalg.cholesky_ex(gram, check_errors=checked)
+    # What the solver leaves is finite up to the row that it failed at, and could be trained with unnoticed.
+    return lower if checked else lower.masked_fill((info != 0)[..., None, None], torch.nan)
 
 
 def orthonormality_error(x: Tensor) -> float:

@@ -11,11 +11,14 @@ from .prompts import Prompts, read_prompts
 from .selection import Segment, Selection, select
 from .store import AdapterStore
 from .tables import Place, SiteKey
+from .workspace import DecodeWorkspace, DecodeWorkspaces
 
 __all__ = [
     "BASE",
     "AdapterStore",
     "BatchPlan",
+    "DecodeWorkspace",
+    "DecodeWorkspaces",
     "Place",
     "Planner",
     "Prompts",

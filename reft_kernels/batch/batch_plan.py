@@ -18,6 +18,7 @@ from .tables import Place, SiteKey, SiteTable, Table
 if TYPE_CHECKING:
     from ..adapter import Intervention
     from .store import AdapterStore
+    from .workspace import DecodeWorkspace
 
 
 class BatchPlan:
@@ -40,9 +41,11 @@ class BatchPlan:
             so they are renewed only once something does.
         launch_rows: the rows by address, one a device, None for a device whose ops are all called by name; or
             None, where all are: see docs/architecture.md, the short way.
+        workspace: what compiled code reads in the plan's place, or None.
     """
 
     __slots__ = (
+        "__weakref__",
         "backends",
         "by_segment",
         "covers",
@@ -57,6 +60,7 @@ class BatchPlan:
         "store",
         "table",
         "tokens",
+        "workspace",
     )
 
     def __init__(
@@ -78,6 +82,7 @@ class BatchPlan:
         self.folds: dict[Intervention, Fold] = {}
         self.stale = table.trainable
         self.launch_rows: tuple[Any, ...] | None = None
+        self.workspace: DecodeWorkspace | None = None
 
     def prepare(self) -> None:
         """What compiled code can't do when it runs: chooses backends, renews pools or makes live folds.
@@ -123,6 +128,16 @@ class BatchPlan:
         self.launch_rows = None  # the sites' slots may be others
         self.backends[place.device] = ops.current_backend(place.device)
         return self.sites[key]
+
+    def row_spans(self) -> np.ndarray:
+        """The pool range that each row of h takes at each site, int32 [sites, tokens, 2]; rank 0 for none."""
+        ranges = self.store.ranges(self.table.segments)
+        rows, counts = self.by_segment
+        spans = np.zeros((len(ranges), self.tokens, 2), dtype=np.int32)
+        mine = ranges[:, np.repeat(np.arange(len(counts)), counts)]
+        # Added, as a row may be in two segments, of which one alone does something at a site.
+        np.add.at(spans.transpose(1, 0, 2), rows, mine.transpose(1, 0, 2))
+        return spans
 
     def covering(self, device: torch.device, edited: bool) -> Rows:
         """Rows that name all of h: those of the plan and the others, or (edited: False) all as unedited."""

@@ -170,15 +170,33 @@ class AdapterStore:
             table = self._tables[segments] = self._make_table(segments)
         return table
 
+    @property
+    def numbers(self) -> dict[SiteKey, int]:
+        """The sites that adapters were laid for, and their numbers: rows of tables of all sites."""
+        return self._numbers
+
+    @property
+    def n_sites(self) -> int:
+        return len(self._numbers)
+
+    def pool_of(self, key: SiteKey) -> Pool:
+        """The pool in which a site's interventions lie."""
+        return self._pool(self.places[key], self._widths[key])
+
+    def ranges(self, segments: tuple[Segment, ...]) -> np.ndarray:
+        """(first pool row, rank) of each segment at each site, int32 [sites, S, 2]; rank 0 for nothing."""
+        ranges = np.zeros((len(self._numbers), len(segments), 2), dtype=np.int32)
+        for index, (name, group) in enumerate(segments):
+            mine = self._ranges[name][group]
+            ranges[: len(mine), index] = mine
+        return ranges
+
     # No inference tensors: a table is kept, and may be trained through after a generate made it.
     @torch.inference_mode(False)
     def _make_table(self, segments: tuple[Segment, ...]) -> Table:
         owners = {name: self.adapters[name] for name in dict.fromkeys(name for name, _ in segments)}
         table = Table(segments, owners, self.version)
-        ranges = np.zeros((len(self._numbers), len(segments), 2), dtype=np.int32)
-        for index, (name, group) in enumerate(segments):
-            mine = self._ranges[name][group]
-            ranges[: len(mine), index] = mine
+        ranges = self.ranges(segments)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
         copies: dict[torch.device, torch.Tensor] = {}
         for key, number in self._numbers.items():

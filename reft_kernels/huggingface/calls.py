@@ -143,7 +143,7 @@ class PrepareInputs(_Call):
         plan = None
         if columns is not None:
             with self.runtime.lock:  # adapters neither come nor go meanwhile
-                plan = self.reader.generate(scope, *columns)
+                plan = self.reader.generate(scope, *columns, compiled)
         if compiled:
             self.runtime.plan, self.runtime.prepared = plan, True
         scope.pending = Pending(cache, plan, columns)

@@ -162,19 +162,24 @@ class NextNorm:
 
         Of the module and the call alone, never of the batch.
         """
-        weight, norm, reader = self.parameters["weight"], self.norm, self.reader
+        return self.stands(training) and not torch.is_grad_enabled() and self.fits(h)
+
+    def stands(self, training: bool) -> bool:
+        """The part of `gives` that is of the modules."""
+        norm, reader = self.norm, self.reader
         return (
             not self.given_up
             and not training
-            and not torch.is_grad_enabled()
-            and weight.dtype is h.dtype
-            and weight.device == h.device
-            and h.is_contiguous()
             and not self.block._forward_hooks
             and not norm._forward_pre_hooks
             and norm.__dict__.get("forward") is self.stand_in
             and (reader is None or not (reader.inputs or reader.module._forward_pre_hooks))
         )
+
+    def fits(self, h: Tensor) -> bool:
+        """The part of `gives` that is of the hidden states."""
+        weight = self.parameters["weight"]
+        return weight.dtype is h.dtype and weight.device == h.device and h.is_contiguous()
 
 
 def stand_in_of(norm: nn.Module, kind: Norm, eps: float, fused: FusedNorms) -> NormForward:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .. import ops
-from ..batch import BatchPlan, Prompts, Selection, read_prompts
+from ..batch import BatchPlan, DecodeWorkspaces, Prompts, Selection, read_prompts
 from .runtime import GenerateScope, Runtime, nested, read_cache_length
 from .saved_modules import share_modules
 from .sites import Sites
@@ -28,6 +28,7 @@ class CallReader:
 
     def __init__(self, runtime: Runtime, sites: Sites) -> None:
         self.runtime, self.sites, self.planner = runtime, sites, runtime.planner
+        self.workspaces = DecodeWorkspaces(runtime.store)
 
     # Names -----------------------------------------------------------------------------------------------
 
@@ -165,18 +166,28 @@ class CallReader:
             self.runtime.told.carried(selection.owners)
         return GenerateScope(names, selection, seen, ids)
 
-    def generate(self, scope: GenerateScope, start: int, length: int, batch: int) -> BatchPlan | None:
-        """The plan of one of generate's own forwards, over columns [start, start + length)."""
+    def generate(
+        self, scope: GenerateScope, start: int, length: int, batch: int, compiled: bool = False
+    ) -> BatchPlan | None:
+        """The plan of one of generate's own forwards, over columns [start, start + length).
+
+        compiled: whether a decode step may be compiled code, which reads a workspace in the plan's place.
+        """
         selection = scope.selection
-        if selection is None:
-            return self.idle(batch * length)
-        if length == 1 and start >= selection.width:
-            # Decode steps are all alike: made once, and again only if adapters or the backend change.
-            key = (batch, self.runtime.store.version, ops.chosen_backend())
-            if scope.decode is None or scope.decode[0] != key:
-                scope.decode = (key, self._plan(selection, start, 1, batch))
-            return scope.decode[1]
-        return self._plan(selection, start, length, batch)
+        if length != 1 or (selection is not None and start < selection.width):
+            tokens = batch * length
+            return self.idle(tokens) if selection is None else self._plan(selection, start, length, batch)
+        # Decode steps are all alike: made once, and again only if adapters or the backend change.
+        key = (batch, self.runtime.store.version, ops.chosen_backend())
+        if scope.decode is None or scope.decode[0] != key:
+            plan = self.idle(batch) if selection is None else self._plan(selection, start, 1, batch)
+            scope.decode = (key, plan)
+        plan = scope.decode[1]
+        if compiled and plan is not None and (plan.workspace is None or not plan.workspace.holds(plan)):
+            plan.workspace = self.workspaces.of(plan)
+            if plan.workspace is not None:
+                self.sites.lay_out(plan.workspace)
+        return plan
 
 
 def _batch_of(call: dict[str, Any]) -> _Batch | None:

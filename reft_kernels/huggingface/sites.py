@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..batch import BatchPlan, SiteKey, edit
+from ..batch import BatchPlan, DecodeWorkspace, SiteKey, edit
 from ..batch.edit import site_of
 from ..ops import launch
 from .blocks import edits_input, site_module
+from .compiled_step import layout_of, run_site
 from .fused_norm import NextNorm, NormForward, edit_and_norm
 from .runtime import Runtime
 from .standin import StandIn
@@ -23,6 +26,7 @@ class SiteForward(StandIn):
     norm: the norm that takes a block's output, where it is fused with the edit.
     key: for the short way (python_bindings/standin.cpp, which reads it and calls `after`): the one site,
         False where there is none, None where a call takes more than one edit of the whole output.
+    number: its name among the model's stand-ins, a number.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime) -> None:
@@ -31,6 +35,7 @@ class SiteForward(StandIn):
         self.inputs: tuple[SiteKey, ...] = ()
         self.outputs: tuple[SiteKey, ...] = ()
         self.norm: NextNorm | None = None
+        self.number = ""
         self.key: SiteKey | bool | None = False
 
     def use(self, inputs: tuple[SiteKey, ...], outputs: tuple[SiteKey, ...]) -> None:
@@ -43,6 +48,9 @@ class SiteForward(StandIn):
         plan = self.runtime.plan
         if plan is None:
             return self.original(*args, **kwargs)
+        workspace = plan.workspace
+        if workspace is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return run_site(self, args, kwargs, plan, workspace)
         if self.inputs:
             args, kwargs = self._edit_input(args, kwargs, plan)
         return self.after(self.original(*args, **kwargs), plan)
@@ -90,13 +98,19 @@ class Sites:
         self.runtime, self.blocks = runtime, runtime.blocks
         self._modules: dict[nn.Module, SiteForward] = {}
         self._keys: dict[SiteKey, SiteForward] = {}
+        self._count = itertools.count()
 
     def _stand_in(self, module: nn.Module) -> SiteForward:
         site = self._modules.get(module)
         if site is None:
             site = self._modules[module] = launch.shortened(SiteForward, "site")(module, self.runtime)
+            site.number = str(next(self._count))
             site.attach()
         return site
+
+    def lay_out(self, workspace: DecodeWorkspace) -> None:
+        """Tells compiled code what the modules do with a workspace."""
+        workspace.layout = layout_of(list(self._modules.values()), workspace)
 
     def add(self, keys: Iterable[SiteKey]) -> bool:
         """Attaches what is not there yet; returns whether there was any such."""

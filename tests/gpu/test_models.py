@@ -76,6 +76,34 @@ def test_logits_and_tokens_are_the_cpus(
 
 
 @norms
+def test_a_mix_of_adapters_is_no_reason_to_record(
+    fused: str, fuse_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is compiled for another mix of adapters, and no CUDA graph is recorded anew."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
+
+    recorded = []
+    record = CUDAGraphTreeManager.record_function
+
+    def counted(self, *args, **kwargs):
+        recorded.append(args)
+        return record(self, *args, **kwargs)
+
+    monkeypatch.setattr(CUDAGraphTreeManager, "record_function", counted)
+    torch._dynamo.reset()
+    model = _patched("cuda", fuse_norm)
+    mixes = [NAMES, ["everywhere"] * 4, ["generated", "everywhere"] * 2, NAMES[::-1], NAMES]
+    for names in mixes[:1] * 3:  # the first calls warm up and record
+        _tokens(model, names, cache_implementation="static")
+    graphs, records = counters["stats"]["unique_graphs"], len(recorded)
+    assert records
+    for names in mixes:
+        assert _tokens(model, names, cache_implementation="static") == _tokens(model, names)
+    assert counters["stats"]["unique_graphs"] == graphs and len(recorded) == records
+
+
+@norms
 def test_static_cache_with_a_compiled_decode_step(
     fused: str, fuse_norm: bool, on_cpu: dict, full_precision: None
 ) -> None:

@@ -125,7 +125,7 @@ def test_a_compiled_forward_method():
 
 
 def test_a_compiled_step_reads_the_pool_where_it_lies():
-    """Inputs that are not static are copied before every replay of a CUDA graph: small tables may be."""
+    """Inputs that are not static are copied before every replay of a CUDA graph."""
     model = make_model()
     patch_with_mixed(model)
     static: dict[str, bool] = {}
@@ -135,7 +135,6 @@ def test_a_compiled_step_reads_the_pool_where_it_lies():
             if node.op == "placeholder" and "plan" in node.name:
                 kept = node.meta["tensor_dict"].get("_dynamo_static_input_type") is not None
                 static[node.name] = kept
-                assert kept or node.meta["example_value"].numel() < 16, node.name
         return graph
 
     config = CompileConfig(fullgraph=True, mode=None, backend=backend)
@@ -143,4 +142,5 @@ def test_a_compiled_step_reads_the_pool_where_it_lies():
     options = {"max_new_tokens": STEPS, "cache_implementation": "static", "compile_config": config}
     names = ["everywhere", "generated", "everywhere"]
     model.generate(**batch_of(LENGTHS), adapter_names=names, **options)
-    assert sum(static.values()) == 4  # down, up, bias and kind of the one pool
+    assert all(static.values())
+    assert sum("pool" in name for name in static) == 4  # down, up, bias and kind of the one pool

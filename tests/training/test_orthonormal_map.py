@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from reft_kernels.adapter.orthonormal import orthonormal_rows
+from reft_kernels.adapter.orthonormal import _lower, orthonormal_rows
 
 WIDTH, RANK = 48, 4
 
@@ -48,3 +49,18 @@ def test_learns_like_torchs_orthogonal_map():
         mine = sum(losses[step] for losses in ours)
         assert mine < 1.25 * sum(losses[step] for losses in theirs), step
     assert all(losses[-1] < 0.05 * losses[0] for losses in ours)
+
+
+def test_rows_that_depend_on_each_other():
+    rows = torch.randn(2, 3, WIDTH)
+    rows[1, 2] = 0
+    with pytest.raises(torch.linalg.LinAlgError):
+        orthonormal_rows(rows)
+    # Unchecked, as on an accelerator: NaN for the matrix that failed, and for no other.
+    gram = torch.stack([torch.ones(2, 2), 4 * torch.eye(2)]).double().requires_grad_()
+    with pytest.raises(torch.linalg.LinAlgError):
+        _lower(gram, checked=True)
+    lower = _lower(gram, checked=False)
+    assert lower[0].isnan().all() and torch.equal(lower[1], 2 * torch.eye(2).double())
+    lower[1].sum().backward()
+    assert not gram.grad[1].isnan().any()

@@ -1,0 +1,171 @@
+"""`DecodeWorkspace`: what the edits of a compiled decode step read, at addresses that stay.
+
+A plan's tables have the shapes of a batch's mix of adapters, and lie where they were made: compiled code
+would be compiled anew for another mix, and a CUDA graph would copy each of them before every replay. A decode
+step has one row of hidden states for each sequence, so here each row is a tile and a segment of its own. Then
+all that the mix changes are numbers in one table, which is refilled in place.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plan import to_device
+from ..pool import Pool
+from .batch_plan import BatchPlan
+from .store import AdapterStore
+from .tables import SiteKey, keys_of
+
+#: down, up, bias and kind of no pool rows; spans of no segments.
+Blank = tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class DecodeWorkspace:
+    """The tables of decode steps of one batch size on one device.
+
+    Attributes:
+        rows: [batch] int32, row i of h at i. tiles: [batch, 3] int32, segment i at row i. Neither changes.
+        unedited: like tiles, but of segment −1, for a norm of rows that nobody edits.
+        spans: [sites, batch, 2] int32: the pool range that each row takes at each site of the store, rank 0
+            where it takes none. `hold` refills it.
+        blanks: what an op takes of a pool where nobody edits anything, one for each dtype and width.
+        pools: those of the sites. dtypes: of the hidden states that come to each of them.
+        backend: that the ops of these steps take.
+        layout: whatever tells a front door's compiled code what its modules do with this workspace.
+    """
+
+    __slots__ = (
+        "_held",
+        "backend",
+        "blanks",
+        "dtypes",
+        "layout",
+        "places",
+        "pools",
+        "rows",
+        "spans",
+        "tiles",
+        "unedited",
+    )
+
+    @torch.inference_mode(False)  # it outlives the generate that makes it
+    def __init__(self, store: AdapterStore, batch: int, device: torch.device) -> None:
+        rows = np.arange(batch, dtype=np.int32)
+        one = np.ones(batch, dtype=np.int32)
+        self.rows = _static(rows, device)
+        self.tiles = _static(np.stack([rows, rows, one], axis=1), device)
+        self.unedited = _static(np.stack([-one, rows, one], axis=1), device)
+        self.spans = _static(np.zeros((store.n_sites, batch, 2), dtype=np.int32), device)
+        self.pools: tuple[Pool, ...] = ()
+        self.dtypes: tuple[torch.dtype, ...] = ()
+        self.places: dict[SiteKey, tuple[int, int]] = {}
+        self.backend, self.layout = "", ""
+        self.blanks: tuple[Blank, ...] = ()
+        self._held: weakref.ref[BatchPlan] | None = None
+
+    def holds(self, plan: BatchPlan) -> bool:
+        """Whether the tables are those of this plan."""
+        return self._held is not None and self._held() is plan
+
+    def hold(self, plan: BatchPlan, sites: Iterable[SiteKey]) -> None:
+        """Refills the tables, for a plan of a decode step that was prepared. One copy, not waited for.
+
+        sites: that may be asked for.
+        """
+        device = self.spans.device
+        if plan.table.segments:
+            # Each host buffer is a new one of torch's pinned ones, which are not given out again before the
+            # copy is done; so none is written over on its way.
+            self.spans.copy_(_pinned(plan.row_spans(), device), non_blocking=True)
+        else:
+            self.spans.zero_()
+        self._find_places(plan.store, sites)
+        self.backend = plan.backends[device]
+        self._held = weakref.ref(plan)
+
+    def _find_places(self, store: AdapterStore, sites: Iterable[SiteKey]) -> None:
+        found: dict[tuple[int, torch.dtype], int] = {}
+        pools: list[tuple[Pool, torch.dtype]] = []
+        self.places = {}
+        for key in sites:
+            pool, dtype = store.pool_of(key), store.places[key].dtype
+            index = found.setdefault((id(pool), dtype), len(found))
+            if index == len(pools):
+                pools.append((pool, dtype))
+            self.places[key] = (store.numbers[key], index)
+        self.pools = tuple(pool for pool, _ in pools)
+        self.dtypes = tuple(dtype for _, dtype in pools)
+
+    @torch.inference_mode(False)
+    def blank(self, dtype: torch.dtype, width: int) -> int:
+        """The index in `blanks` of the one for hidden states of this dtype and width."""
+        for index, blank in enumerate(self.blanks):
+            if blank[0][0].dtype is dtype and blank[0][0].shape[1] == width:
+                return index
+        device = self.spans.device
+        down, up = (torch.empty(0, width, dtype=dtype, device=device) for _ in range(2))
+        bias = torch.empty(0, dtype=torch.float32, device=device)
+        kind, spans = (torch.empty(size, dtype=torch.int32, device=device) for size in (0, (0, 2)))
+        for tensor in (down, up, bias, kind, spans):
+            torch._dynamo.mark_static_address(tensor)
+        self.blanks += (((down, up, bias, kind), spans),)
+        return len(self.blanks) - 1
+
+
+class DecodeWorkspaces:
+    """The workspaces of a store: made when first asked for, and again once there are other sites."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self.store = store
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: dict[tuple[int, torch.device], DecodeWorkspace] = {}
+        self._sites: tuple[int, dict[SiteKey, None]] = (-1, {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.store = state["store"]
+        self._forget()
+
+    @property
+    def sites(self) -> dict[SiteKey, None]:
+        """Those of the adapters that there are."""
+        if self._sites[0] != self.store.version:
+            adapters = self.store.adapters.values()
+            self._sites = self.store.version, {key: None for one in adapters for key in keys_of(one)}
+        return self._sites[1]
+
+    def of(self, plan: BatchPlan) -> DecodeWorkspace | None:
+        """The workspace of a prepared plan's decode step, which holds the plan then. None where there are
+        sites on several devices: compiled code reads the plan itself there."""
+        devices = dict.fromkeys([*plan.backends, *(self.store.places[key].device for key in self.sites)])
+        if len(devices) != 1:
+            return None
+        key = (plan.tokens, next(iter(devices)))
+        workspace = self._kept.get(key)
+        if workspace is None or workspace.spans.shape[0] != self.store.n_sites:
+            workspace = self._kept[key] = DecodeWorkspace(self.store, *key)
+        if not workspace.holds(plan):
+            workspace.hold(plan, self.sites)
+        return workspace
+
+
+def _static(array: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, known to torch.compile as a tensor that stays where it is."""
+    tensor = to_device(array, device)
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
+def _pinned(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
