@@ -225,6 +225,7 @@ def test_a_decode_step_that_edits_nothing_has_no_plan(patched, monkeypatch):
     """Prompt-only adapters: no op is called, no row packed after the prefill."""
     from reft_kernels import ops
     from reft_kernels.batch import batch_plan as tables
+    from reft_kernels.ops import launch
 
     model, _ = patched
     calls, packs = [], []
@@ -232,7 +233,8 @@ def test_a_decode_step_that_edits_nothing_has_no_plan(patched, monkeypatch):
     monkeypatch.setattr(tables, "pack_rows", lambda *a: packs.append(1) or real(*a))
     for name, op in list(ops.INTERVENE_.items()):
         monkeypatch.setitem(ops.INTERVENE_, name, lambda *a, op=op: calls.append(a[0].shape) or op(*a))
-    generate(model, batch_of(LENGTHS), ["untied", "__base__", "tied", "tied"], max_new_tokens=6)
+    with launch.long_way():  # where ops are called by name
+        generate(model, batch_of(LENGTHS), ["untied", "__base__", "tied", "tied"], max_new_tokens=6)
     assert packs == [1]
     assert len(calls) == 3 and all(shape[1] == max(LENGTHS) for shape in calls)
 
