@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     heed_interrupts()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
-    facts = machine((PYTHON, "-m", dry.MODULE, "machine"), dry.LIMIT) if rehearsal else machine()
+    facts = machine((PYTHON, "-m", dry.MODULE, "machine"), dry.WHOLE) if rehearsal else machine()
     name = "-".join(["gpu", _slug(facts["gpu"]["name"]), *(p for p in parts if p not in USUAL_PARTS)])
     place = ROOT / "build" / "gpu-dry" if rehearsal else ROOT / "bench" / "results"
     path = pathlib.Path(os.environ.get("OUT") or place / name)

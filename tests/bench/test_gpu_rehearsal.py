@@ -114,6 +114,6 @@ def test_a_step_of_a_rehearsal_can_fail(tmp_path: Path) -> None:
     test = gpu_plan._pytest("it", ["tests/gpu/test_that_is_gone.py"], 1, 60, tmp_path)
     steps = [Step("tool", tool, 60), test, Step("nobody's", ["nsys", "profile"], 60)]
     rehearsed = [gpu_dry.rehearsed(step) for step in steps]
-    gpu_step.together(rehearsed, time.monotonic() + 100, lambda: None)
+    gpu_step.together(rehearsed, time.monotonic() + gpu_dry.WHOLE, lambda: None)
     assert [step.verdict for step in rehearsed] == ["FAILED"] * 3
     assert "invalid choice: 'memchek'" in rehearsed[0].output and "no stand-in" in rehearsed[2].output
