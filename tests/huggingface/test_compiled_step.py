@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from support.adapters import patch_with_mixed, random_adapter
 from support.models import batch_of, make_model
 from transformers import CompileConfig
@@ -155,6 +156,9 @@ def test_the_backend_may_change_between_calls():
     assert step.check(EIGHT) == 0
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="transformers 4 keeps one static cache on the model"
+)
 def test_two_calls_of_one_batch_size_take_turns_in_a_workspace():
     """A generate inside a generate refills the tables; the outer's next step finds its own again."""
     step = Model(fuse_norm=False)
