@@ -22,7 +22,7 @@ from .batch_plan import BatchPlan
 from .store import AdapterStore
 from .tables import SiteKey, keys_of
 
-#: How many workspaces are kept. Each batch size is compiled for anew, of which torch.compile keeps fewer still.
+#: How many workspaces are kept. Each batch size is compiled for anew, and torch.compile keeps fewer still.
 _KEPT = 32
 
 #: down, up, bias and kind of no pool rows; spans of no segments.
