@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +17,7 @@ from ..positions import LastPosition, Positions
 from .compose import summed, with_rows
 from .config import ReftConfig
 from .intervention import Intervention
-from .methods import METHODS
+from .methods import METHODS, Method
 from .orthonormal import orthonormal_rows, orthonormality_error
 from .saved_modules import SavedModules
 
@@ -154,6 +153,16 @@ class Adapter(nn.Module):
                 ready[index][name] = result
         return [one.fold(found) for one, found in zip(self.interventions, ready)]
 
+    def penalty(self) -> Tensor:
+        """What the methods add to the loss in training, a scalar; 0 where they add nothing.
+
+        Differentiable; `loss + adapter.penalty()` is what a step of training then minimises.
+        """
+        found = [penalty for one in self.interventions if (penalty := one.penalty()) is not None]
+        if not found:
+            return torch.zeros((), device=next(self.parameters()).device)
+        return torch.stack(found).sum()
+
     @classmethod
     def from_config(
         cls,
@@ -163,29 +172,30 @@ class Adapter(nn.Module):
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
     ) -> Adapter:
-        """A fresh, trainable adapter, initialised as pyreft does.
+        """A fresh, trainable adapter, initialised as the method says (docs/methods.md).
 
-        R has orthonormal rows (of a Gaussian matrix) in float32 at least; W and b are a torch.nn.Linear's:
-        uniform in ±1/√d. They are drawn on the CPU.
+        Of pyreft's methods as pyreft does: R has orthonormal rows (of a Gaussian matrix) in float32 at least;
+        W and b are a torch.nn.Linear's, uniform in ±1/√d. They are drawn on the CPU.
 
         Args:
             config: rank, layers, site and positions.
             n_layers: depth of the model.
             width: d at the config's site (a head's width at "head_attention_value_output").
-            dtype: of W and b.
+            dtype: of the parameters that are not kept orthonormal.
             generator: source of the random numbers; None for torch's own.
 
         Raises:
             ValueError: a layer that the model lacks, a rank above the width, a method that can't be trained.
         """
-        _check_trainable(config.method)
-        if config.r > width:
+        method = _check_trainable(config.method)
+        options = method.resolve(config.options)
+        if config.r > width and method.orthonormal:
             raise ValueError(f"r: {config.r} rows can't be orthonormal in a width of {width}")
         made: list[Intervention] = []
         for positions in config.position_groups():
             for layer in config.resolve_layers(n_layers):
                 for head in config.heads or (None,):
-                    tensors = _fresh(config.method, config.r, width, dtype, generator)
+                    tensors = method.fresh(config.r, width, dtype, options, generator)
                     made.append(
                         Intervention(
                             config.method,
@@ -196,6 +206,7 @@ class Adapter(nn.Module):
                             act_fn=config.act_fn,
                             dropout=config.dropout,
                             head=head,
+                            options=options,
                         )
                     )
         adapter = cls(made, config=config, n_layers=n_layers)
@@ -350,15 +361,17 @@ def _common_base(adapters: Sequence[Adapter]) -> BaseModel | None:
     return known[0] if known else None
 
 
-def _check_trainable(method: str) -> None:
-    if not METHODS[method].trainable:
-        able = ", ".join(name for name, spec in METHODS.items() if spec.trainable)
-        raise ValueError(f"method: {method} can't be trained here; {able} can")
+def _check_trainable(name: str) -> Method:
+    method = METHODS[name]
+    if not method.trainable:
+        able = ", ".join(name for name, other in METHODS.items() if other.trainable)
+        raise ValueError(f"method: {name} can't be trained; {able} can")
+    return method
 
 
 def _widen_orthonormal(one: Intervention) -> None:
     """R in float32 at least, as half precision can't hold orthonormal rows."""
-    for name in METHODS[one.method].orthonormal:
+    for name in one.spec.orthonormal:
         parameter = getattr(one, name)
         error = orthonormality_error(parameter)
         if not error < _ORTHONORMAL:
@@ -368,20 +381,3 @@ def _widen_orthonormal(one: Intervention) -> None:
                 stacklevel=4,
             )
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-def _fresh(
-    method: str, rank: int, width: int, dtype: torch.dtype, generator: torch.Generator | None
-) -> dict[str, Tensor]:
-    spec = METHODS[method]
-    bound = 1 / math.sqrt(width)
-    tensors: dict[str, Tensor] = {}
-    for name, kind in spec.shapes.items():
-        if name in spec.orthonormal:
-            rows = torch.empty(rank, width, dtype=torch.promote_types(dtype, torch.float32))
-            tensors[name] = nn.init.orthogonal_(rows, generator=generator)
-        else:
-            shape = (rank, width) if kind == "rd" else (rank,)
-            drawn = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32))
-            tensors[name] = drawn.uniform_(-bound, bound, generator=generator).to(dtype)
-    return tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from ..positions import Positions
 from .intervention import Intervention
@@ -42,16 +43,32 @@ def with_rows(interventions: Sequence[Intervention], rows: Sequence[int]) -> lis
         raise ValueError(f"rows: must be row numbers, at least one; was {chosen!r}")
     if len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= rank:
         raise ValueError(f"rows: must be distinct and from 0 to {rank - 1}, was {chosen}")
+    for one in interventions:
+        shared = [name for name in one.names if "r" not in one.spec.shapes[name]]
+        if shared:
+            raise ValueError(
+                f"rows: {one.method} has {', '.join(shared)}, which belongs to no row, so a subspace of it "
+                "would be no part of it"
+            )
     return [
         Intervention(
             one.method,
             one.layer,
             one.site,
             one.positions,
-            {name: tensor[chosen].clone() for name, tensor in one.materialized().items()},
+            {name: _part(one, name, tensor, chosen) for name, tensor in one.materialized().items()},
             act_fn=one.act_fn,
             dropout=one.dropout,
             head=one.head,
+            options=one.options,
         )
         for one in interventions
     ]
+
+
+def _part(one: Intervention, name: str, tensor: Tensor, rows: list[int]) -> Tensor:
+    """A copy of a parameter with the given rows of each of its axes of r."""
+    for axis, kind in enumerate(one.spec.shapes[name]):
+        if kind == "r":
+            tensor = tensor.index_select(axis, torch.tensor(rows, device=tensor.device))
+    return tensor.clone()

@@ -21,8 +21,8 @@ def parameters(method: str, dtype: torch.dtype = torch.float64, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     shapes = METHODS[method].shapes
     made = {
-        name: torch.randn((R, D) if kind == "rd" else (R,), generator=generator, dtype=torch.float64)
-        for name, kind in shapes.items()
+        name: torch.randn(METHODS[method].shape(name, R, D), generator=generator, dtype=torch.float64)
+        for name in shapes
         if name != "kind"
     }
     made = {name: tensor.to(dtype) for name, tensor in made.items()}
