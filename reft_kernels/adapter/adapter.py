@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +13,13 @@ from torch import Tensor, nn
 from ..checkpoint import AdapterRecord, BaseModel, CheckpointError, native, read
 from ..pool import Fold
 from ..positions import LastPosition, Positions
-from .compose import summed, with_rows
+from .compose import common_base, summed, with_rows
 from .config import ReftConfig
+from .construct import Where, from_tensors
 from .intervention import Intervention
-from .methods import METHODS, Method
-from .orthonormal import orthonormal_rows, orthonormality_error
+from .methods import METHODS
+from .orthonormal import orthonormal_rows
 from .saved_modules import SavedModules
-
-#: Above this |R Rᵀ − I|, training starts visibly elsewhere than the adapter stood.
-_ORTHONORMAL = 1e-3
 
 
 class Adapter(nn.Module):
@@ -109,9 +106,9 @@ class Adapter(nn.Module):
             return
         if value:
             for one in self.interventions:
-                _check_trainable(one.method)
+                one.spec.check_trainable()
             for one in self.interventions:
-                _widen_orthonormal(one)
+                one.widen_orthonormal()
         else:
             for one in self.interventions:
                 with torch.no_grad():
@@ -129,7 +126,7 @@ class Adapter(nn.Module):
         """Makes it trainable with the parameters as they are: raw ones, of which the fold makes orthonormal
         rows. For what was saved in the middle of training."""
         for one in self.interventions:
-            _check_trainable(one.method)
+            one.spec.check_trainable()
             one.orthonormalize = True
             one.requires_grad_(True)
         self.saved_modules.requires_grad_(True)
@@ -187,7 +184,8 @@ class Adapter(nn.Module):
         Raises:
             ValueError: a layer that the model lacks, a rank above the width, a method that can't be trained.
         """
-        method = _check_trainable(config.method)
+        method = METHODS[config.method]
+        method.check_trainable()
         options = method.resolve(config.options)
         if config.r > width and method.orthonormal:
             raise ValueError(f"r: {config.r} rows can't be orthonormal in a width of {width}")
@@ -212,6 +210,47 @@ class Adapter(nn.Module):
         adapter = cls(made, config=config, n_layers=n_layers)
         adapter.trainable = True
         return adapter
+
+    @classmethod
+    def from_tensors(
+        cls,
+        method: str,
+        tensors: Mapping[Where, Tensor | Mapping[str, Tensor]],
+        *,
+        site: str = "block_output",
+        positions: str | Sequence[int] | Positions = "all",
+        act_fn: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        per_position: bool = False,
+        n_layers: int | None = None,
+    ) -> Adapter:
+        """An adapter of tensors that were computed elsewhere: a steering vector, a direction, a feature.
+
+        >>> import reft_kernels as rk
+        >>> happy = torch.ones(8)
+        >>> push = rk.Adapter.from_tensors("vector", {14: happy}, options={"coefficient": 2.0})
+        >>> push.interventions[0].coefficient.tolist(), push.interventions[0].v.shape
+        ([2.0], torch.Size([1, 8]))
+        >>> calm = rk.Adapter.from_tensors("ablation", dict.fromkeys(range(4), happy), site="mlp_output")
+
+        Args:
+            method: a method's name; docs/methods.md has its parameters.
+            tensors: by layer, or by (layer, head) at a head's site: the parameters by name, or the first of
+                them alone. [d] stands for one row of [r, d]. They are not copied.
+            site, positions: of all of them.
+            act_fn, options: of the method. An option fills the parameter of its name that is not given.
+            per_position: row i of the parameters is for the i-th of `positions`, a list of indices into the
+                prompt (ActAdd).
+            n_layers: depth of the model, for negative layers.
+
+        Returns:
+            An adapter that is not trainable yet.
+
+        Raises:
+            ValueError: names what is missing, unknown or of another shape than it must be.
+        """
+        made = from_tensors(method, tensors, site, positions, act_fn, options, per_position, n_layers)
+        return cls(made, n_layers=n_layers)
 
     @classmethod
     def from_pretrained(
@@ -310,7 +349,7 @@ class Adapter(nn.Module):
         if len(depths) > 1:
             raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
         parts = [one for adapter in adapters for one in adapter.interventions]
-        return cls(summed(parts), n_layers=depths.pop() if depths else None, base=_common_base(adapters))
+        return cls(summed(parts), n_layers=depths.pop() if depths else None, base=common_base(adapters))
 
     def select_subspace(self, rows: Sequence[int]) -> Adapter:
         """An adapter that keeps only the given of the r rows of D, U and c, in that order.
@@ -349,35 +388,3 @@ def _check_together(interventions: list[Intervention], n_layers: int | None) -> 
                     f"token: {str(other.positions)!r} and {str(one.positions)!r}"
                 )
         others.append(one)
-
-
-def _common_base(adapters: Sequence[Adapter]) -> BaseModel | None:
-    """The model that the adapters were made for, as far as known; None, with a warning, if several."""
-    known = [adapter.base for adapter in adapters if adapter.base is not None]
-    for base in known[1:]:
-        if not base.matches(known[0]):
-            warnings.warn(f"adapters: were made for {known[0]} and for {base}", stacklevel=3)
-            return None
-    return known[0] if known else None
-
-
-def _check_trainable(name: str) -> Method:
-    method = METHODS[name]
-    if not method.trainable:
-        able = ", ".join(name for name, other in METHODS.items() if other.trainable)
-        raise ValueError(f"method: {name} can't be trained; {able} can")
-    return method
-
-
-def _widen_orthonormal(one: Intervention) -> None:
-    """R in float32 at least, as half precision can't hold orthonormal rows."""
-    for name in one.spec.orthonormal:
-        parameter = getattr(one, name)
-        error = orthonormality_error(parameter)
-        if not error < _ORTHONORMAL:
-            warnings.warn(
-                f"{name} of layer {one.layer} is not orthonormal (|R Rᵀ − I| up to {error:.2g}): training "
-                "starts from its orthonormal factor, not from the adapter as it was",
-                stacklevel=4,
-            )
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

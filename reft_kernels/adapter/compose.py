@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import BaseModel
 from ..positions import Positions
 from .intervention import Intervention
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 
 @torch.no_grad()
@@ -72,3 +78,13 @@ def _part(one: Intervention, name: str, tensor: Tensor, rows: list[int]) -> Tens
         if kind == "r":
             tensor = tensor.index_select(axis, torch.tensor(rows, device=tensor.device))
     return tensor.clone()
+
+
+def common_base(adapters: Sequence[Adapter]) -> BaseModel | None:
+    """The model that the adapters were made for, as far as known; None, with a warning, if several."""
+    known = [adapter.base for adapter in adapters if adapter.base is not None]
+    for base in known[1:]:
+        if not base.matches(known[0]):
+            warnings.warn(f"adapters: were made for {known[0]} and for {base}", stacklevel=3)
+            return None
+    return known[0] if known else None

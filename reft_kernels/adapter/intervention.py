@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,12 @@ from ..positions import Positions
 from ..sites import HEAD_SITE, SITES
 from .config import check_dropout
 from .methods import METHODS, Method, activation
-from .orthonormal import orthonormal_rows
+from .orthonormal import orthonormal_rows, orthonormality_error
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+#: Above this |R Rᵀ − I|, training starts visibly elsewhere than the adapter stood.
+_ORTHONORMAL = 1e-3
 
 
 class Intervention(nn.Module):
@@ -185,6 +189,19 @@ class Intervention(nn.Module):
     def _folded(self, tensors: dict[str, Tensor]) -> Fold:
         fold = self.spec.fold(tensors, activation(self.act_fn), self.options)
         return Fold(*(tensor.contiguous() for tensor in fold))
+
+    def widen_orthonormal(self) -> None:
+        """Makes R float32 at least, as half precision can't hold orthonormal rows; warns if they are not."""
+        for name in self.spec.orthonormal:
+            parameter = getattr(self, name)
+            error = orthonormality_error(parameter)
+            if not error < _ORTHONORMAL:
+                warnings.warn(
+                    f"{name} of layer {self.layer} is not orthonormal (|R Rᵀ − I| up to {error:.2g}): "
+                    "training starts from its orthonormal factor, not from the adapter as it was",
+                    stacklevel=4,
+                )
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def extra_repr(self) -> str:
         head = "" if self.head is None else f", head={self.head}"

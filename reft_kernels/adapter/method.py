@@ -200,6 +200,12 @@ class Method:
             allowed = ", ".join(map(repr, self.sites))
             raise ValueError(f"site: {self.name} means something at {allowed} only, was {site!r}")
 
+    def check_trainable(self) -> None:
+        """Raises ValueError where the method can't be trained."""
+        if not self.trainable:
+            able = ", ".join(name for name, other in METHODS.items() if other.trainable)
+            raise ValueError(f"method: {self.name} can't be trained; {able} can")
+
     def fresh(
         self,
         rank: int,

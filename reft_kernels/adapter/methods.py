@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
 from ..pool import Fold
+from .bottleneck import Bottleneck
 from .method import ACTIVATIONS, METHODS, Method, Options, Parameters, activation, flag, register_method
+from .steering import Ablation, Concept, LoFiT, Sae, Vector
 
 __all__ = ["ACTIVATIONS", "METHODS", "Method", "activation"]
 
@@ -128,4 +130,10 @@ register_method("consreft", ConsReft())
 register_method("lobireft", LobiReft())
 register_method("direft", DiReft())
 register_method("nodireft", NoDiReft())
+register_method("vector", Vector())
+register_method("lofit", LoFiT())
+register_method("ablation", Ablation())
+register_method("concept", Concept())
+register_method("sae", Sae())
+register_method("adapter", Bottleneck())
 register_method("folded", Folded())
