@@ -37,10 +37,10 @@ class ReftConfig:
             default the method's: 4 for most, 1 for vectors.
         layers: "all", or distinct layer numbers; negative ones count from the last layer.
         site: where in the layer, one of `reft_kernels.sites.SITES`.
-        positions: which tokens: "f3+l3", "f5", "l1", "all", "prompt", "generated" or a list of indices
-            into the prompt.
-        share_weights: whether the f and the l positions of "f3+l3" share parameters. False gives each a
-            set of its own.
+        positions: which tokens: "f3+l3", "all", "prompt[2:-1]+generated", … (docs/positions.md), or a list
+            of indices into the prompt.
+        share_weights: whether all terms of a union share parameters. False gives each a set of its own.
+            None is False for the f and the l positions of "f3+l3", as in pyreft, and True for other unions.
         act_fn: an activation by transformers' name, or None.
         dropout: probability with which an element of an edited hidden state is dropped in training, [0, 1).
         last_position: what an l position counts back from: the prompt's "length", or "length-1".
@@ -58,7 +58,7 @@ class ReftConfig:
     layers: Literal["all"] | Sequence[int] = "all"
     site: str = "block_output"
     positions: str | Sequence[int] | Positions = "f3+l3"
-    share_weights: bool = False
+    share_weights: bool | None = None
     act_fn: str | None = None
     dropout: float = 0.0
     last_position: LastPosition = "length"
@@ -86,8 +86,8 @@ class ReftConfig:
             self._set("heads", _integers("heads", self.heads, "a list of head numbers from 0 up"))
             if min(self.heads) < 0:
                 raise ValueError(f"heads: must be head numbers from 0 up, was {list(self.heads)}")
-        if not isinstance(self.share_weights, bool):
-            raise ValueError(f"share_weights: must be True or False, was {self.share_weights!r}")
+        if not isinstance(self.share_weights, bool | None):
+            raise ValueError(f"share_weights: must be True, False or None, was {self.share_weights!r}")
         if activation(self.act_fn) and not METHODS[self.method].takes_activation:
             raise ValueError(f"act_fn: {self.method} takes none, was {self.act_fn!r}")
         METHODS[self.method].check_site(self.site)
@@ -98,8 +98,11 @@ class ReftConfig:
         if isinstance(self.positions, Positions):
             self._set("last_position", self.positions.last_position)
         # What was written is kept in its shortest form, so that equal configs compare equal.
-        spec = Positions.parse(self.positions, self.last_position).to_json()
+        parsed = Positions.parse(self.positions, self.last_position)
+        spec = parsed.to_json()
         self._set("positions", spec if isinstance(spec, str) else tuple(spec))
+        if self.share_weights is None:
+            self._set("share_weights", parsed.terms is not None)
 
     def _checked_options(self) -> dict[str, Any] | None:
         """What was given, None for nothing."""
@@ -132,7 +135,7 @@ class ReftConfig:
         return found
 
     def position_groups(self) -> tuple[Positions, ...]:
-        """The position specs that have parameters of their own: one, or the f and the l part."""
+        """The position specs that have parameters of their own: one, or one for each term."""
         parsed = Positions.parse(self.positions, self.last_position)
         return (parsed,) if self.share_weights else parsed.untied()
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..plan import SegmentRows
 from .batch_plan import BatchPlan
+from .lists import read_lists
 from .names import unknown
 from .prompts import Prompts
 from .selection import Selection, select
@@ -51,13 +52,23 @@ class Planner:
             for group in self.store.groups(name)
         )
 
-    def select(self, names: Sequence[str | None], prompts: Prompts) -> Selection:
+    def needs_ids(self, names: Sequence[str | None]) -> bool:
+        """Whether what these adapters edit depends on token ids."""
+        listed = dict.fromkeys(name for name in names if name is not None)
+        return any(group.needs_ids for name in listed for group in self.store.groups(name))
+
+    def select(self, names: Sequence[str | None], prompts: Prompts, positions: Any = None) -> Selection:
         """What the adapters of a batch's rows edit in its prompts and after them. See `selection.select`.
+
+        positions: for each row the tokens to edit in place of the adapter's own; see `lists.read_lists`.
 
         Raises ValueError for an unknown name, too.
         """
         self._check_known(names)
-        selection = select(names, prompts, self.store.groups)
+        lists = None
+        if positions is not None:
+            lists = read_lists(positions, names, prompts, self.store.adapters.__getitem__)
+        selection = select(names, prompts, self.store.groups, lists)
         selection.owners = {name: self.store.adapters[name] for name in names if name is not None}
         return selection
 
@@ -68,27 +79,35 @@ class Planner:
         length: int,
         batch: int,
         saved_modules: Mapping[str, Any] | None = None,
+        ids: np.ndarray | None = None,
     ) -> BatchPlan | None:
         """The plan of a forward over columns [start, start + length) of a rectangular batch.
 
-        batch: rows of h's batch, a multiple of the selection's (beams). None if nothing is edited, unless
-        there are saved modules to run. Nothing is prepared yet (`BatchPlan.prepare`).
+        batch: rows of h's batch, a multiple of the selection's (beams). ids: the forward's tokens, [batch,
+        length], where `selection.needs_ids`. None if nothing is edited, unless there are saved modules to
+        run. Nothing is prepared yet (`BatchPlan.prepare`).
 
         Raises ValueError where an adapter of the selection was deleted or replaced since.
         """
-        by_segment = selection.window(start, length, batch // selection.batch)
+        by_segment = selection.window(start, length, batch // selection.batch, ids)
         return self._plan(selection, by_segment, batch * length, saved_modules)
 
     def step(
-        self, selection: Selection, starts: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray
+        self,
+        selection: Selection,
+        starts: Sequence[int] | np.ndarray,
+        counts: Sequence[int] | np.ndarray,
+        ids: Sequence[int] | np.ndarray | None = None,
     ) -> BatchPlan | None:
         """The plan of an engine's step over a flat batch: of request i the tokens starts[i] … starts[i] +
         counts[i] − 1 of its sequence, request after request, in the order of the selection's names.
 
         A prefill, a chunk of one and a decode step are all the same. The selection is one of
-        `Prompts.unpadded`. The plan is prepared. None if nothing is edited.
+        `Prompts.unpadded`. ids: of these tokens, where `selection.needs_ids`. The plan is prepared. None if
+        nothing is edited.
 
-        Raises ValueError for another number of requests than the selection's, or a negative number.
+        Raises ValueError for another number of requests than the selection's, or of ids than tokens, or a
+        negative number.
         """
         first, many = np.asarray(starts, dtype=np.int64), np.asarray(counts, dtype=np.int64)
         for name, array in (("starts", first), ("counts", many)):
@@ -99,7 +118,10 @@ class Planner:
                 )
             if array.size and array.min() < 0:
                 raise ValueError(f"{name}: must be 0 or more, found {array.min()}")
-        plan = self._plan(selection, selection.chunks(first, many), int(many.sum()), None)
+        tokens = None if ids is None else np.asarray(ids)
+        if tokens is not None and tokens.shape != (many.sum(),):
+            raise ValueError(f"ids: must be those of {many.sum()} tokens, had shape {list(tokens.shape)}")
+        plan = self._plan(selection, selection.chunks(first, many, tokens), int(many.sum()), None)
         if plan is not None:
             plan.prepare()
         return plan

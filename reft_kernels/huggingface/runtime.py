@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,15 +21,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Columns(NamedTuple):
+    """What a forward of generate covers: columns [start, start + length) of `batch` rows.
+
+    ids: its tokens, [batch, length], where edits depend on them.
+    """
+
+    start: int
+    length: int
+    batch: int
+    ids: np.ndarray | None = None
+
+
 class Pending(NamedTuple):
     """A forward that generate has prepared: its plan, and its cache (which tells it from other calls).
 
-    columns: (start, length, batch) that the plan was made for; None where there was nothing to plan.
+    columns: that the plan was made for; None where there was nothing to plan.
     """
 
     cache: object
     plan: BatchPlan | None
-    columns: tuple[int, int, int] | None
+    columns: Columns | None
 
 
 class GenerateScope:
