@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checkpoint import AdapterRecord, BaseModel, CheckpointError, native, read
 from ..pool import Fold
 from ..positions import LastPosition, Positions
-from .compose import common_base, summed, with_rows
+from .compose import check_together, check_weights, common_base, summed, with_rows
 from .config import ReftConfig
 from .construct import Where, from_tensors
 from .intervention import Intervention
@@ -33,7 +33,8 @@ class Adapter(nn.Module):
     8
 
     Args:
-        interventions: at least one, all of one width. No two at one place may share a position.
+        interventions: at least one, all of one width. Where several at one place share a token their edits
+            add up, each of the unedited state; no two of a place may have the same positions.
         config: what the adapter was made from, if known.
         n_layers: depth of the model it was made for, if known.
         saved_modules: copies of the model's modules that belong to the adapter; by default those that the
@@ -44,6 +45,7 @@ class Adapter(nn.Module):
         interventions: the `Intervention`s, in a stable order.
         groups: the distinct position specs; `intervention.group` is an index into them.
         width: d, the length of the hidden states.
+        overlapping: whether interventions at one place may share a token.
 
     Raises:
         ValueError: interventions that contradict each other, or a layer beyond n_layers.
@@ -62,7 +64,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         listed = list(interventions)
-        _check_together(listed, n_layers)
+        self.overlapping = check_together(listed, n_layers)
         self.interventions = nn.ModuleList(listed)  # type: ignore[assignment]
         self.config, self.n_layers, self.base = config, n_layers, base
         self.groups: tuple[Positions, ...] = tuple(dict.fromkeys(one.positions for one in listed))
@@ -149,6 +151,12 @@ class Adapter(nn.Module):
             for (index, name, _), result in zip(batch, results):
                 ready[index][name] = result
         return [one.fold(found) for one, found in zip(self.interventions, ready)]
+
+    def check_scalable(self, argument: str = "scale") -> None:
+        """Raises ValueError, which names the argument, where an edit times a number means nothing."""
+        for one in self.interventions:
+            if not one.spec.scalable:
+                raise ValueError(f"{argument}: an edit of the method {one.method} can't be multiplied")
 
     def penalty(self) -> Tensor:
         """What the methods add to the loss in training, a scalar; 0 where they add nothing.
@@ -332,23 +340,29 @@ class Adapter(nn.Module):
         )
 
     @classmethod
-    def compose(cls, adapters: Sequence[Adapter]) -> Adapter:
+    def compose(cls, adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
         """The sum of several adapters' edits, each computed from the unedited hidden state.
 
-        At one place their positions must be equal, or share no token. The result holds concatenated folds
-        and is not trainable. Warns of adapters that were made for different models.
+        The result holds concatenated folds and is not trainable. Warns of adapters that were made for
+        different models.
+
+        Args:
+            adapters: at least one.
+            weights: what each one's edits are multiplied by; by default 1.
 
         Raises:
-            ValueError: no adapters; widths or depths that differ; positions that overlap without being equal.
+            ValueError: no adapters; widths or depths that differ; weights that are no finite numbers, or
+                that a method does not take.
         """
         if not adapters:
             raise ValueError("adapters: at least one is needed")
+        factors = check_weights(adapters, weights)
         if any(adapter.saved_modules for adapter in adapters):
             raise ValueError("adapters: those with modules_to_save can't be composed, as modules have no sum")
         depths = {adapter.n_layers for adapter in adapters if adapter.n_layers is not None}
         if len(depths) > 1:
             raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
-        parts = [one for adapter in adapters for one in adapter.interventions]
+        parts = [(one, w) for adapter, w in zip(adapters, factors) for one in adapter.interventions]
         return cls(summed(parts), n_layers=depths.pop() if depths else None, base=common_base(adapters))
 
     def select_subspace(self, rows: Sequence[int]) -> Adapter:
@@ -366,25 +380,3 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"width={self.width}, groups={[str(g) for g in self.groups]}, trainable={self.trainable}"
-
-
-def _check_together(interventions: list[Intervention], n_layers: int | None) -> None:
-    if not interventions:
-        raise ValueError("interventions: an adapter needs at least one")
-    places: dict[tuple[str, int, int | None], list[Intervention]] = {}
-    for one in interventions:
-        if one.width != interventions[0].width:
-            raise ValueError(
-                f"interventions: one adapter has one width; layer {one.layer} has {one.width}, "
-                f"layer {interventions[0].layer} has {interventions[0].width}"
-            )
-        if n_layers is not None and one.layer >= n_layers:
-            raise ValueError(f"layer: the model has no layer {one.layer}; it has {n_layers}")
-        others = places.setdefault((one.site, one.layer, one.head), [])
-        for other in others:
-            if one.positions.overlaps(other.positions):
-                raise ValueError(
-                    f"positions: two interventions at {one.site} of layer {one.layer} would edit the same "
-                    f"token: {str(other.positions)!r} and {str(one.positions)!r}"
-                )
-        others.append(one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -18,20 +19,22 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def summed(interventions: Iterable[Intervention]) -> list[Intervention]:
+def summed(interventions: Iterable[tuple[Intervention, float]]) -> list[Intervention]:
     """One intervention for each place and positions, whose fold is the concatenation of those there.
+
+    Each comes with what its edit is multiplied by.
 
     Raises ValueError for widths that differ at a place.
     """
-    gathered: dict[tuple[str, int, int | None, Positions], list[Intervention]] = {}
-    for one in interventions:
-        gathered.setdefault((one.site, one.layer, one.head, one.positions), []).append(one)
+    gathered: dict[tuple[str, int, int | None, Positions], list[tuple[Intervention, float]]] = {}
+    for one, weight in interventions:
+        gathered.setdefault((one.site, one.layer, one.head, one.positions), []).append((one, weight))
     sums = []
     for (site, layer, head, positions), parts in gathered.items():
-        widths = {one.width for one in parts}
+        widths = {one.width for one, _ in parts}
         if len(widths) > 1:
             raise ValueError(f"adapters: widths {sorted(widths)} meet at {site} of layer {layer}")
-        folds = [one.fold() for one in parts]
+        folds = [fold._replace(up=fold.up * weight) for one, weight in parts for fold in [one.fold()]]
         tensors = {name: torch.cat([getattr(fold, name) for fold in folds]) for name in folds[0]._fields}
         sums.append(Intervention("folded", layer, site, positions, tensors, head=head))
     return sums
@@ -88,3 +91,45 @@ def common_base(adapters: Sequence[Adapter]) -> BaseModel | None:
             warnings.warn(f"adapters: were made for {known[0]} and for {base}", stacklevel=3)
             return None
     return known[0] if known else None
+
+
+def check_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
+    """One finite number for each adapter. Raises ValueError that names `weights`."""
+    if weights is None:
+        return [1.0] * len(adapters)
+    if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != len(adapters):
+        raise ValueError(f"weights: must be a list of {len(adapters)} numbers, was {weights!r}")
+    for adapter, weight in zip(adapters, weights):
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
+            raise ValueError(f"weights: must be finite numbers, held {weight!r}")
+        if weight != 1:
+            adapter.check_scalable("weights")
+    return [float(weight) for weight in weights]
+
+
+def check_together(interventions: list[Intervention], n_layers: int | None) -> bool:
+    """Raises ValueError where interventions can't make up one adapter; returns whether any two of them at one
+    place may share a token."""
+    if not interventions:
+        raise ValueError("interventions: an adapter needs at least one")
+    overlapping = False
+    places: dict[tuple[str, int, int | None], list[Intervention]] = {}
+    for one in interventions:
+        if one.width != interventions[0].width:
+            raise ValueError(
+                f"interventions: one adapter has one width; layer {one.layer} has {one.width}, "
+                f"layer {interventions[0].layer} has {interventions[0].width}"
+            )
+        if n_layers is not None and one.layer >= n_layers:
+            raise ValueError(f"layer: the model has no layer {one.layer}; it has {n_layers}")
+        others = places.setdefault((one.site, one.layer, one.head), [])
+        for other in others:
+            if one.positions == other.positions:
+                raise ValueError(
+                    f"positions: two interventions at {one.site} of layer {one.layer} have the positions "
+                    f"{str(one.positions)!r}; Adapter.compose makes one of them"
+                )
+            overlapping = overlapping or one.positions.overlaps(other.positions)
+        others.append(one)
+    return overlapping

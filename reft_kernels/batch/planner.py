@@ -10,9 +10,10 @@ import numpy as np
 from ..plan import SegmentRows
 from .batch_plan import BatchPlan
 from .lists import read_lists
-from .names import unknown
+from .names import POSITIONS, unknown
 from .prompts import Prompts
 from .selection import Selection, select
+from .stacks import RowNames, joined, names_of, terms_of, with_scales
 from .store import AdapterStore
 
 #: The name of the bare model in a list of adapter names, as in PEFT.
@@ -25,51 +26,73 @@ class Planner:
     def __init__(self, store: AdapterStore) -> None:
         self.store = store
 
-    def check_names(self, given: Any, batch: int) -> tuple[str | None, ...]:
-        """One adapter a row, None for the bare model. Raises ValueError that names `adapter_names`."""
+    def check_names(self, given: Any, batch: int, scale: Any = None) -> tuple[RowNames, ...]:
+        """What each row takes, None for the bare model.
+
+        given: a list with one entry a row, an adapter's name or a list of several. scale: what their edits
+        are multiplied by; see `stacks.with_scales`.
+
+        Raises ValueError that names `adapter_names` or `scale`.
+        """
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise ValueError(f"adapter_names: must be a list with one name a row, was {given!r}")
         if len(given) != batch:
             raise ValueError(f"adapter_names: has {len(given)} names for a batch of {batch} rows")
-        names = tuple(None if name == BASE else name for name in given)
-        self._check_known(names)
+        rows = [self._names_of_row(row, entry) for row, entry in enumerate(given)]
+        self._check_known([name for row in rows for name in row])
+        names = with_scales(rows, scale)
+        self._check_scales(names)
         return names
 
-    def _check_known(self, names: Sequence[str | None]) -> None:
+    def _names_of_row(self, row: int, entry: Any) -> tuple[str, ...]:
+        """The adapters of one row: none for the bare model, one for a name, those in a list."""
+        listed = tuple(entry) if isinstance(entry, list | tuple) else (entry,)
+        for name in listed:
+            if not isinstance(name, str | None):
+                raise ValueError(f"adapter_names: must hold names, or lists of names, held {name!r}")
+        named = tuple(name for name in listed if name is not None and name != BASE)
+        if len(listed) > 1 and len(named) < len(listed):
+            raise ValueError(f"adapter_names: row {row} names the bare model beside adapters: {entry!r}")
+        if len(set(named)) < len(named):
+            raise ValueError(f"adapter_names: row {row} has an adapter twice: {entry!r}; give scale instead")
+        return named
+
+    def _check_known(self, names: Sequence[str]) -> None:
         adapters = self.store.adapters
         for name in names:
-            if not isinstance(name, str | None):
-                raise ValueError(f"adapter_names: must hold names, held {name!r}")
-            if name is not None and name not in adapters:
+            if name not in adapters:
                 raise ValueError(f"adapter_names: {unknown(name, [*adapters, BASE], 'known are')}")
 
-    def needs_prompt(self, names: Sequence[str | None]) -> bool:
+    def _check_scales(self, names: Sequence[RowNames]) -> None:
+        for term in dict.fromkeys(term for row in names for term in terms_of(row)):
+            if term.scale != 1:
+                self.store.adapters[term.name].check_scalable()
+
+    def needs_prompt(self, names: Sequence[RowNames]) -> bool:
         """Whether what these adapters edit depends on which tokens are prompt."""
-        return any(
-            group.needs_prompt
-            for name in dict.fromkeys(names)
-            if name is not None
-            for group in self.store.groups(name)
-        )
+        return any(group.needs_prompt for name in names_of(names) for group in self.store.groups(name))
 
-    def needs_ids(self, names: Sequence[str | None]) -> bool:
+    def needs_ids(self, names: Sequence[RowNames]) -> bool:
         """Whether what these adapters edit depends on token ids."""
-        listed = dict.fromkeys(name for name in names if name is not None)
-        return any(group.needs_ids for name in listed for group in self.store.groups(name))
+        return any(group.needs_ids for name in names_of(names) for group in self.store.groups(name))
 
-    def select(self, names: Sequence[str | None], prompts: Prompts, positions: Any = None) -> Selection:
+    def select(self, names: Sequence[RowNames], prompts: Prompts, positions: Any = None) -> Selection:
         """What the adapters of a batch's rows edit in its prompts and after them. See `selection.select`.
 
         positions: for each row the tokens to edit in place of the adapter's own; see `lists.read_lists`.
 
         Raises ValueError for an unknown name, too.
         """
-        self._check_known(names)
+        listed = names_of(names)
+        self._check_known(listed)
         lists = None
         if positions is not None:
-            lists = read_lists(positions, names, prompts, self.store.adapters.__getitem__)
+            lists = read_lists(positions, _single(names), prompts, self.store.adapters.__getitem__)
         selection = select(names, prompts, self.store.groups, lists)
-        selection.owners = {name: self.store.adapters[name] for name in names if name is not None}
+        selection.owners = {name: self.store.adapters[name] for name in listed}
+        selection.stacked = any(len(terms_of(row)) > 1 for row in names) or any(
+            adapter.overlapping for adapter in selection.owners.values()
+        )
         return selection
 
     def plan(
@@ -141,10 +164,24 @@ class Planner:
         for name, adapter in selection.owners.items():
             if self.store.adapters.get(name) is not adapter:
                 raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
-        table = self.store.table(selection.segments)
+        segments = selection.segments
+        if selection.stacked:
+            segments, by_segment = joined(segments, by_segment, self.store.meet)
+        table = self.store.table(segments)
         return BatchPlan(self.store, table, by_segment, tokens, saved_modules)
 
     def idle(self, tokens: int) -> BatchPlan:
         """The plan of a forward that edits nothing, for one whose norms are fused with edits."""
         nothing = np.zeros(0, dtype=np.int64)
         return BatchPlan(self.store, self.store.table(()), SegmentRows(nothing, nothing), tokens)
+
+
+def _single(names: Sequence[RowNames]) -> list[str | None]:
+    """One adapter a row, for positions that are given for it. Raises ValueError where a row has several."""
+    found: list[str | None] = []
+    for row, taken in enumerate(names):
+        terms = terms_of(taken)
+        if len(terms) > 1:
+            raise ValueError(f"{POSITIONS}: row {row} has several adapters, {taken!r}; it must be one")
+        found.append(terms[0].name if terms else None)
+    return found

@@ -13,12 +13,10 @@ from ..plan import SegmentRows
 from ..positions import Positions, ragged_arange
 from .lists import Lists
 from .prompts import Prompts
+from .stacks import RowNames, Segment, Term, segment_of, terms_of
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
-
-#: What a segment is: (adapter name, index of its position group).
-Segment = tuple[str, int]
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 
@@ -37,7 +35,7 @@ class Selection:
     """What each segment edits: some columns below `width`, and every column from there on of some rows.
 
     Attributes:
-        names: the adapter of each row, None for the bare model.
+        names: what each row takes: an adapter's name, several (a `Mix`), or None for the bare model.
         segments: in the order in which plans list them.
         rows, columns: int64 [n], the edited (row, column) pairs below `width`, sorted by segment.
         counts: how many of them each segment has, int64 [S].
@@ -47,9 +45,10 @@ class Selection:
         asked: segments of which neither of these is known before a step.
         prompts: that this was made for.
         owners: the adapters behind the names, as they were when this was made.
+        stacked: whether a token may be in several segments that edit at a common site.
     """
 
-    names: tuple[str | None, ...]
+    names: tuple[RowNames, ...]
     segments: tuple[Segment, ...]
     rows: np.ndarray
     columns: np.ndarray
@@ -61,6 +60,7 @@ class Selection:
     asked: tuple[Asked, ...] = ()
     prompts: Prompts | None = None
     owners: dict[str, Adapter] = dataclasses.field(default_factory=dict)
+    stacked: bool = False
 
     @property
     def batch(self) -> int:
@@ -167,12 +167,12 @@ def _merged(found: list[SegmentRows]) -> SegmentRows | None:
 
 
 def select(
-    names: Sequence[str | None],
+    names: Sequence[RowNames],
     prompts: Prompts,
     groups_of: Callable[[str], tuple[Positions, ...]],
     lists: Lists | None = None,
 ) -> Selection:
-    """Resolves every row's adapter to columns. names: one a row, None for the bare model.
+    """Resolves every row's adapters to columns. names: what each row takes, None for the bare model.
 
     lists: of rows that were given theirs. Rows that share a position spec are resolved at once, whichever
     adapters they have.
@@ -182,23 +182,23 @@ def select(
     """
     segments: list[Segment] = []
     specs: dict[Positions, tuple[list[int], list[int]]] = {}  # rows, and the segment of each
-    rows_of: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        if name is not None:
-            rows_of.setdefault(name, []).append(row)
+    rows_of: dict[Term, list[int]] = {}
+    for row, taken in enumerate(names):
+        for term in terms_of(taken):
+            rows_of.setdefault(term, []).append(row)
     picked = [(_NOTHING, _NOTHING, _NOTHING)]
     told = lists or {}
-    for name in sorted(rows_of):
-        for group, positions in enumerate(groups_of(name)):
-            mine = [row for row in rows_of[name] if row not in told]
+    for term in sorted(rows_of):
+        for group, positions in enumerate(groups_of(term.name)):
+            mine = [row for row in rows_of[term] if row not in told]
             if mine:
                 listed, owned = specs.setdefault(positions, ([], []))
                 listed += mine
                 owned += [len(segments)] * len(mine)
-            for row in (row for row in rows_of[name] if row in told):
+            for row in (row for row in rows_of[term] if row in told):
                 columns = told[row][group]
                 picked.append((np.full(len(columns), len(segments)), np.full(len(columns), row), columns))
-            segments.append((name, group))
+            segments.append(segment_of(term, group))
     generated = [(_NOTHING, _NOTHING)]
     dynamic: list[Asked] = []
     for positions, (listed, owned) in specs.items():
@@ -232,9 +232,7 @@ def select(
     )
 
 
-def _check(
-    positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[str | None]
-) -> np.ndarray:
+def _check(positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[RowNames]) -> np.ndarray:
     """Raises ValueError where the prompts of these rows are not what positions need. Returns which have one,
     as indices into `rows`."""
     lengths = prompts.lengths[rows]
@@ -261,7 +259,7 @@ def _check(
 
 
 def _columns(
-    positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[str | None]
+    positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[RowNames]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(index into `rows`, column) of what these rows edit below `prompts.width`, in the order of `rows`."""
     lengths = prompts.lengths[rows]
@@ -277,7 +275,7 @@ def _columns(
     return which, prompts.column(rows[which], index)
 
 
-def _say_which(positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[str | None]) -> None:
+def _say_which(positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[RowNames]) -> None:
     """Raises the error of the first row whose prompt lacks a position."""
     for row in sorted(rows.tolist()):
         try:

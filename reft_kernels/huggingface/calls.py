@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import BatchPlan
-from ..batch.names import LENGTHS, NAMES, POSITIONS
+from ..batch.names import LENGTHS, NAMES, POSITIONS, SCALES
 from .checkpointing import keep_plans
 from .reading import CallReader, Ours, ids_of
 from .runtime import Columns, GenerateScope, Pending, cache_length
@@ -21,20 +21,24 @@ from .standin import StandIn
 _OURS = [
     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
     for name, annotation in (
-        *((name, Sequence[str] | None) for name in NAMES),
+        *((name, Sequence[str | Sequence[str]] | None) for name in NAMES),
         (LENGTHS, Sequence[int] | Tensor | None),
         (POSITIONS, Sequence[Any] | Mapping[str, Any] | None),
+        # The short name is not shown: Trainer would take a data set's column of that name for it.
+        (SCALES[0], float | Sequence[Any] | Mapping[str, float] | None),
     )
 ]
 
 
-def take_ours(kwargs: dict[str, Any]) -> Ours:
+def take_ours(kwargs: dict[str, Any], own: Collection[str] = ()) -> Ours:
     """Takes our own arguments out of a call's; None for those that it did not give.
 
-    `reft_adapter_names` wins; `adapter_names` is then left to PEFT.
+    `reft_adapter_names` wins; `adapter_names` is then left to PEFT. `scale` is left to a model that has an
+    argument of that name.
     """
     names = NAMES[0] if NAMES[0] in kwargs else NAMES[1]
-    return Ours(*(kwargs.pop(name, None) for name in (names, LENGTHS, POSITIONS)))
+    scale = SCALES[0] if SCALES[0] in kwargs or SCALES[1] in own else SCALES[1]
+    return Ours(*(kwargs.pop(name, None) for name in (names, LENGTHS, POSITIONS, scale)))
 
 
 class _Call(StandIn):
@@ -49,12 +53,12 @@ class _Call(StandIn):
     @torch.compiler.disable
     def _plan(self, args: tuple, kwargs: dict[str, Any]) -> BatchPlan | None:
         """The plan of this forward; takes our own arguments out of kwargs."""
-        ours = take_ours(kwargs)
+        ours = take_ours(kwargs, self.names)
         call = {**dict(zip(self.names, args)), **kwargs} if args else kwargs
         scope = self.runtime.scope
         if scope is None:
             self.keywords.check(kwargs)
-        elif ours.names is None and ours.positions is None:
+        elif ours.names is None and ours.positions is None and ours.scale is None:
             pending, scope.pending = scope.pending, None
             if pending is not None and pending.cache is call.get("past_key_values"):
                 return self._still_right(pending, scope)
@@ -173,11 +177,11 @@ class Generate(_Call):
         super().__init__(module, name, reader)
         forward = inspect.signature(type(module).forward).parameters
         self.keywords = Keywords(name, [*self.names, *forward])
-        self.own_names = "adapter_names" in forward
+        self.known, self.own_names = tuple(forward), "adapter_names" in forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.keywords.check(kwargs)
-        ours = take_ours(kwargs)
+        ours = take_ours(kwargs, self.known)
         if "adapter_names" in kwargs and not self.own_names:
             # It is in forward's signature, by which generate tells what the model doesn't use.
             raise ValueError("adapter_names: is not used by the model beside reft_adapter_names")
@@ -194,7 +198,7 @@ class ContinuousBatching(_Call):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(one is not None for one in take_ours(kwargs)):
             raise ValueError(
-                f"{self.name}: takes no adapter names or prompt lengths; use set_adapter, or generate"
+                f"{self.name}: takes no adapter names, prompt lengths or scale; use set_adapter, or generate"
             )
         self.reader.check_packed(self.name)
         return self.original(*args, **kwargs)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..batch import BatchPlan, DecodeWorkspaces, Prompts, Selection, read_prompts
+from ..batch.stacks import RowNames
 from .runtime import Columns, GenerateScope, Runtime, nested, read_cache_length
 from .saved_modules import share_modules
 from .sites import Sites
@@ -29,6 +30,7 @@ class Ours(NamedTuple):
     names: Any = None
     lengths: Any = None
     positions: Any = None
+    scale: Any = None
 
 
 class CallReader:
@@ -40,11 +42,13 @@ class CallReader:
 
     # Names -----------------------------------------------------------------------------------------------
 
-    def names(self, given: Any, batch: int) -> tuple[str | None, ...]:
-        """One adapter a row, None for the bare model. given: None takes the active adapter for all rows."""
+    def names(self, given: Any, batch: int, scale: Any = None) -> tuple[RowNames, ...]:
+        """What each row takes, None for the bare model. given: None takes the active adapter for all rows."""
         if given is None:
-            return (self.runtime.active,) * batch
-        return self.planner.check_names(given, batch)
+            given = (self.runtime.active,) * batch
+            if scale is None:
+                return given
+        return self.planner.check_names(given, batch, scale)
 
     def check_packed(self, name: str) -> None:
         """Refuses calls that pack requests into one row while the active adapter depends on the prompt."""
@@ -95,7 +99,7 @@ class CallReader:
             if bare:
                 return None
             raise ValueError("the call has neither input_ids nor inputs_embeds, so rows can't be told")
-        names = None if bare else self._forward_names(given, batch.size)
+        names = None if bare else self._forward_names(given, batch.size, ours.scale)
         if names is None or not (any(names) or ours.positions is not None):
             return self.idle(batch.size * batch.length)
         start = read_cache_length(call.get("past_key_values"), call.get("cache_position"))
@@ -104,10 +108,10 @@ class CallReader:
         ids = ids_of(call) if selection.needs_ids else None
         return self._plan(selection, Columns(start, batch.length, batch.size, ids))
 
-    def _forward_names(self, given: Any, batch: int) -> tuple[str | None, ...]:
+    def _forward_names(self, given: Any, batch: int, scale: Any) -> tuple[RowNames, ...]:
         scope = self.runtime.scope
         if given is not None or scope is None:
-            return self.names(given, batch)
+            return self.names(given, batch, scale)
         copies, rest = divmod(batch, len(scope.names))
         if rest:
             raise RuntimeError(
@@ -118,12 +122,12 @@ class CallReader:
     def _forward_prompts(
         self,
         call: dict[str, Any],
-        names: Sequence[str | None],
+        names: Sequence[RowNames],
         batch: _Batch,
         start: int,
         ours: Ours,
     ) -> Prompts:
-        given, prompt_lengths, _ = ours
+        given, prompt_lengths = ours.names, ours.lengths
         needs_prompt = self.planner.needs_prompt(names) or ours.positions is not None
         mask = call.get("attention_mask")
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
@@ -149,7 +153,7 @@ class CallReader:
     ) -> GenerateScope:
         """Reads a generate call: names, prompts and what is edited in them, once for all its forwards."""
         ids = inputs if inputs is not None else call.get("input_ids")
-        given, prompt_lengths, positions = ours
+        given, prompt_lengths, positions, scale = ours
         embeds = call.get("inputs_embeds")
         tokens = embeds if embeds is not None else ids
         outer = self.runtime.scope
@@ -161,7 +165,7 @@ class CallReader:
         if outer is not None and given is None and outer.goes_on_in(ids):
             # A generate inside generate (assisted decoding by the model's own layers) goes on with the same.
             return GenerateScope(outer.names, outer.selection, seen, ids)
-        names = self.names(given, batch)
+        names = self.names(given, batch, scale)
         if not any(names) and positions is None:
             return GenerateScope(names, None, seen, ids)
         width = tokens.shape[1] if isinstance(tokens, Tensor) else 1

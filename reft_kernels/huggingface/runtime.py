@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..batch import AdapterStore, BatchPlan, Planner, Selection
+from ..batch.stacks import RowNames
 from .blocks import Blocks
 from .fused_norm import FusedNorms
 from .slips import Told
@@ -47,14 +48,14 @@ class Pending(NamedTuple):
 class GenerateScope:
     """One call of generate.
 
-    names: one a prompt, None for the bare model. selection: what they edit; None when that is nothing.
+    names: what each prompt takes, None for the bare model. selection: what they edit; None for nothing.
     seen: columns that went through the model so far (for caches that don't say so on the host).
     tokens: the prompts' ids [batch, width], where there are any.
     """
 
     def __init__(
         self,
-        names: tuple[str | None, ...],
+        names: tuple[RowNames, ...],
         selection: Selection | None,
         seen: int,
         tokens: Tensor | None = None,

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..batch.names import LENGTHS, NAMES, POSITIONS
+from ..batch.names import LENGTHS, NAMES, POSITIONS, SCALES
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..batch import BatchPlan
 
 #: Keyword arguments of ours that forward and generate take.
-OURS = (*NAMES, LENGTHS, POSITIONS)
+OURS = (*NAMES, LENGTHS, POSITIONS, *SCALES)
 
 #: How alike two names are (difflib's ratio) for one to be taken for a slip in the other.
 _ALIKE = 0.8
@@ -113,7 +113,7 @@ class Told:
             return
         if not (self.parameters_taken or plan.table.trainable or _trains_nothing(model, call)):
             return
-        names = [name for name, _ in plan.table.segments]
+        names = list(plan.table.adapters)
         listed = list(dict.fromkeys(names))
         self._say(
             "frozen",
