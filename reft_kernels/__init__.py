@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import functional
-from .adapter import Adapter, ReftConfig
+from .adapter import Adapter, Method, Option, ReftConfig, register_method, unregister_method
 from .huggingface import NotPatchable, Reft, patch, unpatch
 from .ops import BackendUnavailable, backend, current_backend
 from .plan import Plan, make_plan
@@ -18,7 +18,9 @@ __all__ = [
     "Adapter",
     "BackendUnavailable",
     "Fold",
+    "Method",
     "NotPatchable",
+    "Option",
     "Plan",
     "Pool",
     "PoolFull",
@@ -33,7 +35,9 @@ __all__ = [
     "functional",
     "make_plan",
     "patch",
+    "register_method",
     "unpatch",
+    "unregister_method",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
@@ -23,3 +24,8 @@ def test_filling_a_pool_by_hand() -> None:
     torch.testing.assert_close(names["h"].view(10, 64), expected, rtol=1e-5, atol=1e-5)
     untouched = [row for row in range(10) if row not in rows]
     assert torch.equal(names["h"].view(10, 64)[untouched], start[untouched])
+
+
+def test_the_examples_of_positions() -> None:
+    failures, tried = doctest.testfile(str(DOCS / "positions.md"), module_relative=False, encoding="utf-8")
+    assert tried > 10 and failures == 0

@@ -14,13 +14,16 @@ import reft_kernels as rk
 ELSEWHERE = {
     "BackendUnavailable": "an error",
     "NotPatchable": "an error",
+    "Option": "Method has one",
     "PoolFull": "an error",
     "Plan": "make_plan makes it",
     "Reft": "patch makes it",
     "ReftTrainer": "README trains with it",
     "Span": "Pool.add makes it",
     "functional": "a module",
+    "register_method": "Method registers one",
     "unpatch": "patch has one",
+    "unregister_method": "Method has one",
 }
 PUBLIC = {name: getattr(rk, name) for name in rk.__all__} | {
     f"functional.{name}": getattr(rk.functional, name) for name in rk.functional.__all__

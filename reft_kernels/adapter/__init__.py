@@ -5,6 +5,18 @@ from .adapter import Adapter
 from .config import ReftConfig
 from .convert import convert
 from .intervention import Intervention
+from .method import Method, Option, register_method, unregister_method
 from .saved_modules import SavedModules
 
-__all__ = ["Adapter", "BaseModel", "Intervention", "ReftConfig", "SavedModules", "convert"]
+__all__ = [
+    "Adapter",
+    "BaseModel",
+    "Intervention",
+    "Method",
+    "Option",
+    "ReftConfig",
+    "SavedModules",
+    "convert",
+    "register_method",
+    "unregister_method",
+]

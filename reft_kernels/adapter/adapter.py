@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +13,13 @@ from torch import Tensor, nn
 from ..checkpoint import AdapterRecord, BaseModel, CheckpointError, native, read
 from ..pool import Fold
 from ..positions import LastPosition, Positions
-from .compose import summed, with_rows
+from .compose import check_together, check_weights, common_base, summed, with_rows
 from .config import ReftConfig
+from .construct import Where, from_tensors
 from .intervention import Intervention
 from .methods import METHODS
-from .orthonormal import orthonormal_rows, orthonormality_error
+from .orthonormal import orthonormal_rows
 from .saved_modules import SavedModules
-
-#: Above this |R Rᵀ − I|, training starts visibly elsewhere than the adapter stood.
-_ORTHONORMAL = 1e-3
 
 
 class Adapter(nn.Module):
@@ -37,7 +33,8 @@ class Adapter(nn.Module):
     8
 
     Args:
-        interventions: at least one, all of one width. No two at one place may share a position.
+        interventions: at least one, all of one width. Where several at one place share a token their edits
+            add up, each of the unedited state; no two of a place may have the same positions.
         config: what the adapter was made from, if known.
         n_layers: depth of the model it was made for, if known.
         saved_modules: copies of the model's modules that belong to the adapter; by default those that the
@@ -48,6 +45,7 @@ class Adapter(nn.Module):
         interventions: the `Intervention`s, in a stable order.
         groups: the distinct position specs; `intervention.group` is an index into them.
         width: d, the length of the hidden states.
+        overlapping: whether interventions at one place may share a token.
 
     Raises:
         ValueError: interventions that contradict each other, or a layer beyond n_layers.
@@ -66,7 +64,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         listed = list(interventions)
-        _check_together(listed, n_layers)
+        self.overlapping = check_together(listed, n_layers)
         self.interventions = nn.ModuleList(listed)  # type: ignore[assignment]
         self.config, self.n_layers, self.base = config, n_layers, base
         self.groups: tuple[Positions, ...] = tuple(dict.fromkeys(one.positions for one in listed))
@@ -116,9 +114,9 @@ class Adapter(nn.Module):
             return
         if value:
             for one in self.interventions:
-                _check_trainable(one.method)
+                one.spec.check_trainable()
             for one in self.interventions:
-                _widen_orthonormal(one)
+                one.widen_orthonormal()
         else:
             for one in self.interventions:
                 with torch.no_grad():
@@ -136,7 +134,7 @@ class Adapter(nn.Module):
         """Makes it trainable with the parameters as they are: raw ones, of which the fold makes orthonormal
         rows. For what was saved in the middle of training."""
         for one in self.interventions:
-            _check_trainable(one.method)
+            one.spec.check_trainable()
             one.orthonormalize = True
             one.requires_grad_(True)
         self.saved_modules.requires_grad_(True)
@@ -160,6 +158,22 @@ class Adapter(nn.Module):
                 ready[index][name] = result
         return [one.fold(found) for one, found in zip(self.interventions, ready)]
 
+    def check_scalable(self, argument: str = "scale") -> None:
+        """Raises ValueError, which names the argument, where an edit times a number means nothing."""
+        for one in self.interventions:
+            if not one.spec.scalable:
+                raise ValueError(f"{argument}: an edit of the method {one.method} can't be multiplied")
+
+    def penalty(self) -> Tensor:
+        """What the methods add to the loss in training, a scalar; 0 where they add nothing.
+
+        Differentiable; `loss + adapter.penalty()` is what a step of training then minimises.
+        """
+        found = [penalty for one in self.interventions if (penalty := one.penalty()) is not None]
+        if not found:
+            return torch.zeros((), device=next(self.parameters()).device)
+        return torch.stack(found).sum()
+
     @classmethod
     def from_config(
         cls,
@@ -169,29 +183,31 @@ class Adapter(nn.Module):
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
     ) -> Adapter:
-        """A fresh, trainable adapter, initialised as pyreft does.
+        """A fresh, trainable adapter, initialised as the method says (docs/methods.md).
 
-        R has orthonormal rows (of a Gaussian matrix) in float32 at least; W and b are a torch.nn.Linear's:
-        uniform in ±1/√d. They are drawn on the CPU.
+        Of pyreft's methods as pyreft does: R has orthonormal rows (of a Gaussian matrix) in float32 at least;
+        W and b are a torch.nn.Linear's, uniform in ±1/√d. They are drawn on the CPU.
 
         Args:
             config: rank, layers, site and positions.
             n_layers: depth of the model.
             width: d at the config's site (a head's width at "head_attention_value_output").
-            dtype: of W and b.
+            dtype: of the parameters that are not kept orthonormal.
             generator: source of the random numbers; None for torch's own.
 
         Raises:
             ValueError: a layer that the model lacks, a rank above the width, a method that can't be trained.
         """
-        _check_trainable(config.method)
-        if config.r > width:
+        method = METHODS[config.method]
+        method.check_trainable()
+        options = method.resolve(config.options)
+        if config.r > width and method.orthonormal:
             raise ValueError(f"r: {config.r} rows can't be orthonormal in a width of {width}")
         made: list[Intervention] = []
         for positions in config.position_groups():
             for layer in config.resolve_layers(n_layers):
                 for head in config.heads or (None,):
-                    tensors = _fresh(config.method, config.r, width, dtype, generator)
+                    tensors = method.fresh(config.r, width, dtype, options, generator)
                     made.append(
                         Intervention(
                             config.method,
@@ -202,11 +218,53 @@ class Adapter(nn.Module):
                             act_fn=config.act_fn,
                             dropout=config.dropout,
                             head=head,
+                            options=options,
                         )
                     )
         adapter = cls(made, config=config, n_layers=n_layers)
         adapter.trainable = True
         return adapter
+
+    @classmethod
+    def from_tensors(
+        cls,
+        method: str,
+        tensors: Mapping[Where, Tensor | Mapping[str, Tensor]],
+        *,
+        site: str = "block_output",
+        positions: str | Sequence[int] | Positions = "all",
+        act_fn: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        per_position: bool = False,
+        n_layers: int | None = None,
+    ) -> Adapter:
+        """An adapter of tensors that were computed elsewhere: a steering vector, a direction, a feature.
+
+        >>> import reft_kernels as rk
+        >>> happy = torch.ones(8)
+        >>> push = rk.Adapter.from_tensors("vector", {14: happy}, options={"coefficient": 2.0})
+        >>> push.interventions[0].coefficient.tolist(), push.interventions[0].v.shape
+        ([2.0], torch.Size([1, 8]))
+        >>> calm = rk.Adapter.from_tensors("ablation", dict.fromkeys(range(4), happy), site="mlp_output")
+
+        Args:
+            method: a method's name; docs/methods.md has its parameters.
+            tensors: by layer, or by (layer, head) at a head's site: the parameters by name, or the first of
+                them alone. [d] stands for one row of [r, d]. They are not copied.
+            site, positions: of all of them.
+            act_fn, options: of the method. An option fills the parameter of its name that is not given.
+            per_position: row i of the parameters is for the i-th of `positions`, a list of indices into the
+                prompt (ActAdd).
+            n_layers: depth of the model, for negative layers.
+
+        Returns:
+            An adapter that is not trainable yet.
+
+        Raises:
+            ValueError: names what is missing, unknown or of another shape than it must be.
+        """
+        made = from_tensors(method, tensors, site, positions, act_fn, options, per_position, n_layers)
+        return cls(made, n_layers=n_layers)
 
     @classmethod
     def from_pretrained(
@@ -288,24 +346,30 @@ class Adapter(nn.Module):
         )
 
     @classmethod
-    def compose(cls, adapters: Sequence[Adapter]) -> Adapter:
+    def compose(cls, adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
         """The sum of several adapters' edits, each computed from the unedited hidden state.
 
-        At one place their positions must be equal, or share no token. The result holds concatenated folds
-        and is not trainable. Warns of adapters that were made for different models.
+        The result holds concatenated folds and is not trainable. Warns of adapters that were made for
+        different models.
+
+        Args:
+            adapters: at least one.
+            weights: what each one's edits are multiplied by; by default 1.
 
         Raises:
-            ValueError: no adapters; widths or depths that differ; positions that overlap without being equal.
+            ValueError: no adapters; widths or depths that differ; weights that are no finite numbers, or
+                that a method does not take.
         """
         if not adapters:
             raise ValueError("adapters: at least one is needed")
+        factors = check_weights(adapters, weights)
         if any(adapter.saved_modules for adapter in adapters):
             raise ValueError("adapters: those with modules_to_save can't be composed, as modules have no sum")
         depths = {adapter.n_layers for adapter in adapters if adapter.n_layers is not None}
         if len(depths) > 1:
             raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
-        parts = [one for adapter in adapters for one in adapter.interventions]
-        return cls(summed(parts), n_layers=depths.pop() if depths else None, base=_common_base(adapters))
+        parts = [(one, w) for adapter, w in zip(adapters, factors) for one in adapter.interventions]
+        return cls(summed(parts), n_layers=depths.pop() if depths else None, base=common_base(adapters))
 
     def select_subspace(self, rows: Sequence[int]) -> Adapter:
         """An adapter that keeps only the given of the r rows of D, U and c, in that order.
@@ -322,72 +386,3 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"width={self.width}, groups={[str(g) for g in self.groups]}, trainable={self.trainable}"
-
-
-def _check_together(interventions: list[Intervention], n_layers: int | None) -> None:
-    if not interventions:
-        raise ValueError("interventions: an adapter needs at least one")
-    places: dict[tuple[str, int, int | None], list[Intervention]] = {}
-    for one in interventions:
-        if one.width != interventions[0].width:
-            raise ValueError(
-                f"interventions: one adapter has one width; layer {one.layer} has {one.width}, "
-                f"layer {interventions[0].layer} has {interventions[0].width}"
-            )
-        if n_layers is not None and one.layer >= n_layers:
-            raise ValueError(f"layer: the model has no layer {one.layer}; it has {n_layers}")
-        others = places.setdefault((one.site, one.layer, one.head), [])
-        for other in others:
-            if one.positions.overlaps(other.positions):
-                raise ValueError(
-                    f"positions: two interventions at {one.site} of layer {one.layer} would edit the same "
-                    f"token: {str(other.positions)!r} and {str(one.positions)!r}"
-                )
-        others.append(one)
-
-
-def _common_base(adapters: Sequence[Adapter]) -> BaseModel | None:
-    """The model that the adapters were made for, as far as known; None, with a warning, if several."""
-    known = [adapter.base for adapter in adapters if adapter.base is not None]
-    for base in known[1:]:
-        if not base.matches(known[0]):
-            warnings.warn(f"adapters: were made for {known[0]} and for {base}", stacklevel=3)
-            return None
-    return known[0] if known else None
-
-
-def _check_trainable(method: str) -> None:
-    if not METHODS[method].trainable:
-        able = ", ".join(name for name, spec in METHODS.items() if spec.trainable)
-        raise ValueError(f"method: {method} can't be trained here; {able} can")
-
-
-def _widen_orthonormal(one: Intervention) -> None:
-    """R in float32 at least, as half precision can't hold orthonormal rows."""
-    for name in METHODS[one.method].orthonormal:
-        parameter = getattr(one, name)
-        error = orthonormality_error(parameter)
-        if not error < _ORTHONORMAL:
-            warnings.warn(
-                f"{name} of layer {one.layer} is not orthonormal (|R Rᵀ − I| up to {error:.2g}): training "
-                "starts from its orthonormal factor, not from the adapter as it was",
-                stacklevel=4,
-            )
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-def _fresh(
-    method: str, rank: int, width: int, dtype: torch.dtype, generator: torch.Generator | None
-) -> dict[str, Tensor]:
-    spec = METHODS[method]
-    bound = 1 / math.sqrt(width)
-    tensors: dict[str, Tensor] = {}
-    for name, kind in spec.shapes.items():
-        if name in spec.orthonormal:
-            rows = torch.empty(rank, width, dtype=torch.promote_types(dtype, torch.float32))
-            tensors[name] = nn.init.orthogonal_(rows, generator=generator)
-        else:
-            shape = (rank, width) if kind == "rd" else (rank,)
-            drawn = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32))
-            tensors[name] = drawn.uniform_(-bound, bound, generator=generator).to(dtype)
-    return tensors

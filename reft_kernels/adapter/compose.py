@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from ..checkpoint import BaseModel
 from ..positions import Positions
 from .intervention import Intervention
 
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
 
 @torch.no_grad()
-def summed(interventions: Iterable[Intervention]) -> list[Intervention]:
+def summed(interventions: Iterable[tuple[Intervention, float]]) -> list[Intervention]:
     """One intervention for each place and positions, whose fold is the concatenation of those there.
+
+    Each comes with what its edit is multiplied by.
 
     Raises ValueError for widths that differ at a place.
     """
-    gathered: dict[tuple[str, int, int | None, Positions], list[Intervention]] = {}
-    for one in interventions:
-        gathered.setdefault((one.site, one.layer, one.head, one.positions), []).append(one)
+    gathered: dict[tuple[str, int, int | None, Positions], list[tuple[Intervention, float]]] = {}
+    for one, weight in interventions:
+        gathered.setdefault((one.site, one.layer, one.head, one.positions), []).append((one, weight))
     sums = []
     for (site, layer, head, positions), parts in gathered.items():
-        widths = {one.width for one in parts}
+        widths = {one.width for one, _ in parts}
         if len(widths) > 1:
             raise ValueError(f"adapters: widths {sorted(widths)} meet at {site} of layer {layer}")
-        folds = [one.fold() for one in parts]
+        folds = [fold._replace(up=fold.up * weight) for one, weight in parts for fold in [one.fold()]]
         tensors = {name: torch.cat([getattr(fold, name) for fold in folds]) for name in folds[0]._fields}
         sums.append(Intervention("folded", layer, site, positions, tensors, head=head))
     return sums
@@ -42,16 +52,84 @@ def with_rows(interventions: Sequence[Intervention], rows: Sequence[int]) -> lis
         raise ValueError(f"rows: must be row numbers, at least one; was {chosen!r}")
     if len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= rank:
         raise ValueError(f"rows: must be distinct and from 0 to {rank - 1}, was {chosen}")
+    for one in interventions:
+        shared = [name for name in one.names if "r" not in one.spec.shapes[name]]
+        if shared:
+            raise ValueError(
+                f"rows: {one.method} has {', '.join(shared)}, which belongs to no row, so a subspace of it "
+                "would be no part of it"
+            )
     return [
         Intervention(
             one.method,
             one.layer,
             one.site,
             one.positions,
-            {name: tensor[chosen].clone() for name, tensor in one.materialized().items()},
+            {name: _part(one, name, tensor, chosen) for name, tensor in one.materialized().items()},
             act_fn=one.act_fn,
             dropout=one.dropout,
             head=one.head,
+            options=one.options,
         )
         for one in interventions
     ]
+
+
+def _part(one: Intervention, name: str, tensor: Tensor, rows: list[int]) -> Tensor:
+    """A copy of a parameter with the given rows of each of its axes of r."""
+    for axis, kind in enumerate(one.spec.shapes[name]):
+        if kind == "r":
+            tensor = tensor.index_select(axis, torch.tensor(rows, device=tensor.device))
+    return tensor.clone()
+
+
+def common_base(adapters: Sequence[Adapter]) -> BaseModel | None:
+    """The model that the adapters were made for, as far as known; None, with a warning, if several."""
+    known = [adapter.base for adapter in adapters if adapter.base is not None]
+    for base in known[1:]:
+        if not base.matches(known[0]):
+            warnings.warn(f"adapters: were made for {known[0]} and for {base}", stacklevel=3)
+            return None
+    return known[0] if known else None
+
+
+def check_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
+    """One finite number for each adapter. Raises ValueError that names `weights`."""
+    if weights is None:
+        return [1.0] * len(adapters)
+    if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != len(adapters):
+        raise ValueError(f"weights: must be a list of {len(adapters)} numbers, was {weights!r}")
+    for adapter, weight in zip(adapters, weights):
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
+            raise ValueError(f"weights: must be finite numbers, held {weight!r}")
+        if weight != 1:
+            adapter.check_scalable("weights")
+    return [float(weight) for weight in weights]
+
+
+def check_together(interventions: list[Intervention], n_layers: int | None) -> bool:
+    """Raises ValueError where interventions can't make up one adapter; returns whether any two of them at one
+    place may share a token."""
+    if not interventions:
+        raise ValueError("interventions: an adapter needs at least one")
+    overlapping = False
+    places: dict[tuple[str, int, int | None], list[Intervention]] = {}
+    for one in interventions:
+        if one.width != interventions[0].width:
+            raise ValueError(
+                f"interventions: one adapter has one width; layer {one.layer} has {one.width}, "
+                f"layer {interventions[0].layer} has {interventions[0].width}"
+            )
+        if n_layers is not None and one.layer >= n_layers:
+            raise ValueError(f"layer: the model has no layer {one.layer}; it has {n_layers}")
+        others = places.setdefault((one.site, one.layer, one.head), [])
+        for other in others:
+            if one.positions == other.positions:
+                raise ValueError(
+                    f"positions: two interventions at {one.site} of layer {one.layer} have the positions "
+                    f"{str(one.positions)!r}; Adapter.compose makes one of them"
+                )
+            overlapping = overlapping or one.positions.overlaps(other.positions)
+        others.append(one)
+    return overlapping

@@ -32,40 +32,48 @@ class ReftConfig:
     ['f3', 'l3']
 
     Attributes:
-        method: "loreft", "direft", … (see `reft_kernels.adapter.methods.METHODS`).
-        r: rank, at least 1; the width of the hidden state bounds it.
+        method: "loreft", "direft", … (docs/methods.md has the table), or one that `register_method` added.
+        r: rank, at least 1; where rows are kept orthonormal the width of the hidden state bounds it. By
+            default the method's: 4 for most, 1 for vectors.
         layers: "all", or distinct layer numbers; negative ones count from the last layer.
         site: where in the layer, one of `reft_kernels.sites.SITES`.
-        positions: which tokens: "f3+l3", "f5", "l1", "all", "prompt", "generated" or a list of indices
-            into the prompt.
-        share_weights: whether the f and the l positions of "f3+l3" share parameters. False gives each a
-            set of its own.
+        positions: which tokens: "f3+l3", "all", "prompt[2:-1]+generated", … (docs/positions.md), or a list
+            of indices into the prompt.
+        share_weights: whether all terms of a union share parameters. False gives each a set of its own.
+            None is False for the f and the l positions of "f3+l3", as in pyreft, and True for other unions.
         act_fn: an activation by transformers' name, or None.
         dropout: probability with which an element of an edited hidden state is dropped in training, [0, 1).
         last_position: what an l position counts back from: the prompt's "length", or "length-1".
         heads: attention heads, for the site "head_attention_value_output" only (one intervention a head).
         modules_to_save: names of modules of which the adapter trains and saves a copy of its own, such as
             ["classifier"] or ["score"]; every module of the model whose path ends so.
+        options: settings of the method by name, such as {"coefficient": 2.0}.
 
     Raises:
         ValueError: a field is not what it may be.
     """
 
     method: str = "loreft"
-    r: int = 4
+    r: int = None  # type: ignore[assignment] # the method's own, set below
     layers: Literal["all"] | Sequence[int] = "all"
     site: str = "block_output"
     positions: str | Sequence[int] | Positions = "f3+l3"
-    share_weights: bool = False
+    share_weights: bool | None = None
     act_fn: str | None = None
     dropout: float = 0.0
     last_position: LastPosition = "length"
     heads: Sequence[int] | None = None
     modules_to_save: Sequence[str] | None = None
+    options: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise ValueError(f"method: must be one of {', '.join(METHODS)}; was {self.method!r}")
+            raise ValueError(
+                f"method: must be one of {', '.join(METHODS)} (register_method adds your own); "
+                f"was {self.method!r}"
+            )
+        if self.r is None:
+            self._set("r", METHODS[self.method].rank)
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r: must be an integer of at least 1, was {self.r!r}")
         if self.layers != "all":
@@ -78,18 +86,30 @@ class ReftConfig:
             self._set("heads", _integers("heads", self.heads, "a list of head numbers from 0 up"))
             if min(self.heads) < 0:
                 raise ValueError(f"heads: must be head numbers from 0 up, was {list(self.heads)}")
-        if not isinstance(self.share_weights, bool):
-            raise ValueError(f"share_weights: must be True or False, was {self.share_weights!r}")
+        if not isinstance(self.share_weights, bool | None):
+            raise ValueError(f"share_weights: must be True, False or None, was {self.share_weights!r}")
         if activation(self.act_fn) and not METHODS[self.method].takes_activation:
             raise ValueError(f"act_fn: {self.method} takes none, was {self.act_fn!r}")
+        METHODS[self.method].check_site(self.site)
         check_dropout(self.dropout)
+        self._set("options", self._checked_options())
         if self.modules_to_save is not None:
             self._set("modules_to_save", _module_names(self.modules_to_save))
         if isinstance(self.positions, Positions):
             self._set("last_position", self.positions.last_position)
         # What was written is kept in its shortest form, so that equal configs compare equal.
-        spec = Positions.parse(self.positions, self.last_position).to_json()
+        parsed = Positions.parse(self.positions, self.last_position)
+        spec = parsed.to_json()
         self._set("positions", spec if isinstance(spec, str) else tuple(spec))
+        if self.share_weights is None:
+            self._set("share_weights", parsed.terms is not None)
+
+    def _checked_options(self) -> dict[str, Any] | None:
+        """What was given, None for nothing."""
+        if self.options is not None and not isinstance(self.options, Mapping):
+            raise ValueError(f"options: must be settings by name, was {self.options!r}")
+        METHODS[self.method].resolve(self.options)
+        return dict(self.options) if self.options else None
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -115,7 +135,7 @@ class ReftConfig:
         return found
 
     def position_groups(self) -> tuple[Positions, ...]:
-        """The position specs that have parameters of their own: one, or the f and the l part."""
+        """The position specs that have parameters of their own: one, or one for each term."""
         parsed = Positions.parse(self.positions, self.last_position)
         return (parsed,) if self.share_weights else parsed.untied()
 
@@ -130,6 +150,8 @@ class ReftConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them; `from_dict` makes an equal config of them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if fields["options"] is None:
+            del fields["options"]  # earlier versions don't know the field
         return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
 
 

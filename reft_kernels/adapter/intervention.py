@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, InterventionRecord
-from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
+from ..ops.schema import Act
 from ..pool import Fold
 from ..positions import Positions
 from ..sites import HEAD_SITE, SITES
 from .config import check_dropout
-from .methods import METHODS, activation
-from .orthonormal import orthonormal_rows
+from .methods import METHODS, Method, activation
+from .orthonormal import orthonormal_rows, orthonormality_error
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+#: Above this |R Rᵀ − I|, training starts visibly elsewhere than the adapter stood.
+_ORTHONORMAL = 1e-3
 
 
 class Intervention(nn.Module):
@@ -27,10 +32,11 @@ class Intervention(nn.Module):
         layer: number of the decoder layer, from 0.
         site: where in the layer (see `reft_kernels.sites.SITES`).
         positions: which tokens.
-        tensors: the method's parameters by name, [r, d] and [r]; they are not copied.
+        tensors: the method's parameters by name, shaped as its `shapes` say; they are not copied.
         act_fn: an activation by transformers' name, or None.
         dropout: probability with which an element of the edited hidden state is dropped in training.
         head: the attention head, for the site "head_attention_value_output" only.
+        options: settings of the method; those that are not given have the method's defaults.
 
     Attributes:
         group: index of `positions` among the adapter's position groups (set by the adapter).
@@ -52,6 +58,7 @@ class Intervention(nn.Module):
         act_fn: str | None = None,
         dropout: float = 0.0,
         head: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_place(method, layer, site, head, act_fn, dropout)
@@ -59,10 +66,13 @@ class Intervention(nn.Module):
         self.positions, self.act_fn, self.dropout = positions, act_fn, float(dropout)
         self.group = 0
         self.orthonormalize = False
-        _check_tensors(method, tensors)
-        self.names = tuple(name for name in METHODS[method].shapes if name in tensors)
+        self.options = self.spec.stored(self.spec.resolve(options))
+        _check_tensors(self.spec, tensors)
+        self.spec.check(tensors, activation(act_fn), self.options)
+        self.names = tuple(name for name in self.spec.shapes if name in tensors)
+        self._pool_rows: int | None = None
         for name in self.names:
-            if name == "kind":
+            if name in self.spec.fixed:
                 self.register_buffer(name, tensors[name].detach())
             else:
                 self.register_parameter(name, nn.Parameter(tensors[name].detach(), requires_grad=False))
@@ -80,6 +90,7 @@ class Intervention(nn.Module):
                 act_fn=record.act_fn,
                 dropout=record.dropout,
                 head=record.head,
+                options=record.options,
             )
         except ValueError as error:
             raise CheckpointError(f"{record.where}: {error}") from error
@@ -102,7 +113,13 @@ class Intervention(nn.Module):
             head=self.head,
             act_fn=self.act_fn,
             dropout=self.dropout,
+            options=self.options,
         )
+
+    @property
+    def spec(self) -> Method:
+        """The method itself."""
+        return METHODS[self.method]
 
     @property
     def _first(self) -> Tensor:
@@ -120,9 +137,11 @@ class Intervention(nn.Module):
 
     @property
     def pool_rows(self) -> int:
-        """Pool rows that the fold takes: r, or 2r where φ acts on a part of the product only."""
-        split = METHODS[self.method].splits and activation(self.act_fn) is not Act.NONE
-        return 2 * self.rank if split else self.rank
+        """Pool rows that the fold takes: r, or more where an edit is a sum of several."""
+        if self._pool_rows is None:
+            with torch.no_grad():  # as it is: only the shape counts
+                self._pool_rows = self.fold({name: getattr(self, name) for name in self.names}).rank
+        return self._pool_rows
 
     @property
     def wants_grad(self) -> bool:
@@ -132,7 +151,7 @@ class Intervention(nn.Module):
     @property
     def trains_orthonormal(self) -> tuple[str, ...]:
         """Names of the parameters that the fold takes through `orthonormal_rows`; none unless trainable."""
-        return METHODS[self.method].orthonormal if self.orthonormalize else ()
+        return self.spec.orthonormal if self.orthonormalize else ()
 
     def materialized(self, orthonormal: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The parameters that the formula uses, by name: those kept orthonormal have been made so.
@@ -152,13 +171,37 @@ class Intervention(nn.Module):
         Args:
             orthonormal: as in `materialized`.
         """
+        return self._folded(self._widened(orthonormal))
+
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the loss in training, a scalar; None for nothing."""
+        return self.spec.penalty(self._widened(), self.options)
+
+    def _widened(self, orthonormal: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """`materialized` in one dtype: the widest of the parameters' and float32."""
         tensors = self.materialized(orthonormal)
-        floats = {name: t for name, t in tensors.items() if name != "kind"}
         wide = torch.float32
-        for tensor in floats.values():
-            wide = torch.promote_types(wide, tensor.dtype)
-        cast = {name: t.to(wide) for name, t in floats.items()}
-        return METHODS[self.method].fold({**tensors, **cast}, activation(self.act_fn))
+        for tensor in tensors.values():
+            if tensor.is_floating_point():
+                wide = torch.promote_types(wide, tensor.dtype)
+        return {name: t.to(wide) if t.is_floating_point() else t for name, t in tensors.items()}
+
+    def _folded(self, tensors: dict[str, Tensor]) -> Fold:
+        fold = self.spec.fold(tensors, activation(self.act_fn), self.options)
+        return Fold(*(tensor.contiguous() for tensor in fold))
+
+    def widen_orthonormal(self) -> None:
+        """Makes R float32 at least, as half precision can't hold orthonormal rows; warns if they are not."""
+        for name in self.spec.orthonormal:
+            parameter = getattr(self, name)
+            error = orthonormality_error(parameter)
+            if not error < _ORTHONORMAL:
+                warnings.warn(
+                    f"{name} of layer {self.layer} is not orthonormal (|R Rᵀ − I| up to {error:.2g}): "
+                    "training starts from its orthonormal factor, not from the adapter as it was",
+                    stacklevel=4,
+                )
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def extra_repr(self) -> str:
         head = "" if self.head is None else f", head={self.head}"
@@ -173,11 +216,14 @@ def _check_place(
     method: str, layer: int, site: str, head: int | None, act_fn: str | None, dropout: float
 ) -> None:
     if method not in METHODS:
-        raise ValueError(f"method: must be one of {', '.join(METHODS)}; was {method!r}")
+        raise ValueError(
+            f"method: must be one of {', '.join(METHODS)} (register_method adds your own); was {method!r}"
+        )
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
         raise ValueError(f"layer: must be a layer's number from 0 up, was {layer!r}")
     if site not in SITES:
         raise ValueError(f"site: must be one of {', '.join(SITES)}; was {site!r}")
+    METHODS[method].check_site(site)
     if site == HEAD_SITE:
         if isinstance(head, bool) or not isinstance(head, int) or head < 0:
             raise ValueError(f"head: must be a head's number from 0 up at {site}, was {head!r}")
@@ -188,13 +234,12 @@ def _check_place(
     check_dropout(dropout)
 
 
-def _check_tensors(method: str, tensors: Mapping[str, Tensor]) -> None:
-    spec = METHODS[method]
+def _check_tensors(spec: Method, tensors: Mapping[str, Tensor]) -> None:
     unknown = [name for name in tensors if name not in spec.shapes]
     missing = [name for name in spec.shapes if name not in tensors and name not in spec.optional]
     if unknown or missing:
         raise ValueError(
-            f"parameters of {method}: must be {', '.join(spec.shapes)}; "
+            f"parameters of {spec.name}: must be {', '.join(spec.shapes)}; "
             f"missing: {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}"
         )
     first = next(iter(spec.shapes))
@@ -204,7 +249,7 @@ def _check_tensors(method: str, tensors: Mapping[str, Tensor]) -> None:
     if rank < 1 or width < 1:
         raise ValueError(f"{first}: must be [r, d] with r and d at least 1, was {[rank, width]}")
     for name, tensor in tensors.items():
-        shape = (rank, width) if spec.shapes[name] == "rd" else (rank,)
+        shape = spec.shape(name, rank, width)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: must be {list(shape)} beside {first}, was {list(tensor.shape)}")
         if name != "kind" and tensor.dtype not in _FLOATS:
@@ -213,13 +258,3 @@ def _check_tensors(method: str, tensors: Mapping[str, Tensor]) -> None:
             )
         if tensor.device != tensors[first].device:
             raise ValueError(f"{name}: is on {tensor.device}, but {first} is on {tensors[first].device}")
-    if method == "folded":
-        _check_kind(tensors["kind"])
-
-
-def _check_kind(kind: Tensor) -> None:
-    if kind.dtype is not torch.int32:
-        raise ValueError(f"kind: dtype must be torch.int32, was {kind.dtype}")
-    for value in torch.unique(kind).tolist():
-        if value & ~(ACT_MASK | NO_PRODUCT) or (value & ACT_MASK) not in set(Act):
-            raise ValueError(f"kind: {value} is no activation code, with or without the flag NO_PRODUCT")

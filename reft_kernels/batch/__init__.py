@@ -8,7 +8,8 @@ from .batch_plan import BatchPlan
 from .edit import edit
 from .planner import BASE, Planner
 from .prompts import Prompts, read_prompts
-from .selection import Segment, Selection, select
+from .selection import Selection, select
+from .stacks import Segment
 from .store import AdapterStore
 from .tables import Place, SiteKey
 from .workspace import DecodeWorkspace, DecodeWorkspaces

@@ -111,7 +111,7 @@ class BatchPlan:
 
     def trains(self, site: SiteTable) -> bool:
         """Whether something at the site wants a gradient."""
-        return bool(self.folds) and any(one in self.folds for one in site.interventions)
+        return bool(self.folds) and any(one in self.folds for edits in site.edits for one, _ in edits)
 
     def renew(self) -> None:
         """Makes the pools what the parameters are now."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,8 @@ def _edit_differentiable(
 
 def _dropout(out: Tensor, site: SiteTable, rows: Rows) -> Tensor:
     """pyreft's dropout: it falls on the whole edited hidden state of the rows that an adapter edits."""
-    rates = [i.dropout if i is not None else 0.0 for i in site.interventions]
+    # Of several adapters at a token each drops what the others left.
+    rates = [1 - math.prod(1 - one.dropout for one, _ in edits) for edits in site.edits]
     if not any(rates):
         return out
     counts = rows.offsets.diff()

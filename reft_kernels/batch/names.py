@@ -9,6 +9,11 @@ from collections.abc import Collection
 NAMES = ("reft_adapter_names", "adapter_names")
 #: The argument with the length of each row's prompt.
 LENGTHS = "prompt_lengths"
+#: The argument with the tokens that each row's adapter edits, in place of the adapter's own positions.
+POSITIONS = "reft_positions"
+#: The argument with what the edits are multiplied by. The first wins: the second may be the model's own.
+SCALES = ("reft_scale", "scale")
+SCALE = SCALES[1]
 
 #: So many adapters are named one by one; of the others there is a count.
 LISTED = 10

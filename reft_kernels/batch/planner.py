@@ -9,9 +9,11 @@ import numpy as np
 
 from ..plan import SegmentRows
 from .batch_plan import BatchPlan
-from .names import unknown
+from .lists import read_lists
+from .names import POSITIONS, unknown
 from .prompts import Prompts
 from .selection import Selection, select
+from .stacks import RowNames, joined, names_of, terms_of, with_scales
 from .store import AdapterStore
 
 #: The name of the bare model in a list of adapter names, as in PEFT.
@@ -24,41 +26,73 @@ class Planner:
     def __init__(self, store: AdapterStore) -> None:
         self.store = store
 
-    def check_names(self, given: Any, batch: int) -> tuple[str | None, ...]:
-        """One adapter a row, None for the bare model. Raises ValueError that names `adapter_names`."""
+    def check_names(self, given: Any, batch: int, scale: Any = None) -> tuple[RowNames, ...]:
+        """What each row takes, None for the bare model.
+
+        given: a list with one entry a row, an adapter's name or a list of several. scale: what their edits
+        are multiplied by; see `stacks.with_scales`.
+
+        Raises ValueError that names `adapter_names` or `scale`.
+        """
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise ValueError(f"adapter_names: must be a list with one name a row, was {given!r}")
         if len(given) != batch:
             raise ValueError(f"adapter_names: has {len(given)} names for a batch of {batch} rows")
-        names = tuple(None if name == BASE else name for name in given)
-        self._check_known(names)
+        rows = [self._names_of_row(row, entry) for row, entry in enumerate(given)]
+        self._check_known([name for row in rows for name in row])
+        names = with_scales(rows, scale)
+        self._check_scales(names)
         return names
 
-    def _check_known(self, names: Sequence[str | None]) -> None:
+    def _names_of_row(self, row: int, entry: Any) -> tuple[str, ...]:
+        """The adapters of one row: none for the bare model, one for a name, those in a list."""
+        listed = tuple(entry) if isinstance(entry, list | tuple) else (entry,)
+        for name in listed:
+            if not isinstance(name, str | None):
+                raise ValueError(f"adapter_names: must hold names, or lists of names, held {name!r}")
+        named = tuple(name for name in listed if name is not None and name != BASE)
+        if len(listed) > 1 and len(named) < len(listed):
+            raise ValueError(f"adapter_names: row {row} names the bare model beside adapters: {entry!r}")
+        if len(set(named)) < len(named):
+            raise ValueError(f"adapter_names: row {row} has an adapter twice: {entry!r}; give scale instead")
+        return named
+
+    def _check_known(self, names: Sequence[str]) -> None:
         adapters = self.store.adapters
         for name in names:
-            if not isinstance(name, str | None):
-                raise ValueError(f"adapter_names: must hold names, held {name!r}")
-            if name is not None and name not in adapters:
+            if name not in adapters:
                 raise ValueError(f"adapter_names: {unknown(name, [*adapters, BASE], 'known are')}")
 
-    def needs_prompt(self, names: Sequence[str | None]) -> bool:
-        """Whether what these adapters edit depends on which tokens are prompt."""
-        return any(
-            group.needs_prompt
-            for name in dict.fromkeys(names)
-            if name is not None
-            for group in self.store.groups(name)
-        )
+    def _check_scales(self, names: Sequence[RowNames]) -> None:
+        for term in dict.fromkeys(term for row in names for term in terms_of(row)):
+            if term.scale != 1:
+                self.store.adapters[term.name].check_scalable()
 
-    def select(self, names: Sequence[str | None], prompts: Prompts) -> Selection:
+    def needs_prompt(self, names: Sequence[RowNames]) -> bool:
+        """Whether what these adapters edit depends on which tokens are prompt."""
+        return any(group.needs_prompt for name in names_of(names) for group in self.store.groups(name))
+
+    def needs_ids(self, names: Sequence[RowNames]) -> bool:
+        """Whether what these adapters edit depends on token ids."""
+        return any(group.needs_ids for name in names_of(names) for group in self.store.groups(name))
+
+    def select(self, names: Sequence[RowNames], prompts: Prompts, positions: Any = None) -> Selection:
         """What the adapters of a batch's rows edit in its prompts and after them. See `selection.select`.
+
+        positions: for each row the tokens to edit in place of the adapter's own; see `lists.read_lists`.
 
         Raises ValueError for an unknown name, too.
         """
-        self._check_known(names)
-        selection = select(names, prompts, self.store.groups)
-        selection.owners = {name: self.store.adapters[name] for name in names if name is not None}
+        listed = names_of(names)
+        self._check_known(listed)
+        lists = None
+        if positions is not None:
+            lists = read_lists(positions, _single(names), prompts, self.store.adapters.__getitem__)
+        selection = select(names, prompts, self.store.groups, lists)
+        selection.owners = {name: self.store.adapters[name] for name in listed}
+        selection.stacked = any(len(terms_of(row)) > 1 for row in names) or any(
+            adapter.overlapping for adapter in selection.owners.values()
+        )
         return selection
 
     def plan(
@@ -68,27 +102,35 @@ class Planner:
         length: int,
         batch: int,
         saved_modules: Mapping[str, Any] | None = None,
+        ids: np.ndarray | None = None,
     ) -> BatchPlan | None:
         """The plan of a forward over columns [start, start + length) of a rectangular batch.
 
-        batch: rows of h's batch, a multiple of the selection's (beams). None if nothing is edited, unless
-        there are saved modules to run. Nothing is prepared yet (`BatchPlan.prepare`).
+        batch: rows of h's batch, a multiple of the selection's (beams). ids: the forward's tokens, [batch,
+        length], where `selection.needs_ids`. None if nothing is edited, unless there are saved modules to
+        run. Nothing is prepared yet (`BatchPlan.prepare`).
 
         Raises ValueError where an adapter of the selection was deleted or replaced since.
         """
-        by_segment = selection.window(start, length, batch // selection.batch)
+        by_segment = selection.window(start, length, batch // selection.batch, ids)
         return self._plan(selection, by_segment, batch * length, saved_modules)
 
     def step(
-        self, selection: Selection, starts: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray
+        self,
+        selection: Selection,
+        starts: Sequence[int] | np.ndarray,
+        counts: Sequence[int] | np.ndarray,
+        ids: Sequence[int] | np.ndarray | None = None,
     ) -> BatchPlan | None:
         """The plan of an engine's step over a flat batch: of request i the tokens starts[i] … starts[i] +
         counts[i] − 1 of its sequence, request after request, in the order of the selection's names.
 
         A prefill, a chunk of one and a decode step are all the same. The selection is one of
-        `Prompts.unpadded`. The plan is prepared. None if nothing is edited.
+        `Prompts.unpadded`. ids: of these tokens, where `selection.needs_ids`. The plan is prepared. None if
+        nothing is edited.
 
-        Raises ValueError for another number of requests than the selection's, or a negative number.
+        Raises ValueError for another number of requests than the selection's, or of ids than tokens, or a
+        negative number.
         """
         first, many = np.asarray(starts, dtype=np.int64), np.asarray(counts, dtype=np.int64)
         for name, array in (("starts", first), ("counts", many)):
@@ -99,7 +141,10 @@ class Planner:
                 )
             if array.size and array.min() < 0:
                 raise ValueError(f"{name}: must be 0 or more, found {array.min()}")
-        plan = self._plan(selection, selection.chunks(first, many), int(many.sum()), None)
+        tokens = None if ids is None else np.asarray(ids)
+        if tokens is not None and tokens.shape != (many.sum(),):
+            raise ValueError(f"ids: must be those of {many.sum()} tokens, had shape {list(tokens.shape)}")
+        plan = self._plan(selection, selection.chunks(first, many, tokens), int(many.sum()), None)
         if plan is not None:
             plan.prepare()
         return plan
@@ -119,10 +164,24 @@ class Planner:
         for name, adapter in selection.owners.items():
             if self.store.adapters.get(name) is not adapter:
                 raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
-        table = self.store.table(selection.segments)
+        segments = selection.segments
+        if selection.stacked:
+            segments, by_segment = joined(segments, by_segment, self.store.meet)
+        table = self.store.table(segments)
         return BatchPlan(self.store, table, by_segment, tokens, saved_modules)
 
     def idle(self, tokens: int) -> BatchPlan:
         """The plan of a forward that edits nothing, for one whose norms are fused with edits."""
         nothing = np.zeros(0, dtype=np.int64)
         return BatchPlan(self.store, self.store.table(()), SegmentRows(nothing, nothing), tokens)
+
+
+def _single(names: Sequence[RowNames]) -> list[str | None]:
+    """One adapter a row, for positions that are given for it. Raises ValueError where a row has several."""
+    found: list[str | None] = []
+    for row, taken in enumerate(names):
+        terms = terms_of(taken)
+        if len(terms) > 1:
+            raise ValueError(f"{POSITIONS}: row {row} has several adapters, {taken!r}; it must be one")
+        found.append(terms[0].name if terms else None)
+    return found

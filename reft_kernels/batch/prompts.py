@@ -7,10 +7,13 @@ Padding is told by the 2-D attention mask alone, so left and right padding come 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
+
+from ..positions import ragged_arange
 
 IGNORED_LABEL = -100
 
@@ -54,6 +57,23 @@ class Prompts:
             return index
         starts = np.cumsum(self.tokens) - self.tokens
         return self.columns[starts[rows] + index]
+
+    def index(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Where the tokens of these columns stand in their rows, prompt first; −1 for padding. `column`'s
+        inverse, which knows the columns from `width` on as well."""
+        if self.columns is None:
+            return columns
+        beyond = self.tokens[rows] + columns - self.width
+        return np.where(columns < self.width, self._places[rows, np.minimum(columns, self.width - 1)], beyond)
+
+    @functools.cached_property
+    def _places(self) -> np.ndarray:
+        """The index of the token in each row and column below `width`; −1 for padding."""
+        assert self.columns is not None
+        which, index = ragged_arange(self.tokens)
+        places = np.full((self.batch, self.width), -1, dtype=np.int64)
+        places[which, self.columns] = index
+        return places
 
 
 def _host(value: Tensor | Sequence[int] | np.ndarray) -> np.ndarray:

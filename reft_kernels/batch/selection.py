@@ -5,21 +5,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..plan import SegmentRows
 from ..positions import Positions, ragged_arange
+from .lists import Lists
 from .prompts import Prompts
+from .stacks import RowNames, Segment, Term, segment_of, terms_of
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
 
-#: What a segment is: (adapter name, index of its position group).
-Segment = tuple[str, int]
-
 _NOTHING = np.zeros(0, dtype=np.int64)
+
+
+class Asked(NamedTuple):
+    """Rows of which each step asks anew what is edited in it (`Positions.dynamic`): owners [k] are their
+    segments, ascending."""
+
+    positions: Positions
+    owners: np.ndarray
+    rows: np.ndarray
 
 
 @dataclasses.dataclass
@@ -27,17 +35,20 @@ class Selection:
     """What each segment edits: some columns below `width`, and every column from there on of some rows.
 
     Attributes:
-        names: the adapter of each row, None for the bare model.
+        names: what each row takes: an adapter's name, several (a `Mix`), or None for the bare model.
         segments: in the order in which plans list them.
         rows, columns: int64 [n], the edited (row, column) pairs below `width`, sorted by segment.
         counts: how many of them each segment has, int64 [S].
         generated: rows of which every column from `width` on is edited, int64, sorted by segment.
         generated_counts: how many of them each segment has, int64 [S].
         from_column: for each row the column from which on it is generated, int64 [batch]; None for `width`.
+        asked: segments of which neither of these is known before a step.
+        prompts: that this was made for.
         owners: the adapters behind the names, as they were when this was made.
+        stacked: whether a token may be in several segments that edit at a common site.
     """
 
-    names: tuple[str | None, ...]
+    names: tuple[RowNames, ...]
     segments: tuple[Segment, ...]
     rows: np.ndarray
     columns: np.ndarray
@@ -46,21 +57,32 @@ class Selection:
     generated_counts: np.ndarray
     width: int
     from_column: np.ndarray | None = None
+    asked: tuple[Asked, ...] = ()
+    prompts: Prompts | None = None
     owners: dict[str, Adapter] = dataclasses.field(default_factory=dict)
+    stacked: bool = False
 
     @property
     def batch(self) -> int:
         return len(self.names)
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether a step's token ids must be known."""
+        return any(one.positions.needs_ids for one in self.asked)
 
     @functools.cached_property
     def _owners(self) -> np.ndarray:
         """The segment of each (row, column) pair."""
         return np.repeat(np.arange(len(self.segments)), self.counts)
 
-    def window(self, start: int, length: int, repeat: int = 1) -> SegmentRows | None:
+    def window(
+        self, start: int, length: int, repeat: int = 1, ids: np.ndarray | None = None
+    ) -> SegmentRows | None:
         """Flat rows by segment for a forward over columns [start, start + length), or None if there are none.
 
         repeat: how often each row of the selection stands in the forward's batch, side by side (beams).
+        ids: the forward's tokens, [batch · repeat, length], where `needs_ids`.
         """
         found: list[SegmentRows] = []
         copies = np.arange(repeat)
@@ -77,11 +99,32 @@ class Selection:
             rows = (self.generated[:, None] * repeat + copies).ravel()
             flat = (rows[:, None] * length + fresh).ravel()
             found.append(SegmentRows(flat, self.generated_counts * (repeat * len(fresh))))
+        columns = np.arange(start, start + length)
+        for asked in self.asked:
+            rows = (asked.rows[:, None] * repeat + copies).ravel()
+            mine = np.repeat(asked.rows, repeat)[:, None]
+            edited = self._edited(asked, mine, columns[None, :], None if ids is None else ids[rows])
+            which, column = np.nonzero(edited)
+            owners = np.repeat(asked.owners, repeat)[which]
+            by_segment = np.bincount(owners, minlength=len(self.counts))
+            found.append(SegmentRows(rows[which] * length + column, by_segment))
         return _merged(found)
 
-    def chunks(self, starts: np.ndarray, counts: np.ndarray) -> SegmentRows | None:
+    def _edited(
+        self, asked: Asked, rows: np.ndarray, columns: np.ndarray, ids: np.ndarray | None
+    ) -> np.ndarray:
+        """Whether tokens are edited, each given by its row and column."""
+        assert self.prompts is not None
+        index = self.prompts.index(rows, columns)
+        return asked.positions.mask(index, self.prompts.lengths[rows], ids) & (index >= 0)
+
+    def chunks(
+        self, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray | None = None
+    ) -> SegmentRows | None:
         """Flat rows by segment for a flat batch: of row i the columns [starts[i], starts[i] + counts[i]),
         row after row. None if nothing in it is edited. For prompts that have no padding (`Prompts.unpadded`).
+
+        ids: the tokens of the flat batch, [sum of counts], where `needs_ids`.
         """
         ends, offsets = starts + counts, np.cumsum(counts) - counts
         found: list[SegmentRows] = []
@@ -102,47 +145,68 @@ class Selection:
                 owners = np.repeat(np.arange(len(self.segments)), self.generated_counts)
                 by_segment = np.bincount(owners, weights=fresh, minlength=len(self.counts)).astype(np.int64)
                 found.append(SegmentRows(np.arange(total) + shift, by_segment))
+        for asked in self.asked:
+            which, within = ragged_arange(counts[asked.rows])
+            rows = asked.rows[which]
+            flat = offsets[rows] + within
+            edited = self._edited(asked, rows, starts[rows] + within, None if ids is None else ids[flat])
+            by_segment = np.bincount(asked.owners[which[edited]], minlength=len(self.counts))
+            found.append(SegmentRows(flat[edited], by_segment))
         return _merged(found)
 
 
 def _merged(found: list[SegmentRows]) -> SegmentRows | None:
-    """One list of two that are each sorted by segment; None for no rows."""
+    """One list of several that are each sorted by segment; None for no rows."""
     found = [part for part in found if len(part.rows)]
     if len(found) < 2:
         return found[0] if found else None
     owners = np.concatenate([np.repeat(np.arange(len(part.counts)), part.counts) for part in found])
     order = np.argsort(owners, kind="stable")
     rows = np.concatenate([part.rows for part in found])[order]
-    return SegmentRows(rows, found[0].counts + found[1].counts)
+    return SegmentRows(rows, np.sum([part.counts for part in found], axis=0))
 
 
 def select(
-    names: Sequence[str | None],
+    names: Sequence[RowNames],
     prompts: Prompts,
     groups_of: Callable[[str], tuple[Positions, ...]],
+    lists: Lists | None = None,
 ) -> Selection:
-    """Resolves every row's adapter to columns. names: one a row, None for the bare model.
+    """Resolves every row's adapters to columns. names: what each row takes, None for the bare model.
 
-    Rows that share a position spec are resolved at once, whichever adapters they have.
+    lists: of rows that were given theirs. Rows that share a position spec are resolved at once, whichever
+    adapters they have.
 
-    Raises ValueError: an empty prompt where positions need one, an index that a prompt lacks.
+    Raises ValueError: an empty prompt where positions need one, an index that a prompt lacks, and positions
+    that count generated tokens where nobody knows how many there were.
     """
     segments: list[Segment] = []
     specs: dict[Positions, tuple[list[int], list[int]]] = {}  # rows, and the segment of each
-    rows_of: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        if name is not None:
-            rows_of.setdefault(name, []).append(row)
-    for name in sorted(rows_of):
-        for group, positions in enumerate(groups_of(name)):
-            listed, owned = specs.setdefault(positions, ([], []))
-            listed += rows_of[name]
-            owned += [len(segments)] * len(rows_of[name])
-            segments.append((name, group))
+    rows_of: dict[Term, list[int]] = {}
+    for row, taken in enumerate(names):
+        for term in terms_of(taken):
+            rows_of.setdefault(term, []).append(row)
     picked = [(_NOTHING, _NOTHING, _NOTHING)]
+    told = lists or {}
+    for term in sorted(rows_of):
+        for group, positions in enumerate(groups_of(term.name)):
+            mine = [row for row in rows_of[term] if row not in told]
+            if mine:
+                listed, owned = specs.setdefault(positions, ([], []))
+                listed += mine
+                owned += [len(segments)] * len(mine)
+            for row in (row for row in rows_of[term] if row in told):
+                columns = told[row][group]
+                picked.append((np.full(len(columns), len(segments)), np.full(len(columns), row), columns))
+            segments.append(segment_of(term, group))
     generated = [(_NOTHING, _NOTHING)]
+    dynamic: list[Asked] = []
     for positions, (listed, owned) in specs.items():
         rows, owners = np.array(listed), np.array(owned)
+        if positions.dynamic:
+            _check(positions, prompts, rows, names)
+            dynamic.append(Asked(positions, owners, rows))
+            continue
         which, columns = _columns(positions, prompts, rows, names)
         picked.append((owners[which], rows[which], columns))
         if positions.generated:
@@ -163,28 +227,46 @@ def select(
         np.bincount(late_owners, minlength=len(segments)),
         prompts.width,
         ends,
+        tuple(dynamic),
+        prompts,
     )
 
 
+def _check(positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[RowNames]) -> np.ndarray:
+    """Raises ValueError where the prompts of these rows are not what positions need. Returns which have one,
+    as indices into `rows`."""
+    lengths = prompts.lengths[rows]
+    with_prompt = np.flatnonzero(lengths)
+    empty = len(with_prompt) < len(rows)
+    if empty and prompts.complete and positions.edits_prompt and positions.needs_prompt:
+        row = int(rows[lengths == 0].min())
+        raise ValueError(
+            f"row {row} has an empty prompt, but adapter {names[row]!r} edits {positions} of it; "
+            "give prompt_lengths, labels that leave a prompt out, or an attention_mask with tokens"
+        )
+    if positions.counts_generated and not prompts.complete:
+        row = int(rows.min())
+        raise ValueError(
+            f"row {row}, adapter {names[row]!r}: positions {str(positions)!r} count generated tokens, and "
+            "a cache does not say where its prompt ended; give prompt_lengths"
+        )
+    try:
+        positions.check(lengths[with_prompt])
+    except ValueError:
+        _say_which(positions, prompts, rows[with_prompt], names)
+        raise
+    return with_prompt
+
+
 def _columns(
-    positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[str | None]
+    positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[RowNames]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(index into `rows`, column) of what these rows edit below `prompts.width`, in the order of `rows`."""
     lengths = prompts.lengths[rows]
     which, index = _NOTHING, _NOTHING
-    if positions.word != "generated":
-        with_prompt = np.flatnonzero(lengths)
-        if len(with_prompt) < len(rows) and prompts.complete and positions.needs_prompt:
-            row = int(rows[lengths == 0].min())
-            raise ValueError(
-                f"row {row} has an empty prompt, but adapter {names[row]!r} edits {positions} of it; "
-                "give prompt_lengths, labels that leave a prompt out, or an attention_mask with tokens"
-            )
-        try:
-            found, index = positions.resolve_all(lengths[with_prompt])
-        except ValueError:
-            _say_which(positions, prompts, rows[with_prompt], names)
-            raise
+    if positions.edits_prompt:
+        with_prompt = _check(positions, prompts, rows, names)
+        found, index = positions.resolve_all(lengths[with_prompt])
         which = with_prompt[found]
     if positions.generated:
         answered, beyond = ragged_arange(prompts.tokens[rows] - lengths)
@@ -193,10 +275,10 @@ def _columns(
     return which, prompts.column(rows[which], index)
 
 
-def _say_which(positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[str | None]) -> None:
+def _say_which(positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[RowNames]) -> None:
     """Raises the error of the first row whose prompt lacks a position."""
     for row in sorted(rows.tolist()):
         try:
-            positions.resolve(int(prompts.lengths[row]))
+            positions.check(prompts.lengths[row : row + 1])
         except ValueError as error:
             raise ValueError(f"row {row}, adapter {names[row]!r}: {error}") from None

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from ..plan import to_device
-from ..pool import Pool, PoolFull, Span
-from .selection import Segment
-from .tables import Place, SiteKey, SiteTable, Table
+from ..pool import Fold, Pool, PoolFull, Span
+from .stacks import Part, Segment, Stack, parts_of
+from .tables import Edits, Place, SiteKey, SiteTable, Table, scaled
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Intervention
+    from ..adapter import Adapter
     from ..positions import Positions
 
 #: Tables that are kept: sets of segments that come again are served from here.
 _KEPT_TABLES = 128
+#: So many stacks keep the room that they were given, for when they come again.
+_KEPT_STACKS = 256
 
 
 class _Laid(NamedTuple):
@@ -55,6 +57,9 @@ class AdapterStore:
         self._widths: dict[SiteKey, int] = {}
         self._ranges: dict[str, np.ndarray] = {}
         self._tables: dict[tuple[Segment, ...], Table] = {}
+        #: What was laid for stacks, by the number of the site, and their ranges as in `_ranges`.
+        self._stacks: dict[Stack, dict[int, _Laid]] = {}
+        self._stack_ranges: dict[Stack, np.ndarray] = {}
 
     def groups(self, name: str) -> tuple[Positions, ...]:
         """The position specs of an adapter that have parameters of their own."""
@@ -94,6 +99,7 @@ class AdapterStore:
     def remove(self, name: str) -> Adapter:
         """Frees an adapter's room and returns the adapter."""
         adapter = self.adapters.pop(name)
+        self._forget_stacks(stack for stack in self._stacks if any(p.name == name for p in stack.parts))
         for pool, span in self._laid.pop(name):
             pool.remove(span)
         del self._ranges[name], self._groups[name]
@@ -110,10 +116,16 @@ class AdapterStore:
                 with torch.no_grad():
                     for (pool, span), fold in zip(self._laid[name], adapter.folds()):
                         pool.write(span, fold)
+        for stack, laid in self._stacks.items():
+            if any(part.name in adapters and adapters[part.name].trainable for part in stack.parts):
+                for key, number in self._numbers.items():
+                    if number in laid:
+                        laid[number].pool.write(laid[number].span, self._stack_fold(stack, key))
 
     def move(self, key: SiteKey, place: Place) -> None:
         """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
         self.places[key] = place
+        self._forget_stacks(self._stacks)
         for name, adapter in self.adapters.items():
             for index, one in enumerate(adapter.interventions):
                 if SiteKey.of(one) == key:
@@ -168,6 +180,8 @@ class AdapterStore:
         if table is None:
             if len(self._tables) >= _KEPT_TABLES:
                 del self._tables[next(iter(self._tables))]
+            if len(self._stacks) >= _KEPT_STACKS:
+                self._drop_stacks(segments)
             table = self._tables[segments] = self._make_table(segments)
         return table
 
@@ -187,17 +201,79 @@ class AdapterStore:
     def ranges(self, segments: tuple[Segment, ...]) -> np.ndarray:
         """(first pool row, rank) of each segment at each site, int32 [sites, S, 2]; rank 0 for nothing."""
         ranges = np.zeros((len(self._numbers), len(segments), 2), dtype=np.int32)
-        for index, (name, group) in enumerate(segments):
-            mine = self._ranges[name][group]
+        for index, segment in enumerate(segments):
+            mine = self._range(segment)
             ranges[: len(mine), index] = mine
         return ranges
+
+    # Stacks ----------------------------------------------------------------------------------------------
+
+    def _range(self, segment: Segment) -> np.ndarray:
+        """(first pool row, rank) of a segment by the number of the site, int32 [sites, 2]."""
+        if not isinstance(segment, Stack):
+            name, group = segment
+            return self._ranges[name][group]
+        if segment not in self._stack_ranges:
+            self._lay(segment)
+        return self._stack_ranges[segment]
+
+    def meet(self, one: Segment, other: Segment) -> bool:
+        """Whether two segments edit at a common site."""
+        mine, theirs = (
+            {int(n) for p in parts_of(it) for n in np.flatnonzero(self._ranges[p.name][p.group][:, 1])}
+            for it in (one, other)
+        )
+        return not mine.isdisjoint(theirs)
+
+    def _lay(self, stack: Stack) -> None:
+        """Finds the ranges of a stack: a part's own, where it alone edits at a site, and as it is; elsewhere
+        the folds of all lie one behind the other, in room of their own.
+
+        Raises PoolFull where it does not fit a fixed capacity.
+        """
+        ranges = np.zeros((len(self._numbers), 2), dtype=np.int32)
+        laid: dict[int, _Laid] = {}
+        for key, number in self._numbers.items():
+            mine = [part for part in stack.parts if self._rank(part, number)]
+            if len(mine) == 1 and mine[0].scale == 1:
+                ranges[number] = self._ranges[mine[0].name][mine[0].group][number]
+            elif mine:
+                pool = self.pool_of(key)
+                try:
+                    laid[number] = _Laid(pool, pool.add(self._stack_fold(stack, key)))
+                except PoolFull:
+                    for before in laid.values():
+                        before.pool.remove(before.span)
+                    raise
+                ranges[number] = tuple(laid[number].span)
+        self._stacks[stack], self._stack_ranges[stack] = laid, ranges
+
+    def _rank(self, part: Part, number: int) -> int:
+        ranges = self._ranges[part.name][part.group]
+        return int(ranges[number, 1]) if number < len(ranges) else 0
+
+    @torch.no_grad()
+    def _stack_fold(self, stack: Stack, key: SiteKey) -> Fold:
+        folds = [scaled(one.fold(), scale) for one, scale in _edits(self.adapters, stack, key)]
+        return Fold(*(torch.cat(parts) for parts in zip(*folds)))
+
+    def _drop_stacks(self, but: tuple[Segment, ...]) -> None:
+        """Frees the room of all stacks but those among some segments."""
+        self._forget_stacks(stack for stack in self._stacks if stack not in but)
+        self._changed()
+
+    def _forget_stacks(self, stacks: Iterable[Stack]) -> None:
+        for stack in list(stacks):
+            del self._stack_ranges[stack]
+            for pool, span in self._stacks.pop(stack).values():
+                pool.remove(span)
 
     # No inference tensors: a table is kept, and may be trained through after a generate made it.
     @torch.inference_mode(False)
     def _make_table(self, segments: tuple[Segment, ...]) -> Table:
-        owners = {name: self.adapters[name] for name in dict.fromkeys(name for name, _ in segments)}
-        table = Table(segments, owners, self.version)
+        owners = {part.name: self.adapters[part.name] for it in segments for part in parts_of(it)}
         ranges = self.ranges(segments)
+        table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
         copies: dict[torch.device, torch.Tensor] = {}
         for key, number in self._numbers.items():
@@ -208,7 +284,7 @@ class AdapterStore:
                 # The spans of all sites go to a device in one copy.
                 copies[place.device] = to_device(ranges, place.device)
                 table.devices.append(place.device)
-            who = functools.partial(_interventions, table, key)
+            who = functools.partial(_all_edits, table, key)
             table.sites[key] = SiteTable(
                 self._pool(place, self._widths[key]),
                 copies[place.device][number],
@@ -219,10 +295,16 @@ class AdapterStore:
         return table
 
 
-def _interventions(table: Table, key: SiteKey) -> list[Intervention | None]:
-    """For each segment of a table the intervention that edits at a site, or None."""
-    found: list[Intervention | None] = []
-    for name, group in table.segments:
-        mine = table.adapters[name].interventions
-        found.append(next((one for one in mine if one.group == group and SiteKey.of(one) == key), None))
-    return found
+def _edits(adapters: Mapping[str, Adapter], segment: Segment, key: SiteKey) -> Edits:
+    """What a segment does at a site."""
+    return tuple(
+        (one, part.scale)
+        for part in parts_of(segment)
+        for one in adapters[part.name].interventions
+        if one.group == part.group and SiteKey.of(one) == key
+    )
+
+
+def _all_edits(table: Table, key: SiteKey) -> list[Edits]:
+    """What each segment of a table does at a site."""
+    return [_edits(table.adapters, segment, key) for segment in table.segments]

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ..plan import pack_spans
 from ..pool import Fold, Pool, Span
-from .selection import Segment
+from .stacks import Segment
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Intervention
+
+#: What a segment does at a site: interventions, each times a number. Several add up, each of the unedited h.
+Edits = tuple[tuple["Intervention", float], ...]
 
 
 class SiteKey(NamedTuple):
@@ -41,6 +44,11 @@ def keys_of(adapter: Adapter) -> Iterable[SiteKey]:
     return dict.fromkeys(SiteKey.of(intervention) for intervention in adapter.interventions)
 
 
+def scaled(fold: Fold, scale: float) -> Fold:
+    """The fold whose edit is this one's times a number."""
+    return fold if scale == 1 else fold._replace(up=fold.up * scale)
+
+
 class LivePool(NamedTuple):
     """What an op takes of a pool, with autograd: a fold's rows [P, …], and spans [S, 2] into them."""
 
@@ -56,7 +64,7 @@ class SiteTable:
     by address, for the short way, which makes it (python_bindings/standin.cpp); a copy has none.
     """
 
-    __slots__ = ("_interventions", "_live", "_who", "launch", "place", "pool", "slot", "spans")
+    __slots__ = ("_edits", "_live", "_who", "launch", "place", "pool", "slot", "spans")
 
     def __init__(
         self,
@@ -64,20 +72,20 @@ class SiteTable:
         spans: Tensor,
         slot: int,
         place: Place,
-        who: Callable[[], list[Intervention | None]],
+        who: Callable[[], list[Edits]],
     ) -> None:
         self.pool, self.spans, self.slot, self.place = pool, spans, slot, place
         self.launch: Any = None
         self._who = who
-        self._interventions: list[Intervention | None] | None = None
+        self._edits: list[Edits] | None = None
         self._live: tuple[Tensor, Tensor] | None = None
 
     @property
-    def interventions(self) -> list[Intervention | None]:
-        """For each segment the one that edits here, or None. (Training asks; inference does not.)"""
-        if self._interventions is None:
-            self._interventions = self._who()
-        return self._interventions
+    def edits(self) -> list[Edits]:
+        """What each segment does here. (Training asks; inference does not.)"""
+        if self._edits is None:
+            self._edits = self._who()
+        return self._edits
 
     def live_pool(self, shared: Mapping[Intervention, Fold], dtype: torch.dtype) -> LivePool:
         """A pool made of this site's interventions alone, in segment order, that autograd sees through.
@@ -85,9 +93,9 @@ class SiteTable:
         shared: folds that were made already. dtype: of down, up and bias.
         """
         device = self.place.device
-        folds = [shared.get(i) or i.fold() for i in self.interventions if i is not None]
+        folds = [scaled(shared.get(one) or one.fold(), scale) for edits in self.edits for one, scale in edits]
         if self._live is None:
-            ranks = [0 if i is None else i.pool_rows for i in self.interventions]
+            ranks = [sum(one.pool_rows for one, _ in edits) for edits in self.edits]
             firsts = itertools.accumulate(ranks, initial=0)
             kinds = torch.cat([fold.kind for fold in folds])
             spans = [Span(first, rank) for first, rank in zip(firsts, ranks)]

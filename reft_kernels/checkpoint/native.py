@@ -53,6 +53,8 @@ def _entry(one: InterventionRecord) -> dict[str, Any]:
         "dropout": one.dropout,
         "rank": one.rank,
         "parameters": list(one.tensors),
+        # Only methods have them that earlier versions don't know, and refuse.
+        **({"options": dict(one.options)} if one.options else {}),
     }
 
 
@@ -237,5 +239,6 @@ def _intervention(
         head=take(where, entry, "head", int, type(None)),
         act_fn=take(where, entry, "act_fn", str, type(None)),
         dropout=take(where, entry, "dropout", float, int),
+        options=take(where, {"options": {}, **entry}, "options", dict),
         where=where,
     )

@@ -21,7 +21,8 @@ class InterventionRecord:
 
     Attributes:
         rank: r, which the tensors must have.
-        tensors: the method's parameters by name, [r, d] and [r].
+        tensors: the method's parameters by name; the first is [r, d].
+        options: settings of the method by name, values that JSON knows.
         where: the file (and the entry in it) that it was read from.
     """
 
@@ -34,6 +35,7 @@ class InterventionRecord:
     head: int | None = None
     act_fn: str | None = None
     dropout: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
 
 

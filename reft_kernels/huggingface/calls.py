@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import BatchPlan
-from ..batch.names import LENGTHS, NAMES
+from ..batch.names import LENGTHS, NAMES, POSITIONS, SCALES
 from .checkpointing import keep_plans
-from .reading import CallReader
-from .runtime import GenerateScope, Pending, cache_length
+from .reading import CallReader, Ours, ids_of
+from .runtime import Columns, GenerateScope, Pending, cache_length
 from .slips import Keywords
 from .standin import StandIn
 
@@ -21,20 +21,24 @@ from .standin import StandIn
 _OURS = [
     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
     for name, annotation in (
-        *((name, Sequence[str] | None) for name in NAMES),
+        *((name, Sequence[str | Sequence[str]] | None) for name in NAMES),
         (LENGTHS, Sequence[int] | Tensor | None),
+        (POSITIONS, Sequence[Any] | Mapping[str, Any] | None),
+        # The short name is not shown: Trainer would take a data set's column of that name for it.
+        (SCALES[0], float | Sequence[Any] | Mapping[str, float] | None),
     )
 ]
 
 
-def take_names(kwargs: dict[str, Any]) -> Any:
-    """Takes the adapter names out of a call's keyword arguments; None where the call named none.
+def take_ours(kwargs: dict[str, Any], own: Collection[str] = ()) -> Ours:
+    """Takes our own arguments out of a call's; None for those that it did not give.
 
-    `reft_adapter_names` wins; `adapter_names` is then left to PEFT.
+    `reft_adapter_names` wins; `adapter_names` is then left to PEFT. `scale` is left to a model that has an
+    argument of that name.
     """
-    if "reft_adapter_names" in kwargs:
-        return kwargs.pop("reft_adapter_names")
-    return kwargs.pop("adapter_names", None)
+    names = NAMES[0] if NAMES[0] in kwargs else NAMES[1]
+    scale = SCALES[0] if SCALES[0] in kwargs or SCALES[1] in own else SCALES[1]
+    return Ours(*(kwargs.pop(name, None) for name in (names, LENGTHS, POSITIONS, scale)))
 
 
 class _Call(StandIn):
@@ -49,21 +53,21 @@ class _Call(StandIn):
     @torch.compiler.disable
     def _plan(self, args: tuple, kwargs: dict[str, Any]) -> BatchPlan | None:
         """The plan of this forward; takes our own arguments out of kwargs."""
-        names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
+        ours = take_ours(kwargs, self.names)
         call = {**dict(zip(self.names, args)), **kwargs} if args else kwargs
         scope = self.runtime.scope
         if scope is None:
             self.keywords.check(kwargs)
-        elif names is None:
+        elif ours.names is None and ours.positions is None and ours.scale is None:
             pending, scope.pending = scope.pending, None
             if pending is not None and pending.cache is call.get("past_key_values"):
                 return self._still_right(pending, scope)
         if not torch.is_grad_enabled():
-            return self.reader.forward(call, names, lengths)
+            return self.reader.forward(call, ours)
         keep_plans(self.runtime)
-        plan = self.reader.forward(call, names, lengths)
+        plan = self.reader.forward(call, ours)
         if plan is not None and plan.table.segments and self.module.training:
-            unnamed = self.runtime.store.adapters if names is None else None
+            unnamed = self.runtime.store.adapters if ours.names is None else None
             self.runtime.told.training_step(self.module, plan, call, unnamed)
         return plan
 
@@ -73,7 +77,7 @@ class _Call(StandIn):
         plan, columns = pending.plan, pending.columns
         if plan is None or columns is None or plan.table.version == self.runtime.store.version:
             return plan
-        return self.reader.generate(scope, *columns)
+        return self.reader.generate(scope, columns)
 
     # Under torch.compile this frame runs as plain Python, and the model's own forward below it is compiled.
     @torch.compiler.disable(recursive=False)
@@ -143,16 +147,14 @@ class PrepareInputs(_Call):
         plan = None
         if columns is not None:
             with self.runtime.lock:  # adapters neither come nor go meanwhile
-                plan = self.reader.generate(scope, *columns, compiled)
+                plan = self.reader.generate(scope, columns, compiled)
         if compiled:
             self.runtime.plan, self.runtime.prepared = plan, True
         scope.pending = Pending(cache, plan, columns)
         return inputs
 
-    def _columns(
-        self, scope: GenerateScope, inputs: dict[str, Any], cache: Any
-    ) -> tuple[int, int, int] | None:
-        """(start, length, batch) of the next forward; None where nothing is ever done in it."""
+    def _columns(self, scope: GenerateScope, inputs: dict[str, Any], cache: Any) -> Columns | None:
+        """What the next forward covers; None where nothing is ever done in it."""
         if scope.selection is None and not self.runtime.fused.devices:
             return None
         tokens = inputs.get("inputs_embeds")
@@ -163,27 +165,29 @@ class PrepareInputs(_Call):
         if start is None:
             start = scope.seen
         scope.seen = start + length
-        return start, length, batch
+        wanted = scope.selection is not None and scope.selection.needs_ids
+        return Columns(start, length, batch, ids_of(inputs) if wanted else None)
 
 
 class Generate(_Call):
-    """`generate` with `adapter_names` (or `reft_adapter_names`) and `prompt_lengths`, one a prompt."""
+    """`generate` with `adapter_names` (or `reft_adapter_names`), `prompt_lengths` and `reft_positions`, one a
+    prompt."""
 
     def __init__(self, module: nn.Module, name: str, reader: CallReader) -> None:
         super().__init__(module, name, reader)
         forward = inspect.signature(type(module).forward).parameters
         self.keywords = Keywords(name, [*self.names, *forward])
-        self.own_names = "adapter_names" in forward
+        self.known, self.own_names = tuple(forward), "adapter_names" in forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.keywords.check(kwargs)
-        names, lengths = take_names(kwargs), kwargs.pop(LENGTHS, None)
+        ours = take_ours(kwargs, self.known)
         if "adapter_names" in kwargs and not self.own_names:
             # It is in forward's signature, by which generate tells what the model doesn't use.
             raise ValueError("adapter_names: is not used by the model beside reft_adapter_names")
         inputs = args[0] if args else kwargs.get("inputs")
         call = {**kwargs, "generation_config": args[1]} if len(args) > 1 else kwargs
-        scope = self.reader.open_scope(self.module, inputs, call, names, lengths)
+        scope = self.reader.open_scope(self.module, inputs, call, ours)
         with self.runtime.generating(scope):
             return self.original(*args, **kwargs)
 
@@ -192,9 +196,9 @@ class ContinuousBatching(_Call):
     """`generate_batch` and what it is made of: requests share a row, where prompts can't be told apart."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if take_names(kwargs) is not None or LENGTHS in kwargs:
+        if any(one is not None for one in take_ours(kwargs)):
             raise ValueError(
-                f"{self.name}: takes no adapter names or prompt lengths; use set_adapter, or generate"
+                f"{self.name}: takes no adapter names, prompt lengths or scale; use set_adapter, or generate"
             )
         self.reader.check_packed(self.name)
         return self.original(*args, **kwargs)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import ops
 from ..batch import BatchPlan, DecodeWorkspaces, Prompts, Selection, read_prompts
-from .runtime import GenerateScope, Runtime, nested, read_cache_length
+from ..batch.stacks import RowNames
+from .runtime import Columns, GenerateScope, Runtime, nested, read_cache_length
 from .saved_modules import share_modules
 from .sites import Sites
 
@@ -22,6 +23,15 @@ class _Batch(NamedTuple):
     tokens: Tensor
     size: int
     length: int
+
+
+class Ours(NamedTuple):
+    """What a call says in our own arguments; None for what it does not say."""
+
+    names: Any = None
+    lengths: Any = None
+    positions: Any = None
+    scale: Any = None
 
 
 class CallReader:
@@ -37,11 +47,13 @@ class CallReader:
 
     # Names -----------------------------------------------------------------------------------------------
 
-    def names(self, given: Any, batch: int) -> tuple[str | None, ...]:
-        """One adapter a row, None for the bare model. given: None takes the active adapter for all rows."""
+    def names(self, given: Any, batch: int, scale: Any = None) -> tuple[RowNames, ...]:
+        """What each row takes, None for the bare model. given: None takes the active adapter for all rows."""
         if given is None:
-            return (self.runtime.active,) * batch
-        return self.planner.check_names(given, batch)
+            given = (self.runtime.active,) * batch
+            if scale is None:
+                return given
+        return self.planner.check_names(given, batch, scale)
 
     def check_packed(self, name: str) -> None:
         """Refuses calls that pack requests into one row while the active adapter depends on the prompt."""
@@ -54,13 +66,14 @@ class CallReader:
 
     # Plans -----------------------------------------------------------------------------------------------
 
-    def _plan(self, selection: Selection, start: int, length: int, batch: int) -> BatchPlan | None:
+    def _plan(self, selection: Selection, columns: Columns) -> BatchPlan | None:
+        start, length, batch, ids = columns
         repeat, rest = divmod(batch, selection.batch)
         if rest:
             raise RuntimeError(
                 f"a forward has {batch} rows, which is no multiple of the {selection.batch} prompts"
             )
-        plan = self.planner.plan(selection, start, length, batch, share_modules(selection, repeat))
+        plan = self.planner.plan(selection, start, length, batch, share_modules(selection, repeat), ids)
         return self.idle(batch * length) if plan is None else self._prepared(plan)
 
     def idle(self, tokens: int) -> BatchPlan | None:
@@ -80,10 +93,10 @@ class CallReader:
 
     # Forward ---------------------------------------------------------------------------------------------
 
-    def forward(self, call: dict[str, Any], given: Any, prompt_lengths: Any) -> BatchPlan | None:
+    def forward(self, call: dict[str, Any], ours: Ours) -> BatchPlan | None:
         """The plan of a forward outside generate (or of a second model call inside it, as in guidance)."""
-        scope = self.runtime.scope
-        bare = given is None and self.runtime.active is None and scope is None
+        scope, given = self.runtime.scope, ours.names
+        bare = given is None and ours.positions is None and self.runtime.active is None and scope is None
         if bare and not self.runtime.fused.devices:
             return None
         batch = _batch_of(call)
@@ -91,26 +104,28 @@ class CallReader:
             if bare:
                 return None
             raise ValueError("the call has neither input_ids nor inputs_embeds, so rows can't be told")
-        names = None if bare else self._forward_names(given, batch.size)
-        if names is None or not any(names):
+        names = None if bare else self._forward_names(given, batch.size, ours.scale)
+        if names is None or not (any(names) or ours.positions is not None):
             return self.idle(batch.size * batch.length)
         start = read_cache_length(call.get("past_key_values"), call.get("cache_position"))
         # In a decode loop of one's own all steps are alike, as their tokens are generated, not of a prompt.
-        alike = start > 0 and scope is None and prompt_lengths is None and not torch.is_grad_enabled()
-        alike = alike and _is_step(call, batch)
+        alike = start > 0 and scope is None and ours.lengths is None and ours.positions is None
+        alike = alike and not torch.is_grad_enabled() and _is_step(call, batch)
         key = (names, self.runtime.store.version, ops.chosen_backend())
         if alike and self._step is not None and self._step[0] == key:
             return self._step[1]
-        prompts = self._forward_prompts(call, names, batch, start, given, prompt_lengths)
-        plan = self._plan(self.planner.select(names, prompts), start, batch.length, batch.size)
-        if alike and (plan is None or not plan.table.trainable):
+        prompts = self._forward_prompts(call, names, batch, start, ours)
+        selection = self.planner.select(names, prompts, ours.positions)
+        ids = ids_of(call) if selection.needs_ids else None
+        plan = self._plan(selection, Columns(start, batch.length, batch.size, ids))
+        if alike and not selection.asked and (plan is None or not plan.table.trainable):
             self._step = (key, plan)
         return plan
 
-    def _forward_names(self, given: Any, batch: int) -> tuple[str | None, ...]:
+    def _forward_names(self, given: Any, batch: int, scale: Any) -> tuple[RowNames, ...]:
         scope = self.runtime.scope
         if given is not None or scope is None:
-            return self.names(given, batch)
+            return self.names(given, batch, scale)
         copies, rest = divmod(batch, len(scope.names))
         if rest:
             raise RuntimeError(
@@ -121,13 +136,13 @@ class CallReader:
     def _forward_prompts(
         self,
         call: dict[str, Any],
-        names: Sequence[str | None],
+        names: Sequence[RowNames],
         batch: _Batch,
         start: int,
-        given: Any,
-        prompt_lengths: Any,
+        ours: Ours,
     ) -> Prompts:
-        needs_prompt = self.planner.needs_prompt(names)
+        given, prompt_lengths = ours.names, ours.lengths
+        needs_prompt = self.planner.needs_prompt(names) or ours.positions is not None
         mask = call.get("attention_mask")
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
             if needs_prompt and start == 0:
@@ -148,10 +163,11 @@ class CallReader:
     # Generate --------------------------------------------------------------------------------------------
 
     def open_scope(
-        self, model: Any, inputs: Tensor | None, call: dict[str, Any], given: Any, prompt_lengths: Any
+        self, model: Any, inputs: Tensor | None, call: dict[str, Any], ours: Ours
     ) -> GenerateScope:
         """Reads a generate call: names, prompts and what is edited in them, once for all its forwards."""
         ids = inputs if inputs is not None else call.get("input_ids")
+        given, prompt_lengths, positions, scale = ours
         embeds = call.get("inputs_embeds")
         tokens = embeds if embeds is not None else ids
         outer = self.runtime.scope
@@ -163,8 +179,8 @@ class CallReader:
         if outer is not None and given is None and outer.goes_on_in(ids):
             # A generate inside generate (assisted decoding by the model's own layers) goes on with the same.
             return GenerateScope(outer.names, outer.selection, seen, ids)
-        names = self.names(given, batch)
-        if not any(names):
+        names = self.names(given, batch, scale)
+        if not any(names) and positions is None:
             return GenerateScope(names, None, seen, ids)
         width = tokens.shape[1] if isinstance(tokens, Tensor) else 1
         mask = call.get("attention_mask")
@@ -175,26 +191,24 @@ class CallReader:
         elif isinstance(mask, Tensor) and mask.dim() != 2:
             raise ValueError(f"attention_mask: must be 2-D in generate, had shape {list(mask.shape)}")
         prompts = read_prompts(batch, 0, width, mask, prompt_lengths)
-        selection = self.planner.select(names, prompts)
+        selection = self.planner.select(names, prompts, positions)
         if seen and prompt_lengths is None and not nested():
             self.runtime.told.carried(selection.owners)
         return GenerateScope(names, selection, seen, ids)
 
-    def generate(
-        self, scope: GenerateScope, start: int, length: int, batch: int, compiled: bool = False
-    ) -> BatchPlan | None:
-        """The plan of one of generate's own forwards, over columns [start, start + length).
+    def generate(self, scope: GenerateScope, columns: Columns, compiled: bool = False) -> BatchPlan | None:
+        """The plan of one of generate's own forwards.
 
         compiled: whether a decode step may be compiled code, which reads a workspace in the plan's place.
         """
-        selection = scope.selection
+        selection, (start, length, batch, _) = scope.selection, columns
         if length != 1 or (selection is not None and start < selection.width):
-            tokens = batch * length
-            return self.idle(tokens) if selection is None else self._plan(selection, start, length, batch)
-        # Decode steps are all alike: made once, and again only if adapters or the backend change.
-        key = (batch, self.runtime.store.version, ops.chosen_backend())
+            return self.idle(batch * length) if selection is None else self._plan(selection, columns)
+        # Decode steps are all alike: made once, and again only if adapters, the backend or (where positions
+        # count generated tokens or ask for ids) the edited rows change.
+        key = (batch, self.runtime.store.version, ops.chosen_backend(), _asked(selection, columns))
         if scope.decode is None or scope.decode[0] != key:
-            plan = self.idle(batch) if selection is None else self._plan(selection, start, 1, batch)
+            plan = self.idle(batch) if selection is None else self._plan(selection, columns)
             scope.decode = (key, plan)
         plan = scope.decode[1]
         if compiled and plan is not None and (plan.workspace is None or not plan.workspace.holds(plan)):
@@ -221,6 +235,26 @@ def _is_step(call: dict[str, Any], batch: _Batch) -> bool:
     if mask is None:
         return True
     return isinstance(mask, Tensor) and mask.shape[:-1] == (batch.size,) and bool(mask[:, -1].all())
+
+
+def ids_of(call: dict[str, Any]) -> np.ndarray:
+    """The token ids of a forward, [batch, length]: from a GPU they are waited for.
+
+    Raises ValueError where it has embeddings instead.
+    """
+    ids = call.get("input_ids")
+    if not isinstance(ids, Tensor) or call.get("inputs_embeds") is not None:
+        raise ValueError("input_ids: needed by adapters with positions by token id; the call has none")
+    return ids.detach().cpu().numpy()
+
+
+def _asked(selection: Selection | None, columns: Columns) -> tuple[bytes, bytes] | None:
+    """What a decode step edits, where it is not what all of them do."""
+    if selection is None or not selection.asked:
+        return None
+    start, length, batch, ids = columns
+    found = selection.window(start, length, batch // selection.batch, ids)
+    return None if found is None else (found.rows.tobytes(), found.counts.tobytes())
 
 
 def _inferred_mask(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor | None:

@@ -8,10 +8,12 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..batch import AdapterStore, BatchPlan, Planner, Selection
+from ..batch.stacks import RowNames
 from .blocks import Blocks
 from .fused_norm import FusedNorms
 from .slips import Told
@@ -20,28 +22,40 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Columns(NamedTuple):
+    """What a forward of generate covers: columns [start, start + length) of `batch` rows.
+
+    ids: its tokens, [batch, length], where edits depend on them.
+    """
+
+    start: int
+    length: int
+    batch: int
+    ids: np.ndarray | None = None
+
+
 class Pending(NamedTuple):
     """A forward that generate has prepared: its plan, and its cache (which tells it from other calls).
 
-    columns: (start, length, batch) that the plan was made for; None where there was nothing to plan.
+    columns: that the plan was made for; None where there was nothing to plan.
     """
 
     cache: object
     plan: BatchPlan | None
-    columns: tuple[int, int, int] | None
+    columns: Columns | None
 
 
 class GenerateScope:
     """One call of generate.
 
-    names: one a prompt, None for the bare model. selection: what they edit; None when that is nothing.
+    names: what each prompt takes, None for the bare model. selection: what they edit; None for nothing.
     seen: columns that went through the model so far (for caches that don't say so on the host).
     tokens: the prompts' ids [batch, width], where there are any.
     """
 
     def __init__(
         self,
-        names: tuple[str | None, ...],
+        names: tuple[RowNames, ...],
         selection: Selection | None,
         seen: int,
         tokens: Tensor | None = None,

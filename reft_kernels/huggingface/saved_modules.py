@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter.saved_modules import by_rows
 from ..batch import Selection
+from ..batch.stacks import terms_of
 from .runtime import Runtime
 from .standin import StandIn
 
@@ -33,8 +34,14 @@ def share_modules(selection: Selection, repeat: int) -> dict[str, list[Share]]:
     shares: dict[str, list[Share]] = {}
     for path in paths:
         rows_of: dict[str | None, list[int]] = {}
-        for row, name in enumerate(selection.names):
-            owner = name if name is not None and path in copies.get(name, ()) else None
+        for row, taken in enumerate(selection.names):
+            owners = [term.name for term in terms_of(taken) if path in copies.get(term.name, ())]
+            if len(owners) > 1:
+                raise ValueError(
+                    f"adapter_names: row {row} has {taken!r}, and {', '.join(map(repr, owners))} each have a "
+                    f"{path!r} of their own; modules have no sum"
+                )
+            owner = owners[0] if owners else None
             rows_of.setdefault(owner, []).extend(range(row * repeat, (row + 1) * repeat))
         shares[path] = [
             Share(None if owner is None else copies[owner][path], torch.from_numpy(np.array(rows)))

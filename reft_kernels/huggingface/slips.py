@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..batch.names import LENGTHS, NAMES
+from ..batch.names import LENGTHS, NAMES, POSITIONS, SCALES
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..batch import BatchPlan
-    from ..positions import Positions
 
 #: Keyword arguments of ours that forward and generate take.
-OURS = (*NAMES, LENGTHS)
+OURS = (*NAMES, LENGTHS, POSITIONS, *SCALES)
 
 #: How alike two names are (difflib's ratio) for one to be taken for a slip in the other.
 _ALIKE = 0.8
 #: What is written for our keywords and is less alike than that.
-_SHORT = {"adapter": NAMES[1], "adapters": NAMES[1], "adapter_id": NAMES[1], "adapter_ids": NAMES[1]}
+_SHORT = {
+    **dict.fromkeys(("adapter", "adapters", "adapter_id", "adapter_ids"), NAMES[1]),
+    "unit_locations": POSITIONS,
+}
 
 
 @functools.lru_cache(maxsize=256)
@@ -111,7 +113,7 @@ class Told:
             return
         if not (self.parameters_taken or plan.table.trainable or _trains_nothing(model, call)):
             return
-        names = [name for name, _ in plan.table.segments]
+        names = list(plan.table.adapters)
         listed = list(dict.fromkeys(names))
         self._say(
             "frozen",
@@ -126,7 +128,7 @@ class Told:
             return
         for name, adapter in adapters.items():
             for positions in adapter.groups:
-                if _moves(positions):
+                if positions.moves_with_prompt:
                     text = (
                         "past_key_values: holds tokens that were edited as another prompt's, and adapter "
                         f"{name!r} has positions {str(positions)!r}, so the result is not that of this "
@@ -149,19 +151,6 @@ def _trains_nothing(model: nn.Module, call: Mapping[str, Any]) -> bool:
     if embeds is not None and embeds.requires_grad:
         return False  # prompt tuning
     return not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def _moves(positions: Positions) -> bool:
-    """Whether a longer prompt with the same beginning can have other edits in that beginning.
-
-    (That "f3" is clamped in a prompt of fewer than six tokens is left out: it is rare, and not to be told
-    from the cache.)
-    """
-    return (
-        positions.word in ("prompt", "generated")
-        or positions.last > 0
-        or any(index < 0 for index in positions.indices or ())
-    )
 
 
 def warn_of_bad_values(name: str, adapter: Adapter) -> None:

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import formulas
 from torch import Tensor
 
 from reft_kernels.adapter import Intervention
 from reft_kernels.adapter.methods import ACTIVATIONS, METHODS, activation
 from reft_kernels.ops.reference import activate
-from reft_kernels.ops.schema import NO_PRODUCT, Act
+from reft_kernels.ops.schema import NO_PRODUCT
 from reft_kernels.pool import Fold
 from reft_kernels.positions import Positions
+from reft_kernels.sites import HEAD_SITE
 
 D, R = 12, 3
 ALL = Positions.parse("all")
 
 
-def parameters(method: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = METHODS[method].shapes
-    made = {
-        name: torch.randn((R, D) if kind == "rd" else (R,), generator=generator, dtype=torch.float64)
-        for name, kind in shapes.items()
-        if name != "kind"
-    }
-    made = {name: tensor.to(dtype) for name, tensor in made.items()}
-    if "kind" in shapes:
-        made["kind"] = torch.tensor([Act.NONE, Act.GELU, NO_PRODUCT | Act.TANH], dtype=torch.int32)
-    return made
+def parameters(
+    method: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options
+) -> dict[str, Tensor]:
+    return formulas.parameters(method, R, D, dtype, seed, options)
 
 
 def apply(fold: Fold, h: Tensor) -> Tensor:
@@ -36,42 +30,34 @@ def apply(fold: Fold, h: Tensor) -> Tensor:
     return h + activate(z, fold.kind) @ fold.up
 
 
-def formula(method: str, p: dict[str, Tensor], act, h: Tensor) -> Tensor:
-    if method == "loreft":
-        return h + (act(h @ p["W"].T + p["b"]) - h @ p["R"].T) @ p["R"]
-    if method == "noreft":
-        return h + (act(h @ p["W1"].T + p["b1"]) - (h @ p["W2"].T + p.get("b2", 0))) @ p["W2"]
-    if method == "consreft":
-        return h + (p["b"] - h @ p["R"].T) @ p["R"]
-    if method == "lobireft":
-        return h + p["b"] @ p["R"]
-    if method == "direft":
-        return h + act(h @ p["W"].T + p["b"]) @ p["R"]
-    return h + act(h @ p["W1"].T + p["b1"]) @ p["W2"]
-
-
-def intervention(method: str, tensors: dict[str, Tensor], act_fn: str | None = None) -> Intervention:
-    return Intervention(method, 0, "block_output", ALL, tensors, act_fn=act_fn)
+def intervention(
+    method: str, tensors: dict[str, Tensor], act_fn: str | None = None, **options
+) -> Intervention:
+    head = 0 if METHODS[method].sites == (HEAD_SITE,) else None
+    site = "block_output" if head is None else HEAD_SITE
+    return Intervention(method, 0, site, ALL, tensors, act_fn=act_fn, head=head, options=options)
 
 
 METHODS_WITH_FORMULA = [name for name in METHODS if name != "folded"]
 CASES = [
-    (name, act)
+    (name, act, options)
     for name in METHODS_WITH_FORMULA
+    for options in formulas.VARIANTS.get(name, [{}])
     for act in (list(ACTIVATIONS) if METHODS[name].takes_activation else []) + [None]
 ]
 
 
-@pytest.mark.parametrize(("method", "act_fn"), CASES)
-def test_a_fold_is_its_formula(method: str, act_fn: str | None) -> None:
+@pytest.mark.parametrize(("method", "act_fn", "options"), CASES)
+def test_a_fold_is_its_formula(method: str, act_fn: str | None, options: dict) -> None:
     activations = pytest.importorskip("transformers.activations")
     act = activations.ACT2FN[act_fn or "linear"]
-    p = parameters(method)
-    one = intervention(method, p, act_fn)
+    p = parameters(method, **options)
+    one = intervention(method, p, act_fn, **options)
     fold = one.fold()
     h = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     # gelu_fast writes sqrt(2/π) with ten digits.
-    torch.testing.assert_close(apply(fold, h), formula(method, p, act, h), rtol=1e-8, atol=1e-8)
+    wanted = formulas.written_out(method, p, act, h, options)
+    torch.testing.assert_close(apply(fold, h), wanted, rtol=1e-8, atol=1e-8)
     assert fold.rank == one.pool_rows
     assert fold.kind.dtype is torch.int32
 
@@ -82,7 +68,7 @@ def test_a_noreft_without_its_second_bias() -> None:
     h = torch.randn(5, D, dtype=torch.float64)
     for act_fn, act in ((None, lambda z: z), ("relu", torch.relu)):
         got = apply(intervention("noreft", p, act_fn).fold(), h)
-        torch.testing.assert_close(got, formula("noreft", p, act, h))
+        torch.testing.assert_close(got, formulas.written_out("noreft", p, act, h))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +80,9 @@ def test_a_noreft_without_its_second_bias() -> None:
         ("noreft", "relu", 2 * R),
         ("direft", "relu", R),
         ("lobireft", None, R),
+        ("vector", None, R),
+        ("adapter", "gelu", R + 1),  # the bias behind it is a row
+        ("sae", None, 2 * R),
     ],
 )
 def test_pool_rows(method: str, act_fn: str | None, rows: int) -> None:
@@ -122,7 +111,8 @@ def test_the_difference_is_taken_in_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("method", "act_fn"),
     [("loreft", None), ("loreft", "gelu"), ("direft", None), ("direft", "silu"), ("noreft", "tanh"),
-     ("consreft", None), ("lobireft", None), ("nodireft", "sigmoid")],
+     ("consreft", None), ("lobireft", None), ("nodireft", "sigmoid"), ("vector", None), ("lofit", None),
+     ("ablation", None), ("concept", None), ("adapter", "gelu")],
 )  # fmt: skip
 def test_gradients(method: str, act_fn: str | None) -> None:
     one = intervention(method, parameters(method), act_fn).requires_grad_(True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import position_oracle
 
 from reft_kernels import Positions
 from reft_kernels.batch import Prompts, Selection, read_prompts, select
@@ -18,6 +19,9 @@ SPECS = {
     "generated": ("generated",),
     "prompt": ("prompt",),
     "listed": ([0, -1],),
+    "late": ("generated[:2]", "prompt[-1:]+generated[3::2]"),
+    "by id": ("all-token(0)-token(2)",),
+    "both": ("prompt[::2]", "token(1)-prompt[::2]"),
 }
 GROUPS = {name: tuple(Positions.parse(spec) for spec in specs) for name, specs in SPECS.items()}
 
@@ -38,11 +42,10 @@ def lists(found, segments) -> dict:
     return result
 
 
-def edits(positions: Positions, token: int, prompt: int) -> bool:
-    """Whether token number `token` of a row is edited, with a prompt of `prompt` tokens."""
-    if token >= prompt:
-        return positions.generated
-    return token in positions.resolve(prompt).tolist()
+def edits(positions: Positions, token: int, prompt: int, identity: int) -> bool:
+    """Whether token number `token` of a row is edited, with a prompt of `prompt` tokens, by its id."""
+    ids = [0] * token + [identity] + [0] * prompt
+    return token in position_oracle.edited(positions.to_json(), prompt, max(token + 1, prompt), ids)
 
 
 @st.composite
@@ -64,19 +67,20 @@ def test_a_window_of_a_padded_batch(grid, start: int, length: int, repeat: int) 
     chosen, mask, lengths = grid
     width = mask.shape[1]
     selection = select(chosen, read_prompts(len(chosen), 0, width, mask, lengths), GROUPS.__getitem__)
+    ids = np.random.default_rng(0).integers(0, 3, (len(chosen) * repeat, length))
     want: dict = {}
     for row, name in enumerate(chosen):
         columns = torch.nonzero(mask[row]).flatten().tolist()
         for group, positions in enumerate(GROUPS[name] if name else ()):
             for column in range(start, start + length):
-                if column >= width:
-                    edited = positions.generated
-                else:
-                    edited = column in columns and edits(positions, columns.index(column), lengths[row])
-                for copy in range(repeat if edited else 0):
-                    flat = (row * repeat + copy) * length + column - start
-                    want.setdefault((name, group), set()).add(flat)
-    assert lists(selection.window(start, length, repeat), selection.segments) == want
+                if column < width and column not in columns:
+                    continue
+                token = columns.index(column) if column < width else len(columns) + column - width
+                for copy in range(row * repeat, (row + 1) * repeat):
+                    identity = int(ids[copy, column - start])
+                    if edits(positions, token, lengths[row], identity):
+                        want.setdefault((name, group), set()).add(copy * length + column - start)
+    assert lists(selection.window(start, length, repeat, ids), selection.segments) == want
 
 
 @given(names, st.data())
@@ -85,15 +89,16 @@ def test_chunks_of_a_flat_batch(chosen: list[str | None], data: st.DataObject) -
     starts = np.array([data.draw(st.integers(0, 12)) for _ in chosen])
     counts = np.array([data.draw(st.integers(0, 6)) for _ in chosen])
     selection = select(chosen, Prompts.unpadded(lengths), GROUPS_FOR_SHORT.__getitem__)
+    ids = np.random.default_rng(0).integers(0, 3, counts.sum())
     want: dict = {}
     offset = 0
     for row, name in enumerate(chosen):
         for place, token in enumerate(range(starts[row], starts[row] + counts[row])):
             for group, positions in enumerate(GROUPS_FOR_SHORT[name] if name else ()):
-                if edits(positions, token, lengths[row]):
+                if edits(positions, token, lengths[row], int(ids[offset + place])):
                     want.setdefault((name, group), set()).add(offset + place)
         offset += counts[row]
-    assert lists(selection.chunks(starts, counts), selection.segments) == want
+    assert lists(selection.chunks(starts, counts, ids), selection.segments) == want
 
 
 #: A prompt of one token has no two tokens to list.
@@ -127,3 +132,11 @@ def test_labels_and_lengths_tell_the_prompt() -> None:
     assert read_prompts(2, 0, 5, None, None, labels).lengths.tolist() == [3, 1]
     with pytest.raises(ValueError, match="row 1 has 3 tokens, but its prompt length was 4"):
         read_prompts(2, 0, 5, mask, [4, 4])
+
+
+def test_generated_tokens_can_be_counted_only_from_a_known_prompt() -> None:
+    by_hand = read_prompts(2, 5, 1, None)
+    assert select(["late"] * 2, read_prompts(2, 5, 1, None, [3, 4]), GROUPS.__getitem__).asked
+    with pytest.raises(ValueError, match=r"row 0, adapter 'late': positions 'generated\[:2\]' count"):
+        select(["late"] * 2, by_hand, GROUPS.__getitem__)
+    select(["by id"] * 2, by_hand, GROUPS.__getitem__)

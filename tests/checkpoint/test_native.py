@@ -58,10 +58,10 @@ def interventions(draw) -> list[Intervention]:
         method = draw(st.sampled_from(list(METHODS)))
         spec, rank = METHODS[method], draw(st.integers(1, 3))
         tensors = {}
-        for name, kind in spec.shapes.items():
+        for name in spec.shapes:
             if name in spec.optional and draw(st.booleans()):
                 continue
-            shape = (rank, D) if kind == "rd" else (rank,)
+            shape = spec.shape(name, rank, D)
             dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
             tensors[name] = torch.randn(shape, dtype=torch.float64).to(dtype)
             if name == "kind":
@@ -70,7 +70,8 @@ def interventions(draw) -> list[Intervention]:
         act_fn = draw(st.sampled_from([None, "relu", "gelu_new"])) if spec.takes_activation else None
         spec_of_positions = draw(st.sampled_from(["f3", "l2", "f1+l1", "all", "generated", [0, -1]]))
         positions = Positions.parse(spec_of_positions, draw(st.sampled_from(["length", "length-1"])))
-        site, head = draw(st.sampled_from([("block_output", None), ("head_attention_value_output", 3)]))
+        places = [("block_output", None), ("head_attention_value_output", 3)]
+        site, head = draw(st.sampled_from([at for at in places if at[0] in (spec.sites or (at[0],))]))
         dropout = draw(st.floats(0, 1, exclude_max=True))
         made.append(
             Intervention(method, layer, site, positions, tensors, act_fn=act_fn, dropout=dropout, head=head)

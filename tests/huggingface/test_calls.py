@@ -323,7 +323,8 @@ def test_a_keyword_that_the_models_forward_has_is_no_slip(batch):
     assert model.seen == "theirs"
     signature = inspect.signature(model.forward)
     assert list(signature.parameters) == [
-        "args", "adapter_name", "prompt_lengths", "reft_adapter_names", "adapter_names", "kwargs"
+        "args", "adapter_name", "prompt_lengths", "reft_adapter_names", "adapter_names", "reft_positions",
+        "reft_scale", "kwargs",
     ]  # fmt: skip
 
 
@@ -344,7 +345,7 @@ def test_no_keyword_of_transformers_looks_like_a_slip():
 
 def test_forwards_signature_shows_what_is_ours(model):
     bare = make_model()
-    ours = ["reft_adapter_names", "adapter_names", "prompt_lengths"]
+    ours = ["reft_adapter_names", "adapter_names", "prompt_lengths", "reft_positions", "reft_scale"]
     own = list(inspect.signature(bare.forward).parameters)
     got = inspect.signature(model.forward)
     assert list(got.parameters) == [*own[:-1], *ours, own[-1]]

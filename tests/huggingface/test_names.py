@@ -95,7 +95,7 @@ def test_what_is_no_name(model, name: object) -> None:
         with pytest.raises(ValueError, match="name: must be one adapter's name, was"):
             call(name)
     with pytest.raises(ValueError, match="adapter_names: "):
-        model(**batch_of([4]), adapter_names=[name])
+        model(**batch_of([4]), adapter_names=[[name]])  # (a list of names is what a row may have)
     assert model.reft.active_adapter == "tied" and len(model.reft) == 4
 
 

@@ -8,6 +8,8 @@ import torch
 
 import reft_kernels as rk
 
+from . import position_oracle
+
 _ACT = {
     None: lambda z: z,
     "relu": torch.relu,
@@ -27,25 +29,15 @@ def formula(intervention, h: torch.Tensor) -> torch.Tensor:
     raise NotImplementedError(intervention.method)
 
 
-def columns(positions: rk.Positions, prompt: int, total: int) -> list[int]:
+def columns(positions: rk.Positions, prompt: int, total: int, ids: list[int] | None = None) -> list[int]:
     """Token indices that are edited in an unpadded row of `total` tokens, `prompt` of them prompt."""
-    generated = list(range(prompt, total))
-    if positions.word == "all":
-        return list(range(total))
-    if positions.word == "prompt":
-        return list(range(prompt))
-    if positions.word == "generated":
-        return generated
-    if positions.indices is not None:
-        return sorted(i % prompt for i in positions.indices)
-    end = prompt - (positions.last_position == "length-1")
-    first, last = min(positions.first, end // 2), min(positions.last, end // 2)
-    return [*range(first), *range(end - last, end)]
+    return position_oracle.edited(positions.to_json(), prompt, total, ids, positions.last_position)
 
 
 @contextlib.contextmanager
 def eager_hooks(model, adapter: rk.Adapter | None, prompt: int):
     """Edits the model's blocks by plain hooks that recompute everything without a cache."""
+    seen: list[int] = []
     blocks = next(
         child
         for child in model.modules()
@@ -57,7 +49,7 @@ def eager_hooks(model, adapter: rk.Adapter | None, prompt: int):
         def hook(module, args, output):
             h = output[0] if isinstance(output, tuple) else output
             for intervention in interventions:
-                index = columns(intervention.positions, prompt, h.shape[1])
+                index = columns(intervention.positions, prompt, h.shape[1], seen)
                 h[:, index] = formula(intervention, h[:, index].double()).to(h.dtype)
 
         return hook
@@ -67,6 +59,13 @@ def eager_hooks(model, adapter: rk.Adapter | None, prompt: int):
         assert all(i.site == "block_output" for i in here)
         if here:
             handles.append(block.register_forward_hook(hook_for(here)))
+
+    def note(module, args, kwargs):
+        ids = args[0] if args else kwargs.get("input_ids")
+        seen[:] = [] if ids is None else ids[0].tolist()
+
+    if adapter is not None:
+        handles.append(model.register_forward_pre_hook(note, with_kwargs=True))
     try:
         yield
     finally:

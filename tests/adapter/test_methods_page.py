@@ -1,0 +1,58 @@
+"""docs/methods.md says of each method what the registry says, and its examples run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import reft_kernels as rk
+from reft_kernels.adapter.method import METHODS
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
+METHOD = r"^\| `(\w+)` \|(.*)\|$"
+
+
+def tables() -> list[dict[str, list[str]]]:
+    """The cells of each table by method."""
+    blocks = [block for block in PAGE.split("\n\n") if block.startswith("| method")]
+    return [
+        {name: [cell.strip() for cell in rest.split(" | ")] for name, rest in re.findall(METHOD, block, re.M)}
+        for block in blocks
+    ]
+
+
+@pytest.mark.parametrize("table", tables())
+def test_every_method_has_its_row(table: dict[str, list[str]]) -> None:
+    assert list(table) == list(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_parameters(name: str) -> None:
+    spec = METHODS[name]
+    said = tables()[0][name][1].split(", ")
+    marks = {n: ("*" if n in spec.fixed else "") + ("?" if n in spec.optional else "") for n in spec.shapes}
+    assert said == [n + mark for n, mark in marks.items()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sites_and_training(name: str) -> None:
+    spec = METHODS[name]
+    _, sites, trains, *_ = tables()[1][name]
+    assert sites == ("all" if spec.sites is None else ", ".join(spec.sites))
+    assert trains.partition(":")[0] == ("yes" if spec.trainable else "no")
+
+
+def test_the_examples_run() -> None:
+    code = PAGE.partition("## Examples")[2].partition("```python\n")[2].partition("```")[0]
+
+    class Model:
+        def add_adapter(self, name: str, adapter: rk.Adapter) -> None:
+            self.added = {name: adapter}
+
+    names = {"rk": rk, "torch": torch, "d": 16, "reft": Model()}
+    exec(code, names)
+    assert names["reft"].added["loud"].interventions[0].target.item() == 8
+    assert len(names["front"].interventions) == 5 and len(names["plain"].interventions) == 8
