@@ -54,8 +54,7 @@ def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: boo
         return _edit_differentiable(h, site, rows, plan, backend, training)
     if plan.stale:
         plan.renew()  # what was trained since the last look
-    pool = site.pool
-    ops.INTERVENE_[backend](h, pool.down, pool.up, pool.bias, pool.kind, rows.rows, rows.tiles, site.spans)
+    ops.INTERVENE_[backend](h, *site.pool.rows, rows.rows, rows.tiles, site.spans)
     return h
 
 

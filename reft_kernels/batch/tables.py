@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.arguments import PoolRows
 from ..plan import pack_spans
 from ..pool import Fold, Pool, Span
 from .selection import Segment
@@ -39,13 +40,6 @@ class Place(NamedTuple):
 def keys_of(adapter: Adapter) -> Iterable[SiteKey]:
     """The sites that an adapter edits."""
     return dict.fromkeys(SiteKey.of(intervention) for intervention in adapter.interventions)
-
-
-class LivePool(NamedTuple):
-    """What an op takes of a pool, with autograd: a fold's rows [P, …], and spans [S, 2] into them."""
-
-    rows: Fold
-    spans: Tensor
 
 
 class SiteTable:
@@ -79,8 +73,9 @@ class SiteTable:
             self._interventions = self._who()
         return self._interventions
 
-    def live_pool(self, shared: Mapping[Intervention, Fold], dtype: torch.dtype) -> LivePool:
-        """A pool made of this site's interventions alone, in segment order, that autograd sees through.
+    def live_pool(self, shared: Mapping[Intervention, Fold], dtype: torch.dtype) -> tuple[PoolRows, Tensor]:
+        """Pool rows of this site's interventions alone, in segment order, that autograd sees through, and the
+        spans [S, 2] into them.
 
         shared: folds that were made already. dtype: of down, up and bias.
         """
@@ -98,7 +93,7 @@ class SiteTable:
         else:
             parts = [torch.cat([getattr(fold, name) for fold in folds]) for name in ("down", "up", "bias")]
         down, up, bias = (part.to(device, dtype) for part in parts)
-        return LivePool(Fold(down, up, bias, kind), spans_table)
+        return PoolRows(down, up, bias, kind), spans_table
 
 
 class Table:

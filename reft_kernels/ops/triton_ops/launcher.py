@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -27,6 +28,8 @@ from .blocks import INTERPRETING
 _LOOKED_AT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 _interpreter = threading.Lock()
+
+_NO_VARIANT: dict[str, Any] = {}
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -54,7 +57,7 @@ def _is_set(hook: Any) -> bool:
 
 
 class Launcher:
-    """Launches `kernel`, whose constexprs stand last and come from `options`.
+    """Launches `kernel`, whose parameters are tensors, then numbers, then the constexprs of `options`.
 
     options(h_dtype, pool_dtype, d, aligned): the constexprs and compiler options by name.
     """
@@ -65,47 +68,63 @@ class Launcher:
     def __init__(self, kernel: Any, options: Callable[..., dict]) -> None:
         self.kernel, self.options = kernel, options
         self._ready: dict[tuple, _Ready] = {}
-        # Places of what Triton compiles for the alignment of (or for divisibility), and of other numbers.
-        self._aligned: list[int] = []
-        self._numbers: list[int] = []
-        for place, parameter in enumerate([] if INTERPRETING else kernel.params):
-            if parameter.do_not_specialize:
-                self._numbers.append(place)
-            elif not (parameter.is_constexpr or parameter.do_not_specialize_on_alignment):
-                self._aligned.append(place)
+        # Of the kernel's parameters, known with the first call: its numbers in their order; the tensors that
+        # Triton compiles for the alignment of, by place; the numbers that it does for divisibility; integers.
+        self._numbers: tuple[str, ...] | None = None
+        self._aligned: tuple[int, ...] = ()
+        self._divisible: tuple[str, ...] = ()
+        self._integers: tuple[str, ...] = ()
+
+    def _learn(self, tensors: tuple[Tensor | None, ...], numbers: dict[str, Any]) -> tuple[str, ...]:
+        """What the kernel makes of its parameters. Returns its numbers in order."""
+        at, kernel = len(tensors), self.kernel
+        if not INTERPRETING:
+            self._aligned = tuple(
+                place
+                for place, parameter in enumerate(kernel.params[:at])
+                if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+            )
+            self._integers = tuple(name for name, value in numbers.items() if type(value) is int)
+            free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+            self._divisible = tuple(name for name in self._integers if name not in free)
+        self._numbers = tuple(name for name in kernel.arg_names[at:] if name in numbers)
+        return self._numbers
 
     def __call__(
         self,
+        *,
         grid: tuple[int, int, int],
         dtypes: tuple[torch.dtype, torch.dtype],
         d: int,
-        *arguments: Any,
-        **constants: Any,
+        tensors: tuple[Tensor | None, ...],
+        variant: dict[str, Any] = _NO_VARIANT,
+        **numbers: Any,
     ) -> None:
         """One launch, on the current device and stream.
 
         dtypes: of h and of the pool. What other dtypes there are must follow from these two, from which
-        arguments are None, and from the constants: constexprs that `options` lacks, or, where the kernel has
-        no such constexpr, what else the caller tells variants apart by.
+        tensors are None, and from `variant`: constexprs that `options` lacks, or, where the kernel has no
+        such constexpr, what else the caller tells variants apart by. tensors: in the kernel's order, which
+        begins with them. numbers: the kernel's others, by name.
         """
-        bits = numbers = absent = 0
+        names = self._numbers or self._learn(tensors, numbers)
+        bits = every = absent = 0
         for place in self._aligned:
-            argument = arguments[place]
-            if argument is None:
+            tensor = tensors[place]
+            if tensor is None:
                 absent |= 1 << place
-            elif type(argument) is int:
-                bits |= argument
-                numbers |= argument
-            elif type(argument) is not float:
-                bits |= argument.data_ptr()
-        for place in self._numbers:
-            numbers |= arguments[place]
+            else:
+                bits |= tensor.data_ptr()
+        for name in self._divisible:
+            bits |= numbers[name]
+        for name in self._integers:
+            every |= numbers[name]
         aligned = bits % 16 == 0
         runtime = knobs.runtime
         key = None
         if (
             aligned
-            and 0 <= numbers < 2**31
+            and 0 <= every < 2**31
             and self.direct
             and not runtime.debug
             and not self.kernel.pre_run_hooks
@@ -114,25 +133,25 @@ class Launcher:
         ):
             active = driver.active
             device = active.get_current_device()
-            key = (device, d, *dtypes, absent, *constants.values())
+            key = (device, d, *dtypes, absent, *variant.values())
             ready = self._ready.get(key)
             if ready is not None:
                 ready.run(
                     *grid, active.get_current_stream(device), ready.function, ready.metadata,
-                    None, None, None, *arguments, *ready.constants,
+                    None, None, None, *tensors, *[numbers[name] for name in names], *ready.constants,
                 )  # fmt: skip
                 return
         options = self.options(*dtypes, d, aligned) | {
-            name: value for name, value in constants.items() if name in self.kernel.arg_names
+            name: value for name, value in variant.items() if name in self.kernel.arg_names
         }
-        compiled = self.kernel[grid](*arguments, **options)
+        compiled = self.kernel[grid](*tensors, **numbers, **options)
         # A kernel that is still being compiled elsewhere, say, is another class.
         if key is not None and type(compiled) is CompiledKernel:
-            names = self.kernel.arg_names[len(arguments) :]
+            constants = self.kernel.arg_names[len(tensors) + len(names) :]
             self._ready[key] = _Ready(
                 compiled.run,
                 compiled.function,
                 compiled.packed_metadata,
-                tuple(options[name] for name in names),
+                tuple(options[name] for name in constants),
                 compiled,
             )
