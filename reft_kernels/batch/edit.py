@@ -54,7 +54,8 @@ def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: boo
         return _edit_differentiable(h, site, rows, plan, backend, training)
     if plan.stale:
         plan.renew()  # what was trained since the last look
-    ops.INTERVENE_[backend](h, *site.pool.rows, rows.rows, rows.tiles, site.spans)
+    down, up, bias, kind = site.pool.rows  # by name: a star would cost more, at every site
+    ops.INTERVENE_[backend](h, down, up, bias, kind, rows.rows, rows.tiles, site.spans)
     return h
 
 

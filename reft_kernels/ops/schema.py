@@ -150,7 +150,10 @@ def flat(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         plan = make(Plan, arguments[middle:end] + missing)
         return function(*arguments[:first], pool, plan, *arguments[end:])
 
-    return flattened
+    def edit(*arguments: Any) -> None:
+        function(arguments[0], make(PoolRows, arguments[1:middle]), make(Plan, arguments[middle:] + missing))
+
+    return edit if name == "intervene_" else flattened
 
 
 def implement(backend: str, key: str, functions: dict[str, Callable[..., Any]]) -> None:

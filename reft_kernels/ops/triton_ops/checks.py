@@ -10,7 +10,7 @@ from ..schema import TILE
 
 def row_stride(h: Tensor, name: str) -> int:
     """The one stride between the rows of h.view(-1, d); ValueError where there is none."""
-    if h.dim() > 0 and h.shape[-1] > 0 and h.is_contiguous():
+    if h.is_contiguous() and h.dim() and h.numel():
         return h.shape[-1]
     if h.dim() < 1 or h.shape[-1] < 1:
         raise ValueError(f"{name}: must be [..., d] with d ≥ 1, shape was {list(h.shape)}")

@@ -30,8 +30,9 @@ _add = Launcher(backward_add_kernel, options.add_options)
 def intervene_(h: Tensor, pool: PoolRows, plan: Plan) -> None:
     check_tables(h, pool, plan, "triton")
     stride = row_stride(h, "h")
-    d, n_tiles = h.shape[-1], plan.tiles.shape[0]
-    if n_tiles == 0 or h.numel() == 0 or pool.down.shape[0] == 0:
+    entries, n_tiles = h.numel(), plan.tiles.shape[0]
+    n_pool, d = pool.down.shape
+    if n_tiles == 0 or entries == 0 or n_pool == 0:
         return
     with on(h.device):
         _edit(
@@ -39,7 +40,7 @@ def intervene_(h: Tensor, pool: PoolRows, plan: Plan) -> None:
             dtypes=(h.dtype, pool.down.dtype),
             d=d,
             tensors=(h, *pool, *plan[:-1]),
-            n_rows=h.numel() // d,
+            n_rows=entries // d,
             row_stride=stride,
         )
 

@@ -29,6 +29,8 @@ _LOOKED_AT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3,
 
 _interpreter = threading.Lock()
 
+_HERE = contextlib.nullcontext()
+
 _NO_VARIANT: dict[str, Any] = {}
 
 
@@ -39,7 +41,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     # Triton launches on the current device, which need not be the tensors'.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
-    return contextlib.nullcontext()
+    return _HERE
 
 
 class _Ready(NamedTuple):
@@ -50,10 +52,6 @@ class _Ready(NamedTuple):
     metadata: Any
     constants: tuple  # the constexprs; the launcher expects them too, behind the arguments
     kernel: CompiledKernel  # kept, since `function` is unloaded with it
-
-
-def _is_set(hook: Any) -> bool:
-    return bool(getattr(hook, "calls", hook))
 
 
 class Launcher:
@@ -68,27 +66,32 @@ class Launcher:
     def __init__(self, kernel: Any, options: Callable[..., dict]) -> None:
         self.kernel, self.options = kernel, options
         self._ready: dict[tuple, _Ready] = {}
-        # Of the kernel's parameters, known with the first call: its numbers in their order; the tensors that
-        # Triton compiles for the alignment of, by place; the numbers that it does for divisibility; integers.
-        self._numbers: tuple[str, ...] | None = None
+        # Of the kernel's parameters, known with the first call: places of the tensors that Triton compiles
+        # for the alignment of, of the numbers that it does for divisibility, and of the integers.
+        self._known = False
         self._aligned: tuple[int, ...] = ()
-        self._divisible: tuple[str, ...] = ()
-        self._integers: tuple[str, ...] = ()
+        self._divisible: tuple[int, ...] = ()
+        self._integers: tuple[int, ...] = ()
 
-    def _learn(self, tensors: tuple[Tensor | None, ...], numbers: dict[str, Any]) -> tuple[str, ...]:
-        """What the kernel makes of its parameters. Returns its numbers in order."""
+    def _learn(self, tensors: tuple[Tensor | None, ...], numbers: dict[str, Any]) -> None:
         at, kernel = len(tensors), self.kernel
+        names = tuple(kernel.arg_names[at : at + len(numbers)])
+        if names != tuple(numbers):
+            raise TypeError(
+                f"numbers: the kernel takes {names} after {at} tensors, was given {tuple(numbers)}"
+            )
         if not INTERPRETING:
+            after = kernel.params[at : at + len(numbers)]
             self._aligned = tuple(
                 place
                 for place, parameter in enumerate(kernel.params[:at])
                 if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
             )
-            self._integers = tuple(name for name, value in numbers.items() if type(value) is int)
-            free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-            self._divisible = tuple(name for name in self._integers if name not in free)
-        self._numbers = tuple(name for name in kernel.arg_names[at:] if name in numbers)
-        return self._numbers
+            self._integers = tuple(
+                place for place, value in enumerate(numbers.values()) if type(value) is int
+            )
+            self._divisible = tuple(place for place in self._integers if not after[place].do_not_specialize)
+        self._known = True
 
     def __call__(
         self,
@@ -104,10 +107,12 @@ class Launcher:
 
         dtypes: of h and of the pool. What other dtypes there are must follow from these two, from which
         tensors are None, and from `variant`: constexprs that `options` lacks, or, where the kernel has no
-        such constexpr, what else the caller tells variants apart by. tensors: in the kernel's order, which
-        begins with them. numbers: the kernel's others, by name.
+        such constexpr, what else the caller tells variants apart by. tensors, numbers: in the kernel's order,
+        which begins with them. The names are compared at the first call.
         """
-        names = self._numbers or self._learn(tensors, numbers)
+        if not self._known:
+            self._learn(tensors, numbers)
+        values = tuple(numbers.values())
         bits = every = absent = 0
         for place in self._aligned:
             tensor = tensors[place]
@@ -115,10 +120,10 @@ class Launcher:
                 absent |= 1 << place
             else:
                 bits |= tensor.data_ptr()
-        for name in self._divisible:
-            bits |= numbers[name]
-        for name in self._integers:
-            every |= numbers[name]
+        for place in self._divisible:
+            bits |= values[place]
+        for place in self._integers:
+            every |= values[place]
         aligned = bits % 16 == 0
         runtime = knobs.runtime
         key = None
@@ -128,8 +133,8 @@ class Launcher:
             and self.direct
             and not runtime.debug
             and not self.kernel.pre_run_hooks
-            and not _is_set(runtime.launch_enter_hook)
-            and not _is_set(runtime.launch_exit_hook)
+            and not getattr(hook := runtime.launch_enter_hook, "calls", hook)
+            and not getattr(hook := runtime.launch_exit_hook, "calls", hook)
         ):
             active = driver.active
             device = active.get_current_device()
@@ -138,7 +143,7 @@ class Launcher:
             if ready is not None:
                 ready.run(
                     *grid, active.get_current_stream(device), ready.function, ready.metadata,
-                    None, None, None, *tensors, *[numbers[name] for name in names], *ready.constants,
+                    None, None, None, *tensors, *values, *ready.constants,
                 )  # fmt: skip
                 return
         options = self.options(*dtypes, d, aligned) | {
@@ -147,7 +152,7 @@ class Launcher:
         compiled = self.kernel[grid](*tensors, **numbers, **options)
         # A kernel that is still being compiled elsewhere, say, is another class.
         if key is not None and type(compiled) is CompiledKernel:
-            constants = self.kernel.arg_names[len(tensors) + len(names) :]
+            constants = self.kernel.arg_names[len(tensors) + len(values) :]
             self._ready[key] = _Ready(
                 compiled.run,
                 compiled.function,
