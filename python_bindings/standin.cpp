@@ -52,9 +52,9 @@ Launch* launch_of(PyObject* site, Ref* holder) {
   if (!*holder) return nullptr;
   if (is_exactly(holder->get(), state.launch_type)) {
     Launch* const launch = reinterpret_cast<Launch*>(holder->get());
-    const Ref down(PyObject_GetAttr(launch->pool_object, state.down));
-    if (!down) return nullptr;
-    if (down.get() == launch->down) return launch;
+    const Ref rows(PyObject_GetAttr(launch->pool_object, state.rows));
+    if (!rows) return nullptr;
+    if (rows.get() == launch->pool_rows) return launch;
   }
   holder->reset(make_launch(site));
   if (!*holder || PyObject_SetAttr(site, state.launch, holder->get()) < 0) return nullptr;

@@ -56,18 +56,18 @@ struct State {
   PyObject *launch_type, *rows_type;
   PyObject *runtime, *plan, *original, *key, *norm, *sites, *launch, *launch_rows, *call, *after;
   PyObject *fused, *offered, *how, *weights, *weight, *bias, *module, *training;
-  PyObject *pool, *spans, *slot, *place, *dtype, *down, *up, *kind;
+  PyObject *pool, *spans, *slot, *place, *dtype, *rows;
 };
 extern State state;
 
-// One site's pool and ranges, by address. It keeps the tensors, and is no good (and made anew) once
-// the pool's are others.
+// One site's pool and ranges, by address. It keeps the tensors (pool_rows is a tuple of four), and
+// is no good (and made anew) once the pool's are others.
 struct Launch {
   PyObject_HEAD;
   ReftPool pool;
   int32_t dtype;  // of hidden states
   Py_ssize_t slot;
-  PyObject *pool_object, *down, *up, *bias, *kind, *spans;
+  PyObject *pool_object, *pool_rows, *spans;
 };
 
 // The rows of a plan, by address.

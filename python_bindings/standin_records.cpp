@@ -50,10 +50,7 @@ void free_record(PyObject* self) {
 
 void free_launch(PyObject* self) {
   Launch* const launch = reinterpret_cast<Launch*>(self);
-  for (PyObject* one :
-       {launch->pool_object, launch->down, launch->up, launch->bias, launch->kind, launch->spans}) {
-    Py_XDECREF(one);
-  }
+  for (PyObject* one : {launch->pool_object, launch->pool_rows, launch->spans}) Py_XDECREF(one);
   free_record(self);
 }
 
@@ -80,9 +77,12 @@ Record* new_record(PyObject* type) {
 
 // Reads the addresses; false where the tensors are not what the kernels take.
 bool fill(Launch* launch) {
+  PyObject* const pool = launch->pool_rows;  // ops/arguments.py, PoolRows
+  if (!PyTuple_Check(pool) || PyTuple_Size(pool) != 4) return false;
   DLTensor down, up, bias, kind, spans;
-  if (!look_at(launch->down, &down) || !look_at(launch->up, &up) || !look_at(launch->bias, &bias) ||
-      !look_at(launch->kind, &kind) || !look_at(launch->spans, &spans)) {
+  if (!look_at(PyTuple_GetItem(pool, 0), &down) || !look_at(PyTuple_GetItem(pool, 1), &up) ||
+      !look_at(PyTuple_GetItem(pool, 2), &bias) || !look_at(PyTuple_GetItem(pool, 3), &kind) ||
+      !look_at(launch->spans, &spans)) {
     return false;
   }
   if (down.ndim != 2 || up.ndim != 2 || bias.ndim != 1 || kind.ndim != 1 || spans.ndim != 2) {
@@ -140,10 +140,7 @@ PyObject* make_launch(PyObject* site) {
   if (launch == nullptr) return nullptr;
   PyObject* const pool = launch->pool_object = PyObject_GetAttr(site, state.pool);
   if (pool == nullptr) return nullptr;
-  launch->down = PyObject_GetAttr(pool, state.down);
-  launch->up = PyObject_GetAttr(pool, state.up);
-  launch->bias = PyObject_GetAttr(pool, state.bias);
-  launch->kind = PyObject_GetAttr(pool, state.kind);
+  launch->pool_rows = PyObject_GetAttr(pool, state.rows);
   launch->spans = PyObject_GetAttr(site, state.spans);
   const Ref slot(PyObject_GetAttr(site, state.slot)), place(PyObject_GetAttr(site, state.place));
   if (PyErr_Occurred()) return nullptr;
@@ -225,32 +222,19 @@ PyObject* turn(PyObject*, PyObject* on) {
 bool prepare_state() {
   void* const exported = dlsym(RTLD_DEFAULT, "PyObject_Vectorcall");
   state.vectorcall = exported ? reinterpret_cast<Vectorcall>(exported) : call_by_tuple;
-  const std::pair<PyObject**, const char*> names[] = {{&state.runtime, "runtime"},
-                                                      {&state.plan, "plan"},
-                                                      {&state.original, "original"},
-                                                      {&state.key, "key"},
-                                                      {&state.norm, "norm"},
-                                                      {&state.sites, "sites"},
-                                                      {&state.launch, "launch"},
-                                                      {&state.launch_rows, "launch_rows"},
-                                                      {&state.call, "__call__"},
-                                                      {&state.after, "after"},
-                                                      {&state.fused, "fused"},
-                                                      {&state.offered, "_offered"},
-                                                      {&state.how, "how"},
-                                                      {&state.weights, "weights"},
-                                                      {&state.weight, "weight"},
-                                                      {&state.bias, "bias"},
-                                                      {&state.module, "module"},
-                                                      {&state.training, "training"},
-                                                      {&state.pool, "pool"},
-                                                      {&state.spans, "spans"},
-                                                      {&state.slot, "slot"},
-                                                      {&state.place, "place"},
-                                                      {&state.dtype, "dtype"},
-                                                      {&state.down, "down"},
-                                                      {&state.up, "up"},
-                                                      {&state.kind, "kind"}};
+  const std::pair<PyObject**, const char*> names[] = {
+      {&state.runtime, "runtime"},   {&state.plan, "plan"},
+      {&state.original, "original"}, {&state.key, "key"},
+      {&state.norm, "norm"},         {&state.sites, "sites"},
+      {&state.launch, "launch"},     {&state.launch_rows, "launch_rows"},
+      {&state.call, "__call__"},     {&state.after, "after"},
+      {&state.fused, "fused"},       {&state.offered, "_offered"},
+      {&state.how, "how"},           {&state.weights, "weights"},
+      {&state.weight, "weight"},     {&state.bias, "bias"},
+      {&state.module, "module"},     {&state.training, "training"},
+      {&state.pool, "pool"},         {&state.spans, "spans"},
+      {&state.slot, "slot"},         {&state.place, "place"},
+      {&state.dtype, "dtype"},       {&state.rows, "rows"}};
   for (const auto& [slot, name] : names) {
     if ((*slot = PyUnicode_InternFromString(name)) == nullptr) return false;
   }

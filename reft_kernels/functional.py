@@ -7,7 +7,6 @@ Low level: no Hugging Face, no adapters. Serving stacks call these.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ops.arguments import PoolRows
+from .ops.checks import check_norm
 from .plan import Plan, check_pool, check_rows, one_segment
 from .pool import Pool
 
@@ -87,7 +88,7 @@ def _check(h: Tensor, pool: Pool, plan: Plan) -> None:
         raise ValueError(
             f"h: last dimension must be the pool's width {pool.width}, shape was {list(h.shape)}"
         )
-    if h.device != pool.down.device or h.device != plan.rows.device:
+    if h.device != pool.rows.down.device or h.device != plan.rows.device:
         raise ValueError(
             "h, pool and plan must be on one device; they are on "
             f"{h.device}, {pool.device} and {plan.rows.device}"
@@ -125,7 +126,7 @@ def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
         )
     op = ops.INTERVENE_[ops.current_backend(h.device)]
     try:
-        op(h, pool.down, pool.up, pool.bias, pool.kind, plan.rows, plan.tiles, plan.spans)
+        op(h, *pool.rows, *plan[:-1])
     except (RuntimeError, IndexError) as error:
         raise _explained(error) from None
     return h
@@ -148,32 +149,10 @@ def intervene(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
     """
     _check(h, pool, plan)
     op = ops.INTERVENE[ops.current_backend(h.device)]
-    pool_tensors = pool.down, pool.up, pool.bias, pool.kind
     try:
-        return op(h, *pool_tensors, plan.rows, plan.tiles, plan.spans, plan.offsets)
+        return op(h, *pool.rows, *plan)
     except (RuntimeError, IndexError) as error:
         raise _explained(error) from None
-
-
-_NORM_BITS = int(ops.Norm.CENTRED | ops.Norm.PLUS_ONE | ops.Norm.ROUND)
-
-
-def _check_norm(h: Tensor, weight: Tensor, shift: Tensor | None, eps: float, norm: int) -> None:
-    for name, tensor in (("weight", weight), ("shift", shift)):
-        if tensor is None:
-            continue
-        if tensor.shape != h.shape[-1:]:
-            raise ValueError(f"{name}: must be [{h.shape[-1]}] to fit h, was {list(tensor.shape)}")
-        if tensor.dtype is not h.dtype:
-            raise ValueError(f"{name}: its dtype must be h's ({h.dtype}), was {tensor.dtype}")
-        if tensor.device != h.device:
-            raise ValueError(f"{name}: is on {tensor.device}, but h is on {h.device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: must be contiguous, had a stride of {tensor.stride(0)}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: must be finite and 0 or more, was {eps}")
-    if norm & ~_NORM_BITS:
-        raise ValueError(f"norm: must be a sum of ops.Norm's RMS, CENTRED, PLUS_ONE and ROUND, was {norm}")
 
 
 def intervene_norm_(
@@ -216,7 +195,7 @@ def intervene_norm_(
     """
     _check(h, pool, plan)
     _check_in_place(h)
-    _check_norm(h, weight, shift, eps, norm)
+    check_norm(h, weight, shift, eps, norm)
     rows = h.numel() // h.shape[-1] if h.shape[-1] else 0
     if plan.rows.shape[0] < rows:
         raise ValueError(
@@ -231,10 +210,8 @@ def intervene_norm_(
                     "norm by itself, or no_grad"
                 )
     op = ops.INTERVENE_NORM_[ops.current_backend(h.device)]
-    pool_tensors = pool.down, pool.up, pool.bias, pool.kind
-    plan_tensors = plan.rows, plan.tiles, plan.spans
     try:
-        return op(h, *pool_tensors, *plan_tensors, weight, shift, float(eps), int(norm))
+        return op(h, *pool.rows, *plan[:-1], weight, shift, float(eps), int(norm))
     except (RuntimeError, IndexError) as error:
         raise _explained(error) from None
 
@@ -281,14 +258,16 @@ def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor | Sequence[i
         check_rows(rows, count)
     plan = one_segment(rows, count, rank, h.device)
     wide = torch.promote_types(R.dtype, W.dtype)
-    up = R.to(wide).contiguous()
     # The difference is taken in float32 at least and rounded once.
     fold_dtype = torch.promote_types(wide, torch.float32)
-    down = (W.to(fold_dtype) - R.to(fold_dtype)).to(wide).contiguous()
-    bias = b.to(fold_dtype).contiguous()
-    kind = torch.zeros(rank, dtype=torch.int32, device=h.device)
+    fold = PoolRows(
+        down=(W.to(fold_dtype) - R.to(fold_dtype)).to(wide).contiguous(),
+        up=R.to(wide).contiguous(),
+        bias=b.to(fold_dtype).contiguous(),
+        kind=torch.zeros(rank, dtype=torch.int32, device=h.device),
+    )
     op = ops.INTERVENE[ops.current_backend(h.device)]
     try:
-        return op(h, down, up, bias, kind, plan.rows, plan.tiles, plan.spans, plan.offsets)
+        return op(h, *fold, *plan)
     except (RuntimeError, IndexError) as error:
         raise _explained(error) from None

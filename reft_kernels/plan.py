@@ -2,7 +2,7 @@
 
 Two levels. `Rows` depends on a batch: the flat rows of h sorted by segment, cut into tiles, made on the
 host with numpy and sent to the device in one copy. The spans table ([S, 2], pool range of each segment)
-depends only on the set of adapters. A `Plan` is the pair, for one layer.
+depends only on the set of adapters. A `Plan` (of `ops.arguments`) is the pair, for one layer.
 """
 
 from __future__ import annotations
@@ -14,8 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ops.arguments import Plan
 from .ops.schema import TILE
 from .pool import Pool, Span, claims_of
+
+__all__ = [
+    "Plan",
+    "Rows",
+    "SegmentRows",
+    "check_pool",
+    "check_rows",
+    "cover",
+    "make_plan",
+    "one_segment",
+    "pack_rows",
+    "pack_spans",
+    "to_device",
+]
 
 #: On a GPU, rows that are only normed are a tile each in steps of so few rows: nothing is shared between
 #: them, and a program for each is done soonest.
@@ -42,15 +57,6 @@ class SegmentRows(NamedTuple):
         counts = np.fromiter((len(rows) for rows in by_segment), dtype=np.int64, count=len(by_segment))
         rows = np.concatenate(by_segment) if len(by_segment) else np.zeros(0, dtype=np.int64)
         return cls(rows, counts)
-
-
-class Plan(NamedTuple):
-    """All that an op needs beside h and the pool. See `reft_kernels.ops.schema` for the fields."""
-
-    rows: Tensor
-    tiles: Tensor
-    spans: Tensor
-    offsets: Tensor
 
 
 def _tiles(counts: np.ndarray, tile: np.ndarray) -> np.ndarray:
@@ -195,7 +201,7 @@ def one_segment(rows: Tensor | Sequence[int] | None, count: int, rank: int, devi
     tiles = torch.stack([torch.zeros_like(starts), starts, (n - starts).clamp(max=TILE)], dim=1)
     spans = torch.arange(2, **ints).view(1, 2) * rank  # [[0, rank]]
     offsets = torch.arange(2, **ints) * n
-    return Plan(flat, tiles, spans, offsets)
+    return Plan(rows=flat, tiles=tiles, spans=spans, offsets=offsets)
 
 
 def make_plan(
@@ -234,4 +240,5 @@ def make_plan(
     if cover and total_rows is not None:
         listed = _covering(listed, total_rows)
     packed = _pack(listed, len(by_segment), device, TILE)
-    return Plan(packed.rows, packed.tiles, pack_spans(spans, device, "entries"), packed.offsets)
+    table = pack_spans(spans, device, "entries")
+    return Plan(rows=packed.rows, tiles=packed.tiles, spans=table, offsets=packed.offsets)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ops.arguments import PoolRows
+
 
 class Book:
     """Which ranges of a pool are owned. The pool has it, and every span that the pool gave out.
@@ -99,8 +101,8 @@ def claims_of(spans: Sequence[Span], name: str) -> Claims | None:
     return None if book is None else Claims(known, book)
 
 
-class Fold(NamedTuple):
-    """An intervention in the one form h + Uᵀ φ(D h + c).
+class Fold(PoolRows):
+    """An intervention in the one form h + Uᵀ φ(D h + c): the pool rows that it is.
 
     >>> R, W, b = torch.eye(2, 8), torch.ones(2, 8), torch.zeros(2)
     >>> Fold(down=W - R, up=R, bias=b, kind=torch.zeros(2, dtype=torch.int32)).rank  # LoReFT
@@ -109,10 +111,7 @@ class Fold(NamedTuple):
     down, up: [r, d]; bias: [r]; kind: [r] int32, activation codes and flags (see `reft_kernels.ops.schema`).
     """
 
-    down: Tensor
-    up: Tensor
-    bias: Tensor
-    kind: Tensor
+    __slots__ = ()
 
     @property
     def rank(self) -> int:
@@ -149,7 +148,9 @@ class Pool:
         capacity: rows. With a capacity the pool never grows, its tensors keep their addresses (captured
             CUDA graphs rely on that), and `add` raises `PoolFull`. None: it grows as needed.
 
-    Attributes: down, up [capacity, width]; bias [capacity]; kind [capacity] int32.
+    Attributes:
+        rows: down, up [capacity, width]; bias [capacity]; kind [capacity] int32. Others when it grows, all at
+            once. `down`, `up`, `bias` and `kind` are the parts by themselves.
     """
 
     def __init__(
@@ -171,10 +172,13 @@ class Pool:
         self._free: list[_Range] = []
         self._size = 0
         self.book = Book()
-        self.down = torch.zeros(0, width, dtype=self.dtype, device=self.device)
-        self.up = torch.zeros(0, width, dtype=self.dtype, device=self.device)
-        self.bias = torch.zeros(0, dtype=self._bias_dtype, device=self.device)
-        self.kind = torch.zeros(0, dtype=torch.int32, device=self.device)
+        bias_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+        self.rows = PoolRows(
+            down=torch.zeros(0, width, dtype=dtype, device=self.device),
+            up=torch.zeros(0, width, dtype=dtype, device=self.device),
+            bias=torch.zeros(0, dtype=bias_dtype, device=self.device),
+            kind=torch.zeros(0, dtype=torch.int32, device=self.device),
+        )
         self._resize(capacity or 0)
 
     def __getstate__(self) -> dict:
@@ -185,8 +189,20 @@ class Pool:
         self._lock = threading.Lock()
 
     @property
-    def _bias_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype is torch.float64 else torch.float32
+    def down(self) -> Tensor:
+        return self.rows.down
+
+    @property
+    def up(self) -> Tensor:
+        return self.rows.up
+
+    @property
+    def bias(self) -> Tensor:
+        return self.rows.bias
+
+    @property
+    def kind(self) -> Tensor:
+        return self.rows.kind
 
     @property
     def capacity(self) -> int:
@@ -207,15 +223,15 @@ class Pool:
     # No inference tensors: what grew inside a generate may be trained through later.
     @torch.inference_mode(False)
     def _resize(self, size: int) -> None:
-        old = self._size
-        for name in ("down", "up", "bias", "kind"):
-            tensor = getattr(self, name)
+        old, made = self._size, []
+        for tensor in self.rows:
             grown = torch.zeros((size, *tensor.shape[1:]), dtype=tensor.dtype, device=self.device)
             grown[:old] = tensor
             # A CUDA graph of torch.compile's then reads the pool where it lies; else it would copy all of it
             # before every replay. If the pool grows, the graph is recorded anew.
             torch._dynamo.mark_static_address(grown)
-            setattr(self, name, grown)
+            made.append(grown)
+        self.rows = PoolRows(*made)
         self._size = size
         self._release(_Range(old, size - old))
 
@@ -332,11 +348,8 @@ class Pool:
     # Under the lock: a row written while another thread copies the pool to grow it would be lost.
     @torch.no_grad()
     def _write(self, span: Span, fold: Fold) -> None:
-        rows = slice(span.first, span.first + span.rank)
-        self.down[rows].copy_(fold.down)
-        self.up[rows].copy_(fold.up)
-        self.bias[rows].copy_(fold.bias)
-        self.kind[rows].copy_(fold.kind)
+        for mine, values in zip(self.rows, fold, strict=True):
+            mine[span.first : span.first + span.rank].copy_(values)
 
     def remove(self, span: Span) -> None:
         """Gives a range back. Its rows keep their bytes until they are reused.

@@ -371,12 +371,8 @@ def test_what_the_norm_would_misread_is_refused() -> None:
     call = Call([(0, 4, 40)], 40, DTYPES[1])
     weight = call.grad[0].clone()
     refused = [
-        (
-            "weight: must be a contiguous \\[40\\] of torch.bfloat16",
-            call.rows,
-            (weight.float(), None, 1e-5, 0),
-        ),
-        ("shift: must be a contiguous \\[40\\]", call.rows, (weight, weight[:-1], 1e-5, 0)),
+        ("weight: its dtype must be h's .torch.bfloat16.", call.rows, (weight.float(), None, 1e-5, 0)),
+        ("shift: must be \\[40\\] to fit h", call.rows, (weight, weight[:-1], 1e-5, 0)),
         ("norm: must be a sum of", call.rows, (weight, None, 1e-5, 8)),
         ("rows, tiles: must name each of the 40 rows", call.rows[:39], (weight, None, 1e-5, 0)),
     ]

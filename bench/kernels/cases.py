@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import reft_kernels as rk
+from reft_kernels.ops.arguments import PoolRows
 from reft_kernels.ops.schema import Act
 from reft_kernels.plan import Plan, pack_spans
 
@@ -187,12 +187,11 @@ class Problem:
         """All rows with the first adapter."""
         return rk.make_plan([(self._first, np.arange(self.case.rows))], self.device, self.case.rows)
 
-    def plan_tensors(self, single: bool = False) -> tuple[Tensor, ...]:
-        plan = self.single_plan if single else self.plan
-        return plan.rows, plan.tiles, plan.spans, plan.offsets
+    def plan_tensors(self, single: bool = False) -> Plan:
+        return self.single_plan if single else self.plan
 
-    def pool_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.pool.down, self.pool.up, self.pool.bias, self.pool.kind
+    def pool_tensors(self) -> PoolRows:
+        return self.pool.rows
 
 
 def problems(

@@ -39,12 +39,12 @@ class Ours(System):
 
     def forward(self, problem):
         op, plan = ops.INTERVENE_[self.backend], problem.plan
-        arguments = (problem.h, *problem.pool_tensors(), plan.rows, plan.tiles, plan.spans)
+        arguments = (problem.h, *problem.pool_tensors(), *plan[:-1])
         return lambda: op(*arguments)
 
     def norm(self, problem):
         op, plan = ops.INTERVENE_NORM_[self.backend], problem.plan  # which names all rows
-        arguments = (problem.h, *problem.pool_tensors(), plan.rows, plan.tiles, plan.spans)
+        arguments = (problem.h, *problem.pool_tensors(), *plan[:-1])
         arguments += (problem.weight, None, EPS, int(ops.Norm.ROUND))
         return lambda: op(*arguments)
 

@@ -1,8 +1,5 @@
-// The backward kernels, from g = grad and the saved rows x = hs (h before the edit):
-//
-//     z = D x + c    w = U g    v = φ(z)    p = φ′(z) ⊙ w
-//     dh = g + Dᵀ p    dD = Σ p xᵀ    dU = Σ v gᵀ    dc = Σ p        (sums over the rows of a
-//     segment)
+// The backward kernels, from g = grad and the saved rows x = hs (h before the edit), with
+// z = D x + c, w = U g, v = φ(z) and p = φ′(z) ⊙ w. docs/kernels.md derives what they sum.
 //
 // `backward_rows` writes dh of a tile's rows and keeps p and v; `backward_pool` adds up the rest.
 // All sums are float32 in a fixed order.

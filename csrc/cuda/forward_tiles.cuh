@@ -3,11 +3,8 @@
 // latency are what a step waits for; so this form serves decode and prefill, and a row has the same
 // bits in both, wherever it lies among the rows of a product.
 //
-// A warp owns 64 columns. A sum over columns may take them in any order that both operands share,
-// and so may the columns of a result: the orders here are such that every thread reads and writes
-// 16 bytes at a time. The second product has the columns of h as its rows and the rows of h as its
-// columns, of which there may be eight. So a thread reads h twice, as operand of the first product
-// and where the result of the second will lie.
+// A warp owns 64 columns, in an order by which every thread reads and writes 16 bytes at a time
+// (docs/kernels.md, the order of columns).
 #pragma once
 
 #include "activation.cuh"

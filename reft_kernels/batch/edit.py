@@ -56,8 +56,8 @@ def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: boo
         return _edit_differentiable(h, site, rows, plan, backend, training)
     if plan.stale:
         plan.renew()  # what was trained since the last look
-    pool = site.pool
-    ops.INTERVENE_[backend](h, pool.down, pool.up, pool.bias, pool.kind, rows.rows, rows.tiles, site.spans)
+    down, up, bias, kind = site.pool.rows  # by name: a star would cost more, at every site
+    ops.INTERVENE_[backend](h, down, up, bias, kind, rows.rows, rows.tiles, site.spans)
     return h
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.arguments import PoolRows
 from ..plan import pack_spans
 from ..pool import Fold, Pool, Span
 from .stacks import Segment
@@ -49,13 +50,6 @@ def scaled(fold: Fold, scale: float) -> Fold:
     return fold if scale == 1 else fold._replace(up=fold.up * scale)
 
 
-class LivePool(NamedTuple):
-    """What an op takes of a pool, with autograd: a fold's rows [P, …], and spans [S, 2] into them."""
-
-    rows: Fold
-    spans: Tensor
-
-
 class SiteTable:
     """One site under one set of segments.
 
@@ -87,8 +81,9 @@ class SiteTable:
             self._edits = self._who()
         return self._edits
 
-    def live_pool(self, shared: Mapping[Intervention, Fold], dtype: torch.dtype) -> LivePool:
-        """A pool made of this site's interventions alone, in segment order, that autograd sees through.
+    def live_pool(self, shared: Mapping[Intervention, Fold], dtype: torch.dtype) -> tuple[PoolRows, Tensor]:
+        """Pool rows of this site's interventions alone, in segment order, that autograd sees through, and the
+        spans [S, 2] into them.
 
         shared: folds that were made already. dtype: of down, up and bias.
         """
@@ -106,7 +101,7 @@ class SiteTable:
         else:
             parts = [torch.cat([getattr(fold, name) for fold in folds]) for name in ("down", "up", "bias")]
         down, up, bias = (part.to(device, dtype) for part in parts)
-        return LivePool(Fold(down, up, bias, kind), spans_table)
+        return PoolRows(down, up, bias, kind), spans_table
 
 
 class Table:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.arguments import PoolRows
 from ..plan import to_device
 from ..pool import Pool
 from .batch_plan import BatchPlan
@@ -25,8 +26,8 @@ from .tables import SiteKey, keys_of
 #: How many workspaces are kept. Each batch size is compiled for anew, and torch.compile keeps fewer still.
 _KEPT = 32
 
-#: down, up, bias and kind of no pool rows; spans of no segments.
-Blank = tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]
+#: No pool rows; spans of no segments.
+Blank = tuple[PoolRows, Tensor]
 
 
 class DecodeWorkspace:
@@ -108,17 +109,22 @@ class DecodeWorkspace:
     @torch.inference_mode(False)
     def blank(self, dtype: torch.dtype, width: int) -> int:
         """The index in `blanks` of the one for hidden states of this dtype and width."""
-        for index, blank in enumerate(self.blanks):
-            if blank[0][0].dtype is dtype and blank[0][0].shape[1] == width:
+        for index, (rows, _) in enumerate(self.blanks):
+            if rows.down.dtype is dtype and rows.down.shape[1] == width:
                 return index
-        device = self.spans.device
-        down, up = (torch.empty(0, width, dtype=dtype, device=device) for _ in range(2))
-        bias = torch.empty(0, dtype=torch.float32, device=device)
-        kind, spans = (torch.empty(size, dtype=torch.int32, device=device) for size in (0, (0, 2)))
-        for tensor in (down, up, bias, kind, spans):
+        blank = no_pool_rows(width, dtype, self.spans.device)
+        for tensor in (*blank[0], blank[1]):
             torch._dynamo.mark_static_address(tensor)
-        self.blanks += (((down, up, bias, kind), spans),)
+        self.blanks += (blank,)
         return len(self.blanks) - 1
+
+
+def no_pool_rows(width: int, dtype: torch.dtype, device: torch.device) -> Blank:
+    """What an op takes of a pool where nobody edits hidden states [..., width]."""
+    down, up = (torch.empty(0, width, dtype=dtype, device=device) for _ in range(2))
+    bias = torch.empty(0, dtype=torch.float32, device=device)
+    kind, spans = (torch.empty(size, dtype=torch.int32, device=device) for size in (0, (0, 2)))
+    return PoolRows(down, up, bias, kind), spans
 
 
 class DecodeWorkspaces:

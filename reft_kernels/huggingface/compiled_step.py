@@ -92,13 +92,11 @@ def _edit(
     number, index, head = where
     pool, rows, flat = workspace.pools[index], workspace.rows, h
     if head is not None:
-        width = pool.down.shape[1]
+        width = pool.rows.down.shape[1]
         heads = h.shape[-1] // width
         flat = h.view(*h.shape[:-1], heads, width)
         rows = rows * heads + head
-    ops.INTERVENE_[workspace.backend](
-        flat, pool.down, pool.up, pool.bias, pool.kind, rows, workspace.tiles, workspace.spans[number]
-    )
+    ops.INTERVENE_[workspace.backend](flat, *pool.rows, rows, workspace.tiles, workspace.spans[number])
     return h
 
 
@@ -113,15 +111,14 @@ def _edit_and_norm(
     eps, kind, blank = how
     if outputs:
         number, index, _ = outputs[0]
-        pool = workspace.pools[index]
-        tensors = pool.down, pool.up, pool.bias, pool.kind
+        pool = workspace.pools[index].rows
         tiles, spans = workspace.tiles, workspace.spans[number]
     else:
-        tensors, spans = workspace.blanks[blank]
+        pool, spans = workspace.blanks[blank]
         tiles = workspace.unedited
     weight, shift = norm.parameters["weight"], norm.parameters.get("bias")
     return ops.INTERVENE_NORM_[workspace.backend](
-        h, *tensors, workspace.rows, tiles, spans, weight, shift, eps, kind
+        h, *pool, workspace.rows, tiles, spans, weight, shift, eps, kind
     )
 
 

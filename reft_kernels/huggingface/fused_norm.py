@@ -20,6 +20,7 @@ from .. import ops
 from ..batch import BatchPlan
 from ..batch.batch_plan import unedited
 from ..batch.tables import SiteTable
+from ..batch.workspace import Blank, no_pool_rows
 from ..ops import Norm, launch
 from ..ops.reference import normed
 from .blocks import Blocks
@@ -92,7 +93,7 @@ class NormForward(StandIn):
         super().__init__(module)
         self.fused, self.runtime, self.how = fused, fused.runtime, (kind, eps)
         self.weights: dict[str, Any] = module._parameters
-        self.nothing: tuple[Tensor, ...] | None = None
+        self.nothing: Blank | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -127,20 +128,16 @@ class NormForward(StandIn):
             if one.shape != x.shape[-1:] or one.dtype is not x.dtype or one.device != x.device:
                 return None
         rows = unedited(x.numel() // x.shape[-1], x.device)
-        down, up, no_bias, no_kind, spans = self.without_edit(x)
+        pool, spans = self.without_edit(x)
         kind, eps = self.how
-        return ops.INTERVENE_NORM_["native"](
-            x, down, up, no_bias, no_kind, rows.rows, rows.tiles, spans, weight, bias, eps, kind
-        )
+        return ops.INTERVENE_NORM_["native"](x, *pool, rows.rows, rows.tiles, spans, weight, bias, eps, kind)
 
-    def without_edit(self, h: Tensor) -> tuple[Tensor, ...]:
-        """down, up, bias, kind and spans for hidden states that nobody edits."""
-        if self.nothing is None or self.nothing[0].dtype is not h.dtype or self.nothing[0].device != h.device:
-            rows = h.new_empty(0, h.shape[-1])
-            ints: dict[str, Any] = {"dtype": torch.int32, "device": h.device}
-            bias = torch.empty(0, dtype=torch.float32, device=h.device)
-            self.nothing = (rows, rows, bias, torch.empty(0, **ints), torch.empty(0, 2, **ints))
-        return self.nothing
+    def without_edit(self, h: Tensor) -> Blank:
+        """Pool rows and spans for hidden states that nobody edits."""
+        nothing = self.nothing
+        if nothing is None or nothing[1].device != h.device or nothing[0].down.dtype is not h.dtype:
+            nothing = self.nothing = no_pool_rows(h.shape[-1], h.dtype, h.device)
+        return nothing
 
 
 class NextNorm:
@@ -190,16 +187,15 @@ def edit_and_norm(h: Tensor, site: SiteTable | None, plan: BatchPlan, norm: Next
     """Applies the plan to h [..., d] in place (site: None where nothing is edited), and returns h's norm."""
     device = h.device
     if site is None:
-        down, up, bias, kind, spans = norm.stand_in.without_edit(h)
+        pool, spans = norm.stand_in.without_edit(h)
     else:
         if plan.stale:
             plan.renew()
-        pool, spans = site.pool, site.spans
-        down, up, bias, kind = pool.down, pool.up, pool.bias, pool.kind
+        pool, spans = site.pool.rows, site.spans
     rows = plan.covers.get((device, site is not None)) or plan.covering(device, site is not None)
     parameters = norm.parameters
     return ops.INTERVENE_NORM_[plan.backends.get(device) or ops.current_backend(device)](
-        h, down, up, bias, kind, rows.rows, rows.tiles, spans,
+        h, *pool, rows.rows, rows.tiles, spans,
         parameters["weight"], parameters.get("bias"), norm.eps, norm.kind,
     )  # fmt: skip
 

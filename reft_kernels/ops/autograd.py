@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import PoolRows
 from .schema import BACKENDS, INTERVENE_, INTERVENE_BACKWARD, NAMESPACE, _library
+
+#: Where a plan's rows stand among the tensors of pool and plan.
+_ROWS = len(PoolRows._fields)
 
 
 def _selected(h: Tensor, rows: Tensor) -> Tensor:
@@ -22,8 +26,8 @@ def _register(backend: str) -> None:
     backward_op = INTERVENE_BACKWARD[backend]
 
     def setup_context(ctx, inputs, output) -> None:
-        h, down, up, bias, kind, rows, tiles, spans, offsets = inputs
-        ctx.save_for_backward(_selected(h, rows), down, up, bias, kind, rows, tiles, spans, offsets)
+        h, *tables = inputs
+        ctx.save_for_backward(_selected(h, tables[_ROWS]), *tables)
 
     def backward(ctx, grad):
         need = ctx.needs_input_grad
@@ -33,7 +37,7 @@ def _register(backend: str) -> None:
             ddown if need[1] else None,
             dup if need[2] else None,
             dbias if need[3] else None,
-            *(None,) * 5,
+            *(None,) * (len(need) - 4),
         )
 
     torch.library.register_autograd(
@@ -52,10 +56,11 @@ class InterveneInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, down, up, bias, kind, rows, tiles, spans, offsets, backend: str):
-        ctx.backend = backend
-        ctx.save_for_backward(_selected(h, rows), down, up, bias, kind, rows, tiles, spans, offsets)
-        INTERVENE_[backend](h, down, up, bias, kind, rows, tiles, spans)
+    def forward(ctx, h, *tables_and_backend):
+        """h, the tensors of a `PoolRows` and a `Plan`, and the backend's name."""
+        *tables, ctx.backend = tables_and_backend
+        ctx.save_for_backward(_selected(h, tables[_ROWS]), *tables)
+        INTERVENE_[ctx.backend](h, *tables[:-1])
         ctx.mark_dirty(h)
         return h
 
@@ -70,5 +75,5 @@ class InterveneInPlace(torch.autograd.Function):
             ddown if need[1] else None,
             dup if need[2] else None,
             dbias if need[3] else None,
-            *(None,) * 6,
+            *(None,) * (len(need) - 4),
         )

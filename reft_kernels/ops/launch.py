@@ -96,7 +96,7 @@ def shortened(cls: type, kind: str) -> type:
     if _module is None:
         return cls
     if cls not in _SHORTENED:
-        made = _module.shorten(cls, kind, f"{cls.__module__}.{cls.__qualname__}")
+        made: Any = _module.shorten(cls, kind, f"{cls.__module__}.{cls.__qualname__}")
         _SHORTENED[cls], _PLAIN[made] = made, cls
     return _SHORTENED[cls]
 

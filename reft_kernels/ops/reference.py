@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .schema import ACT_MASK, NO_PRODUCT, Act, Norm, _library
+from .arguments import Plan, PoolRows
+from .schema import ACT_MASK, NO_PRODUCT, Act, Norm, implement
 
 _SLOPE = 0.01
 _QUICK = 1.702
@@ -74,11 +75,11 @@ def wide(t: Tensor) -> torch.dtype:
     return torch.float32 if t.device.type == "mps" else torch.float64
 
 
-def _segments(rows: Tensor, tiles: Tensor, spans: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+def _segments(plan: Plan) -> Iterator[tuple[Tensor, Tensor, slice]]:
     """(indices into the plan's rows, indices into h's rows, pool range) of every segment with work."""
-    table = spans.tolist()
+    rows, table = plan.rows, plan.spans.tolist()
     grouped: dict[int, list[Tensor]] = {}
-    for segment, start, count in tiles.tolist():
+    for segment, start, count in plan.tiles.tolist():
         if count > 0 and segment >= 0 and table[segment][1] > 0:
             places = torch.arange(start, start + count, device=rows.device)
             grouped.setdefault(segment, []).append(places)
@@ -95,7 +96,7 @@ def _pre_activation(x: Tensor, down: Tensor, bias: Tensor, kind: Tensor) -> Tens
     return torch.where(bare, bias, x @ down.masked_fill(bare[:, None], 0).T + bias)
 
 
-def _edited(flat: Tensor, index: Tensor, pool: tuple[Tensor, Tensor, Tensor, Tensor], span: slice) -> Tensor:
+def _edited(flat: Tensor, index: Tensor, pool: PoolRows, span: slice) -> Tensor:
     down, up, bias, kind = pool
     dtype = wide(flat)
     x = flat[index].to(dtype)
@@ -103,10 +104,9 @@ def _edited(flat: Tensor, index: Tensor, pool: tuple[Tensor, Tensor, Tensor, Ten
     return (x + activate(z, kind[span]) @ up[span].to(dtype)).to(flat.dtype)
 
 
-def intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
+def intervene_(h: Tensor, pool: PoolRows, plan: Plan) -> None:
     flat = h.view(-1, h.shape[-1])
-    pool = (down, up, bias, kind)
-    edits = [(index, _edited(flat, index, pool, span)) for _, index, span in _segments(rows, tiles, spans)]
+    edits = [(index, _edited(flat, index, pool, span)) for _, index, span in _segments(plan)]
     for index, value in edits:
         flat[index] = value
 
@@ -124,21 +124,24 @@ def normed(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float, norm: in
     return (y if shift is None else y + shift.to(y.dtype)).to(x.dtype)
 
 
-def intervene_norm_(h, down, up, bias, kind, rows, tiles, spans, weight, shift, eps, norm) -> Tensor:
-    intervene_(h, down, up, bias, kind, rows, tiles, spans)
+def intervene_norm_(
+    h: Tensor, pool: PoolRows, plan: Plan, weight: Tensor, shift: Tensor | None, eps: float, norm: int
+) -> Tensor:
+    intervene_(h, pool, plan)
     return normed(h, weight, shift, eps, norm).contiguous()
 
 
-def intervene(h, down, up, bias, kind, rows, tiles, spans, offsets) -> Tensor:
+def intervene(h: Tensor, pool: PoolRows, plan: Plan) -> Tensor:
     out = h.clone(memory_format=torch.contiguous_format)
-    intervene_(out, down, up, bias, kind, rows, tiles, spans)
+    intervene_(out, pool, plan)
     return out
 
 
 def intervene_backward(
-    grad, hs, down, up, bias, kind, rows, tiles, spans, offsets, need_h: bool, need_pool: bool
+    grad: Tensor, hs: Tensor, pool: PoolRows, plan: Plan, need_h: bool, need_pool: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dc = Σ p, dD = Σ p hᵀ, dU = Σ v gᵀ, dh = g + Dᵀ p, with v = φ(Dh + c) and p = φ′ ⊙ (U g)."""
+    down, up, bias, kind = pool
     dtype = wide(grad)
     dh = grad.clone(memory_format=torch.contiguous_format) if need_h else grad.new_empty(0)
     if need_pool:
@@ -148,7 +151,7 @@ def intervene_backward(
     flat = grad.reshape(-1, grad.shape[-1])
     out = dh.view(-1, grad.shape[-1])
     sums: dict[tuple[int, int], list[Tensor]] = {}
-    for places, index, span in _segments(rows, tiles, spans):
+    for places, index, span in _segments(plan):
         g, x = flat[index].to(dtype), hs[places].to(dtype)
         d, u, c, k = down[span].to(dtype), up[span].to(dtype), bias[span].to(dtype), kind[span]
         d = d.masked_fill(((k & NO_PRODUCT) != 0)[:, None], 0)
@@ -169,10 +172,13 @@ def intervene_backward(
     return dh, ddown, dup, dbias
 
 
-for _name, _impl in (
-    ("intervene_", intervene_),
-    ("intervene_norm_", intervene_norm_),
-    ("intervene", intervene),
-    ("intervene_backward", intervene_backward),
-):
-    _library.impl(f"{_name}.reference", _impl, "CompositeExplicitAutograd")
+implement(
+    "reference",
+    "CompositeExplicitAutograd",
+    {
+        "intervene_": intervene_,
+        "intervene_norm_": intervene_norm_,
+        "intervene": intervene,
+        "intervene_backward": intervene_backward,
+    },
+)

@@ -53,8 +53,12 @@ rounded to h's dtype). The edited rows have the bits that `intervene_` gives the
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from .arguments import Plan, PoolRows, declared
 
 NAMESPACE = "reft_kernels"
 BACKENDS = ("native", "triton", "reference")
@@ -95,20 +99,19 @@ class Norm(enum.IntFlag):
     ROUND = 4  # x / sqrt(…) is rounded to h's dtype before it meets the weight, as Llama has it
 
 
-_POOL = "Tensor down, Tensor up, Tensor bias, Tensor kind"
-_PLAN = "Tensor rows, Tensor tiles, Tensor spans"
+_TABLES = f"{declared(PoolRows)}, {declared(Plan)}"
 
 _SCHEMAS = {
-    "intervene_": f"(Tensor(a!) h, {_POOL}, {_PLAN}) -> ()",
+    "intervene_": f"(Tensor(a!) h, {_TABLES}) -> ()",
     "intervene_norm_": (
-        f"(Tensor(a!) h, {_POOL}, {_PLAN}, Tensor weight, Tensor? shift, float eps, int norm) -> Tensor"
+        f"(Tensor(a!) h, {_TABLES}, Tensor weight, Tensor? shift, float eps, int norm) -> Tensor"
     ),
-    "intervene": f"(Tensor h, {_POOL}, {_PLAN}, Tensor offsets) -> Tensor",
+    "intervene": f"(Tensor h, {_TABLES}, Tensor offsets) -> Tensor",
     # grad like h; hs [n, d]: the rows of h before the edit, in the order of `rows` (rows < 0: anything).
     # Returns (dh like grad, ddown [P, d], dup [P, d], dbias [P]); what is not needed comes back with
     # no elements. Pool rows that no row used get zeros.
     "intervene_backward": (
-        f"(Tensor grad, Tensor hs, {_POOL}, {_PLAN}, Tensor offsets, bool need_h, bool need_pool)"
+        f"(Tensor grad, Tensor hs, {_TABLES}, Tensor offsets, bool need_h, bool need_pool)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
@@ -130,30 +133,58 @@ INTERVENE = {backend: overload("intervene", backend) for backend in BACKENDS}
 INTERVENE_BACKWARD = {backend: overload("intervene_backward", backend) for backend in BACKENDS}
 
 
-def _fake_intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
+def flat(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which takes a `PoolRows` and a `Plan`, as torch calls the op `name`: with their tensors.
+
+    What the op takes before and after them is handed on as it is.
+    """
+    first = 2 if name == "intervene_backward" else 1
+    middle = first + len(PoolRows._fields)
+    offsets = name in ("intervene", "intervene_backward")
+    end = middle + len(Plan._fields) - (not offsets)
+    missing = () if offsets else (None,)
+    make = tuple.__new__  # what a NamedTuple's own does, in a third of the time
+
+    def flattened(*arguments: Any) -> Any:
+        pool = make(PoolRows, arguments[first:middle])
+        plan = make(Plan, arguments[middle:end] + missing)
+        return function(*arguments[:first], pool, plan, *arguments[end:])
+
+    def edit(*arguments: Any) -> None:
+        function(arguments[0], make(PoolRows, arguments[1:middle]), make(Plan, arguments[middle:] + missing))
+
+    return edit if name == "intervene_" else flattened
+
+
+def implement(backend: str, key: str, functions: dict[str, Callable[..., Any]]) -> None:
+    """Adds a backend in Python: functions by the ops' names, which take `PoolRows` and `Plan`.
+
+    key: torch's name of what they are for, as "CUDA".
+    """
+    for name, function in functions.items():
+        _library.impl(f"{name}.{backend}", flat(name, function), key)
+
+
+def _fake_intervene_(h, *_) -> None:
     return None
 
 
-def _fake_intervene_norm_(h, down, up, bias, kind, rows, tiles, spans, weight, shift, eps, norm):
+def _fake_intervene(h, *_):
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
-def _fake_intervene(h, down, up, bias, kind, rows, tiles, spans, offsets):
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
+def _fake_backward(grad, hs, pool: PoolRows, plan: Plan, need_h, need_pool):
+    dh = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_h else grad.new_empty(0)
+    down, up, bias = (torch.empty_like(t) if need_pool else t.new_empty(0) for t in pool[:3])
+    return dh, down, up, bias
 
 
-def _fake_backward(grad, hs, down, up, bias, kind, rows, tiles, spans, offsets, need_h, need_pool):
-    nothing = grad.new_empty(0)
-    dh = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_h else nothing
-    if not need_pool:
-        return dh, down.new_empty(0), up.new_empty(0), bias.new_empty(0)
-    return dh, torch.empty_like(down), torch.empty_like(up), torch.empty_like(bias)
-
-
+_FAKES = {
+    "intervene_": _fake_intervene_,
+    "intervene_norm_": _fake_intervene,
+    "intervene": _fake_intervene,
+    "intervene_backward": flat("intervene_backward", _fake_backward),
+}
 for _backend in BACKENDS:
-    torch.library.register_fake(f"{NAMESPACE}::intervene_.{_backend}", _fake_intervene_, lib=_library)
-    torch.library.register_fake(
-        f"{NAMESPACE}::intervene_norm_.{_backend}", _fake_intervene_norm_, lib=_library
-    )
-    torch.library.register_fake(f"{NAMESPACE}::intervene.{_backend}", _fake_intervene, lib=_library)
-    torch.library.register_fake(f"{NAMESPACE}::intervene_backward.{_backend}", _fake_backward, lib=_library)
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"{NAMESPACE}::{_name}.{_backend}", _fake, lib=_library)

@@ -12,6 +12,7 @@ from support.cases import same_bits
 
 import reft_kernels as rk
 from reft_kernels.ops import INTERVENE_, INTERVENE_NORM_, Norm
+from reft_kernels.ops.arguments import PoolRows
 
 pytestmark = pytest.mark.gpu
 
@@ -98,8 +99,7 @@ def test_sizes_of_models(fused: str, width: int, dtype: torch.dtype, pool_dtype)
 def rk_wide(pool: rk.Pool) -> rk.Pool:
     """The same pool in float64."""
     wide = rk.Pool(pool.width, torch.float64, pool.device, capacity=pool.capacity)
-    wide.down, wide.up = pool.down.double(), pool.up.double()
-    wide.bias, wide.kind = pool.bias.double(), pool.kind
+    wide.rows = PoolRows(pool.down.double(), pool.up.double(), pool.bias.double(), pool.kind)
     return wide
 
 
@@ -198,7 +198,7 @@ def test_bad_arguments_name_themselves_and_write_nothing(fused: str) -> None:
     plan = rk.make_plan([(span, [0, 1])], "cuda")
     h = _random(4, 64)
     before = h.clone()
-    good = [h, pool.down, pool.up, pool.bias, pool.kind, *plan[:3]]
+    good = [h, *pool.rows, *plan[:-1]]
     bad = {
         "h": (0, h.float().double()),
         "down": (1, pool.down.half()),
@@ -218,7 +218,7 @@ def test_bad_arguments_name_themselves_and_write_nothing(fused: str) -> None:
         return  # the others' norm is checked in rk.functional
     every = rk.make_plan([(span, [0, 1])], "cuda", total_rows=4, cover=True)
     weight = torch.ones_like(h[0])
-    good = [h, pool.down, pool.up, pool.bias, pool.kind, *every[:3], weight, weight, 1e-6, 0]
+    good = [h, *pool.rows, *every[:-1], weight, weight, 1e-6, 0]
     bad = {
         "rows": (5, plan.rows),  # two rows of four
         "weight": (8, weight[:32]),

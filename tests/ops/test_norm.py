@@ -239,7 +239,7 @@ def _covering(count: int, d: int, device: str) -> tuple[Tensor, ...]:
     """Pool and plan of an edit of no rows."""
     pool = rk.Pool(d, torch.float32, device, capacity=1)
     plan = rk.make_plan([], device, total_rows=count, cover=True)
-    return (pool.down, pool.up, pool.bias, pool.kind, plan.rows, plan.tiles, plan.spans)
+    return (*pool.rows, *plan[:-1])
 
 
 def _draw(seed: int, count: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:

@@ -23,9 +23,15 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from reft_kernels.ops import Norm
+from reft_kernels.ops.schema import flat
 from reft_kernels.ops.triton_ops import launch
 from reft_kernels.ops.triton_ops.launcher import Launcher
 from support.triton_launch import D, StandInDriver, ints
+
+# As torch calls them, with the tensors of pool and plan.
+_edit = flat("intervene_", launch.intervene_)
+_edit_and_norm = flat("intervene_norm_", launch.intervene_norm_)
+_backward = flat("intervene_backward", launch.intervene_backward)
 
 _HEAD = ("grid_x", "grid_y", "grid_z", "stream", "function", "metadata", "launch_metadata", "enter", "exit")
 
@@ -95,18 +101,16 @@ class Call:
         self.offsets = ints(0, n)
 
     def edit(self) -> None:
-        launch.intervene_(self.h, *self.pool, *self.plan)
+        _edit(self.h, *self.pool, *self.plan)
 
     def rms_norm(self) -> None:
-        launch.intervene_norm_(self.h, *self.pool, *self.plan, self.weight, None, 1e-5, int(Norm.ROUND))
+        _edit_and_norm(self.h, *self.pool, *self.plan, self.weight, None, 1e-5, int(Norm.ROUND))
 
     def layer_norm(self) -> None:
-        launch.intervene_norm_(
-            self.h, *self.pool, *self.plan, self.weight, self.shift, 1e-5, int(Norm.CENTRED)
-        )
+        _edit_and_norm(self.h, *self.pool, *self.plan, self.weight, self.shift, 1e-5, int(Norm.CENTRED))
 
     def backward(self) -> None:
-        launch.intervene_backward(self.h, self.hs, *self.pool, *self.plan, self.offsets, True, True)
+        _backward(self.h, self.hs, *self.pool, *self.plan, self.offsets, True, True)
 
 
 OPS = ("edit", "rms_norm", "layer_norm", "backward")

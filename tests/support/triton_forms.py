@@ -48,7 +48,8 @@ def form_kernel(
     rank = tl.load(spans + 2 * segment + 1)
     kernels_forward._edit_by_products(
         h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-        D, HEIGHT, RANK, CHUNKS, DOWN_BLOCK, UP_BLOCK, PARTS, SLICES, SHARED, FULL,
+        D=D, HEIGHT=HEIGHT, RANK=RANK, CHUNKS=CHUNKS, DOWN_BLOCK=DOWN_BLOCK, UP_BLOCK=UP_BLOCK,
+        PARTS=PARTS, SLICES=SLICES, SHARED=SHARED, FULL=FULL,
     )  # fmt: skip
 
 

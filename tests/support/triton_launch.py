@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from reft_kernels.ops import Norm
+from reft_kernels.ops.arguments import Plan, PoolRows
 from reft_kernels.ops.triton_ops import launch
 
 D, POOL = 4096, 40
@@ -69,17 +70,17 @@ def _call(n: int) -> None:
     pool_rows = POOL + n
     h = torch.zeros(n, D, dtype=dtype)
     down, up = torch.zeros(2, pool_rows, D, dtype=dtype)
-    pool = down, up, torch.zeros(pool_rows), torch.zeros(pool_rows, dtype=torch.int32)
+    pool = PoolRows(down, up, torch.zeros(pool_rows), torch.zeros(pool_rows, dtype=torch.int32))
     rows = ints(*range(n))
     tiles = ints(*(entry for start in range(0, n, 16) for entry in (0, start, min(16, n - start)))).view(
         -1, 3
     )
-    spans = ints(3, rank).view(1, 2)
-    launch.intervene_(h, *pool, rows, tiles, spans)
+    plan = Plan(rows, tiles, spans=ints(3, rank).view(1, 2))
+    launch.intervene_(h, pool, plan)
     for norm in (Norm.RMS, Norm.PLUS_ONE, Norm.ROUND, Norm.PLUS_ONE | Norm.ROUND):
-        launch.intervene_norm_(h, *pool, rows, tiles, spans, h[0].clone(), None, 1e-5, int(norm))
+        launch.intervene_norm_(h, pool, plan, h[0].clone(), None, 1e-5, int(norm))
     for need in ((True, True), (True, False), (False, True)):
-        launch.intervene_backward(h, h.clone(), *pool, rows, tiles, spans, ints(0, n), *need)
+        launch.intervene_backward(h, h.clone(), pool, plan._replace(offsets=ints(0, n)), *need)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ kernels_backward   dh and the gradients of the pool
 activations        φ and φ′
 blocks             loads and products that both directions share
 options            block sizes and compiler options
-checks             what arguments must be
+checks             what arguments must be, beside `ops.checks`
 launcher           one kernel's launches: by Triton, then directly
 launch             the ops
 
@@ -17,7 +17,7 @@ tests.
 
 from __future__ import annotations
 
-from ..schema import _library
+from ..schema import implement
 
 try:
     from . import launch
@@ -46,7 +46,13 @@ def why_not(device_type: str) -> str | None:
 
 if _missing is None:
     for _key in ("CUDA", "CPU") if INTERPRETING else ("CUDA",):
-        _library.impl("intervene_.triton", launch.intervene_, _key)
-        _library.impl("intervene_norm_.triton", launch.intervene_norm_, _key)
-        _library.impl("intervene.triton", launch.intervene, _key)
-        _library.impl("intervene_backward.triton", launch.intervene_backward, _key)
+        implement(
+            "triton",
+            _key,
+            {
+                "intervene_": launch.intervene_,
+                "intervene_norm_": launch.intervene_norm_,
+                "intervene": launch.intervene,
+                "intervene_backward": launch.intervene_backward,
+            },
+        )

@@ -35,8 +35,7 @@ def _sigmoid(z):
 
 @triton.jit
 def _tanh(z):
-    # Near 0 the exponential form cancels. There: least-squares minimax fit of tanh(z)/z − 1 in z² on
-    # |z| ≤ 0.625, relative error below 5e-9.
+    # Near 0 the exponential form cancels; the polynomial there is a fit (docs/triton.md, Activations).
     t = z * z
     q = -0.0057049518274747985
     q = q * t + 0.020639061682459214
@@ -62,7 +61,7 @@ def _sigmoid_slope(u):
 
 @triton.jit
 def _gate_argument(code, z):
-    """u of the activations that are z · sigmoid(u): (1 + tanh(u/2)) / 2 is the sigmoid of u."""
+    """u of the activations that are z · sigmoid(u)."""
     u = tl.where(code == _QUICK_GELU, _QUICK * z, z)
     return tl.where(code == _GELU_TANH, _SQRT_8_OVER_PI * (z + _CUBIC * z * z * z), u)
 
@@ -95,7 +94,7 @@ def slope(z, code):
     # Beyond ±50 every slope has reached its limit in float32; powers of a clipped z stay finite.
     z = tl.where(z > 50.0, 50.0, tl.where(z < -50.0, -50.0, z))
     u = _gate_argument(code, z)
-    # d(z s)/dz = s + z s′, where s′ = sigmoid′(u) u′.
+    # φ′ = s + z s′ (docs/triton.md, Activations).
     du = tl.where(code == _QUICK_GELU, _QUICK, 1.0)
     du = tl.where(code == _GELU_TANH, _SQRT_8_OVER_PI * (1.0 + 3.0 * _CUBIC * z * z), du)
     ds = tl.where(code == _GELU, _INV_SQRT_2PI * tl.exp(-0.5 * z * z), _sigmoid_slope(u) * du)

@@ -1,20 +1,12 @@
 """The backward kernels, from g = grad and the saved rows hs (h before the edit).
 
-    z = D h + c    w = U g    v = φ(z)    p = φ′(z) ⊙ w
-    dh = g + Dᵀ p    dD = Σ p hᵀ    dU = Σ v gᵀ    dc = Σ p        (sums over the rows of a segment)
+backward_rows_kernel  dh, and p and v [n, 64] for the next; one program for each tile
+backward_pool_kernel  gradients of 16 pool rows and a block of d, over a share of the rows
+backward_add_kernel   adds the shares, in order
 
-`backward_rows_kernel`, one program for each tile, writes the edited rows of dh and keeps p and v [n, 64] for
-the second kernel. Like the forward it has two forms by rank; the row form keeps no p and v.
-
-`backward_pool_kernel`, one program for each block of 16 pool rows and block of d, walks the segments in order
-and sums over the rows of those that own some of its pool rows: segments may share a range, wholly or in part,
-and pool rows that nobody used come out as zeros. Ranks above 64 have no p and v kept: here each program
-computes them again, which costs it all of d for each row, but needs no memory of unknown size.
-
-Where a plan has many rows, several programs share a block: each takes its part of the rows, in a fixed
-pattern, and `backward_add_kernel` adds their float32 sums in order.
-
-Every sum is float32 in an order fixed by d, the rank and the plan; no atomics.
+With p = φ′(z) ⊙ w and v = φ(z), where z = D h + c and w = U g. docs/kernels.md derives what is summed, and
+docs/triton.md says which program does. Every sum is float32 in an order fixed by d, the rank and the plan; no
+atomics.
 """
 
 from __future__ import annotations
@@ -54,10 +46,10 @@ def _both_products(
         col = begin + tl.arange(0, BLOCK)[None, :]
         x = tl.load(hs_rows + col, mask=valid[:, None] & (col < D), other=0.0)  # [ROWS, B]
         d = tl.load(down_rows + col, mask=has_down[:, None] & (col < D), other=0.0)  # [RANK, B]
-        z = product(x, tl.trans(d), z, FULL)
+        z = product(x, tl.trans(d), z, FULL=FULL)
         g = tl.load(g_rows + col, mask=valid[:, None] & (col < D), other=0.0)
         u = tl.load(up_rows + col, mask=live[:, None] & (col < D), other=0.0)
-        w = product(g, tl.trans(u), w, FULL)
+        w = product(g, tl.trans(u), w, FULL=FULL)
     return z, w
 
 
@@ -76,7 +68,7 @@ def _rows_by_products(
     need_h, need_pool, D: tl.constexpr, RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, UP_BLOCK: tl.constexpr,
     STAGES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    row, valid = tile_rows(rows, start, count, n_rows, _TILE)  # [16]
+    row, valid = tile_rows(rows, start, count, n_rows, HEIGHT=_TILE)  # [16]
     r = tl.arange(0, RANK)
     live = r < rank
     has_down, c, code = pool_range(bias, kind, first + r, live)  # [R]
@@ -86,7 +78,7 @@ def _rows_by_products(
 
     z, w = _both_products(
         hs + place * D, g_rows, valid, down + pool_rows, up + pool_rows, has_down, live,
-        _TILE, RANK, D, DOWN_BLOCK, STAGES, FULL,
+        ROWS=_TILE, RANK=RANK, D=D, BLOCK=DOWN_BLOCK, STAGES=STAGES, FULL=FULL,
     )  # fmt: skip
     z = pre_activation(z, has_down, c)
     p = _slope_times(z, w, code, live)
@@ -103,7 +95,7 @@ def _rows_by_products(
             inside = valid[:, None] & (col < D)
             g = tl.load(g_rows + col, mask=inside, other=0.0)  # [16, B]
             d = tl.load(down + pool_rows + col, mask=has_down[:, None] & (col < D), other=0.0)  # [R, B]
-            delta = product(p, d, tl.zeros((_TILE, UP_BLOCK), tl.float32), FULL)
+            delta = product(p, d, tl.zeros((_TILE, UP_BLOCK), tl.float32), FULL=FULL)
             tl.store(dh_rows + col, rounded(g.to(tl.float32) + delta, g.dtype), mask=inside)
 
 
@@ -168,17 +160,21 @@ def backward_rows_kernel(
     if rank <= 16:
         _rows_by_products(
             grad, dh, hs, down, up, bias, kind, p_kept, v_kept, rows, start, count, first, rank, n_rows,
-            grad_stride, need_h, need_pool, D, 16, DOWN_BLOCK, UP_BLOCK, STAGES, FULL,
+            grad_stride, need_h, need_pool,
+            D=D, RANK=16, DOWN_BLOCK=DOWN_BLOCK, UP_BLOCK=UP_BLOCK, STAGES=STAGES, FULL=FULL,
         )  # fmt: skip
     elif rank <= _KEPT:
         _rows_by_products(
             grad, dh, hs, down, up, bias, kind, p_kept, v_kept, rows, start, count, first, rank, n_rows,
-            grad_stride, need_h, need_pool, D, 64, max(DOWN_BLOCK // 2, 16), UP_BLOCK // 2, STAGES, FULL,
+            grad_stride, need_h, need_pool,
+            D=D, RANK=64, DOWN_BLOCK=max(DOWN_BLOCK // 2, 16), UP_BLOCK=UP_BLOCK // 2, STAGES=STAGES,
+            FULL=FULL,
         )  # fmt: skip
     elif need_h != 0:
         _rows_by_rows(
-            grad, dh, hs, down, up, bias, kind, rows, start, count, first, rank, n_rows, grad_stride, D, WHOLE
-        )
+            grad, dh, hs, down, up, bias, kind, rows, start, count, first, rank, n_rows, grad_stride,
+            D=D, WHOLE=WHOLE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
@@ -239,15 +235,15 @@ def backward_pool_kernel(
                     z, w = _both_products(
                         hs + place * D, grad + (row * grad_stride)[:, None], valid,
                         down + (pool_row * D)[:, None], up + (pool_row * D)[:, None], has_down, live,
-                        ROWS, _POOL_BLOCK, D, AGAIN, 2, FULL,
+                        ROWS=ROWS, RANK=_POOL_BLOCK, D=D, BLOCK=AGAIN, STAGES=2, FULL=FULL,
                     )  # fmt: skip
                     z = pre_activation(z, has_down, c)
                     p = tl.where(valid[:, None], _slope_times(z, w, code, live), 0.0)
                     v = tl.where(valid[:, None], activated(z, code, live), 0.0)
                 x = tl.load(hs + place * D + col, mask=inside, other=0.0)  # [ROWS, B]
                 g = tl.load(grad + (row * grad_stride)[:, None] + col, mask=inside, other=0.0)
-                sum_d = product(tl.trans(p), x, sum_d, FULL)
-                sum_u = product(tl.trans(v), g, sum_u, FULL)
+                sum_d = product(tl.trans(p), x, sum_d, FULL=FULL)
+                sum_u = product(tl.trans(v), g, sum_u, FULL=FULL)
                 sum_c += tl.sum(p, 0)
             # Select, since 0 · Inf of another segment's h must not reach this one's pool rows.
             total_d = tl.where(has_down[:, None], total_d + sum_d, total_d)

@@ -3,21 +3,12 @@
 Chosen by the rank of the pool range, so that a row's result does not depend on its batch:
 
 products (rank ≤ 256)  z = h Dᵀ over d in blocks, v = φ(z + c), then h += v U over d in blocks, by tensor
-                       cores. Rank ≤ 8 takes pool rows eight at a time; above, 16, and v of all these chunks
-                       is kept. h is read once more than there are chunks (from L2 after the first time), the
-                       pool rows once.
-rows (any rank)        one row of h at a time, kept in registers with the float32 sum, while the pool rows
-                       pass by. All z of a row need h before the edit, and the sum must be rounded once:
-                       without room for rank-many v this is what is left. Slow: a tile's rows share no load.
+                       cores. Pool rows are taken eight at a time at rank ≤ 8, else 16.
+rows (any rank)        one row of h at a time, kept in registers, while the pool rows pass by.
 
-In the products a block of d is cut into slices, each warp sums its own over all blocks, and the slices are
-added at the end. A chain of dependent products is so much shorter, and no two warps read the same operands.
-
-A row alone in its tile (a decode step) takes the products with a height of 1 in place of 16: the same blocks,
-slices and instructions, whose sums don't depend on a row's place, so the same bits. What it saves is shared
-memory, and that is what bounds the loads in flight.
-
-Every sum is float32 in an order fixed by d and the rank.
+A row alone in its tile (a decode step) takes the products at the least height whose loads of h are
+asynchronous, 1, 2 or 4 in place of 16, with the same bits. docs/triton.md has the reasons for each form, for
+slices and for parts. Every sum is float32 in an order fixed by d and the rank.
 """
 
 from __future__ import annotations
@@ -64,7 +55,7 @@ def _edit_by_products(
     UP_BLOCK: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, SHARED: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    row, valid = tile_rows(rows, start, count, n_rows, HEIGHT)  # [T]
+    row, valid = tile_rows(rows, start, count, n_rows, HEIGHT=HEIGHT)  # [T]
     h_rows = h + (row * row_stride)[:, None]
     lane = tl.arange(0, RANK)
     chunks = 1 if CHUNKS == 1 else tl.cdiv(rank, RANK)
@@ -95,13 +86,13 @@ def _edit_by_products(
             x = tl.load(h_rows[None] + begin + x_col, mask=inside, other=0.0)  # [S, T, B / S]
             there = has_down[None, None, :] & (begin + d_col < D)
             d = tl.load(down_rows + begin + d_col, mask=there, other=0.0)  # [S, B / S, R]
-            z = product(x, d, z, FULL)
+            z = product(x, d, z, FULL=FULL)
         v = activated(pre_activation(sum_in_pairs(z), has_down, c), code, live)  # [T, R]
         vs = tl.where(number == chunk, v[None], vs)
 
     # The parts of a block lie below each other, h [parts T, B / parts] and U [parts R, B / parts].
     if PARTS > 1:
-        row, valid = tile_rows(rows, start, count, n_rows, HEIGHT, PARTS)
+        row, valid = tile_rows(rows, start, count, n_rows, HEIGHT=HEIGHT, COPIES=PARTS)
         h_rows = h + (row * row_stride)[:, None]
     PART: tl.constexpr = UP_BLOCK // PARTS
     h_col = (tl.arange(0, PARTS * HEIGHT) // HEIGHT * PART)[:, None] + tl.arange(0, PART)[None, :]
@@ -120,8 +111,8 @@ def _edit_by_products(
         u = tl.load(up_rows + begin + u_col, mask=live[:, None] & (begin + u_col < D), other=0.0)
         v = chosen(vs, chunk)
         if PARTS > 1:
-            v = _on_the_diagonal(v, PARTS)
-        total = product(v, u, total, FULL)
+            v = _on_the_diagonal(v, PARTS=PARTS)
+        total = product(v, u, total, FULL=FULL)
         tl.store(h_rows + begin + h_col, rounded(x.to(tl.float32) + total, x.dtype), mask=inside)
         total = tl.where(is_last, 0.0, total)
 
@@ -170,39 +161,47 @@ def edit_tile(
     LOW: tl.constexpr = least_height(BLOCK, bytes_of(h), 32 * SLICES)
     LOW_OF_HALF: tl.constexpr = least_height(HALF, bytes_of(h), 32 * SLICES)
     if rank > _CHUNK * _CHUNKS:
-        _edit_by_rows(h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride, D, WHOLE)
+        _edit_by_rows(
+            h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride, D=D, WHOLE=WHOLE
+        )
     elif rank > _CHUNK:
         if (count == 1) & ALONE:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, LOW_OF_HALF, _CHUNK, _CHUNKS, HALF, HALF, 1, SLICES, SHARED, FULL,
+                D=D, HEIGHT=LOW_OF_HALF, RANK=_CHUNK, CHUNKS=_CHUNKS, DOWN_BLOCK=HALF, UP_BLOCK=HALF,
+                PARTS=1, SLICES=SLICES, SHARED=SHARED, FULL=FULL,
             )  # fmt: skip
         else:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, _TILE, _CHUNK, _CHUNKS, HALF, HALF // 2, 1, SLICES, SHARED, FULL,
+                D=D, HEIGHT=_TILE, RANK=_CHUNK, CHUNKS=_CHUNKS, DOWN_BLOCK=HALF, UP_BLOCK=HALF // 2,
+                PARTS=1, SLICES=SLICES, SHARED=SHARED, FULL=FULL,
             )  # fmt: skip
     elif rank > _NARROW:
         if (count == 1) & ALONE:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, LOW_OF_HALF, _CHUNK, 1, HALF, HALF, 1, SLICES, SHARED, FULL,
+                D=D, HEIGHT=LOW_OF_HALF, RANK=_CHUNK, CHUNKS=1, DOWN_BLOCK=HALF, UP_BLOCK=HALF,
+                PARTS=1, SLICES=SLICES, SHARED=SHARED, FULL=FULL,
             )  # fmt: skip
         else:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, _TILE, _CHUNK, 1, HALF, HALF // 2, 1, SLICES, SHARED, FULL,
+                D=D, HEIGHT=_TILE, RANK=_CHUNK, CHUNKS=1, DOWN_BLOCK=HALF, UP_BLOCK=HALF // 2,
+                PARTS=1, SLICES=SLICES, SHARED=SHARED, FULL=FULL,
             )  # fmt: skip
     elif rank > 0:
         if (count == 1) & ALONE:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, LOW, _NARROW, 1, BLOCK, BLOCK, PARTS, SLICES, SHARED, FULL,
+                D=D, HEIGHT=LOW, RANK=_NARROW, CHUNKS=1, DOWN_BLOCK=BLOCK, UP_BLOCK=BLOCK,
+                PARTS=PARTS, SLICES=SLICES, SHARED=SHARED, FULL=FULL,
             )  # fmt: skip
         else:
             _edit_by_products(
                 h, down, up, bias, kind, rows, start, count, first, rank, n_rows, row_stride,
-                D, _TILE, _NARROW, 1, BLOCK, BLOCK, PARTS, SLICES, SHARED, FULL,
+                D=D, HEIGHT=_TILE, RANK=_NARROW, CHUNKS=1, DOWN_BLOCK=BLOCK, UP_BLOCK=BLOCK,
+                PARTS=PARTS, SLICES=SLICES, SHARED=SHARED, FULL=FULL,
             )  # fmt: skip
 
 
@@ -229,5 +228,5 @@ def intervene_kernel(
     if (count > 0) & (segment >= 0):
         edit_tile(
             h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
-            D, WHOLE, BLOCK, PARTS, SLICES, ALONE, SHARED, FULL,
+            D=D, WHOLE=WHOLE, BLOCK=BLOCK, PARTS=PARTS, SLICES=SLICES, ALONE=ALONE, SHARED=SHARED, FULL=FULL,
         )  # fmt: skip

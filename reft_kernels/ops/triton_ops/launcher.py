@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -28,6 +29,10 @@ _LOOKED_AT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3,
 
 _interpreter = threading.Lock()
 
+_HERE = contextlib.nullcontext()
+
+_NO_VARIANT: dict[str, Any] = {}
+
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes `device` the one that kernels are launched on."""
@@ -36,7 +41,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     # Triton launches on the current device, which need not be the tensors'.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
-    return contextlib.nullcontext()
+    return _HERE
 
 
 class _Ready(NamedTuple):
@@ -49,12 +54,8 @@ class _Ready(NamedTuple):
     kernel: CompiledKernel  # kept, since `function` is unloaded with it
 
 
-def _is_set(hook: Any) -> bool:
-    return bool(getattr(hook, "calls", hook))
-
-
 class Launcher:
-    """Launches `kernel`, whose constexprs stand last and come from `options`.
+    """Launches `kernel`, whose parameters are tensors, then numbers, then the constexprs of `options`.
 
     options(h_dtype, pool_dtype, d, aligned): the constexprs and compiler options by name.
     """
@@ -65,74 +66,97 @@ class Launcher:
     def __init__(self, kernel: Any, options: Callable[..., dict]) -> None:
         self.kernel, self.options = kernel, options
         self._ready: dict[tuple, _Ready] = {}
-        # Places of what Triton compiles for the alignment of (or for divisibility), and of other numbers.
-        self._aligned: list[int] = []
-        self._numbers: list[int] = []
-        for place, parameter in enumerate([] if INTERPRETING else kernel.params):
-            if parameter.do_not_specialize:
-                self._numbers.append(place)
-            elif not (parameter.is_constexpr or parameter.do_not_specialize_on_alignment):
-                self._aligned.append(place)
+        # Of the kernel's parameters, known with the first call: places of the tensors that Triton compiles
+        # for the alignment of, of the numbers that it does for divisibility, and of the integers.
+        self._known = False
+        self._aligned: tuple[int, ...] = ()
+        self._divisible: tuple[int, ...] = ()
+        self._integers: tuple[int, ...] = ()
+
+    def _learn(self, tensors: tuple[Tensor | None, ...], numbers: dict[str, Any]) -> None:
+        at, kernel = len(tensors), self.kernel
+        names = tuple(kernel.arg_names[at : at + len(numbers)])
+        if names != tuple(numbers):
+            raise TypeError(
+                f"numbers: the kernel takes {names} after {at} tensors, was given {tuple(numbers)}"
+            )
+        if not INTERPRETING:
+            after = kernel.params[at : at + len(numbers)]
+            self._aligned = tuple(
+                place
+                for place, parameter in enumerate(kernel.params[:at])
+                if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+            )
+            self._integers = tuple(
+                place for place, value in enumerate(numbers.values()) if type(value) is int
+            )
+            self._divisible = tuple(place for place in self._integers if not after[place].do_not_specialize)
+        self._known = True
 
     def __call__(
         self,
+        *,
         grid: tuple[int, int, int],
         dtypes: tuple[torch.dtype, torch.dtype],
         d: int,
-        *arguments: Any,
-        **constants: Any,
+        tensors: tuple[Tensor | None, ...],
+        variant: dict[str, Any] = _NO_VARIANT,
+        **numbers: Any,
     ) -> None:
         """One launch, on the current device and stream.
 
         dtypes: of h and of the pool. What other dtypes there are must follow from these two, from which
-        arguments are None, and from the constants: constexprs that `options` lacks, or, where the kernel has
-        no such constexpr, what else the caller tells variants apart by.
+        tensors are None, and from `variant`: constexprs that `options` lacks, or, where the kernel has no
+        such constexpr, what else the caller tells variants apart by. tensors, numbers: in the kernel's order,
+        which begins with them. The names are compared at the first call.
         """
-        bits = numbers = absent = 0
+        if not self._known:
+            self._learn(tensors, numbers)
+        values = tuple(numbers.values())
+        bits = every = absent = 0
         for place in self._aligned:
-            argument = arguments[place]
-            if argument is None:
+            tensor = tensors[place]
+            if tensor is None:
                 absent |= 1 << place
-            elif type(argument) is int:
-                bits |= argument
-                numbers |= argument
-            elif type(argument) is not float:
-                bits |= argument.data_ptr()
-        for place in self._numbers:
-            numbers |= arguments[place]
+            else:
+                bits |= tensor.data_ptr()
+        for place in self._divisible:
+            bits |= values[place]
+        for place in self._integers:
+            every |= values[place]
         aligned = bits % 16 == 0
         runtime = knobs.runtime
         key = None
         if (
             aligned
-            and 0 <= numbers < 2**31
+            and 0 <= every < 2**31
             and self.direct
             and not runtime.debug
             and not self.kernel.pre_run_hooks
-            and not _is_set(runtime.launch_enter_hook)
-            and not _is_set(runtime.launch_exit_hook)
+            and not getattr(hook := runtime.launch_enter_hook, "calls", hook)
+            and not getattr(hook := runtime.launch_exit_hook, "calls", hook)
         ):
             active = driver.active
             device = active.get_current_device()
-            key = (device, d, *dtypes, absent, *constants.values())
+            key = (device, d, *dtypes, absent, *variant.values())
             ready = self._ready.get(key)
             if ready is not None:
                 ready.run(
                     *grid, active.get_current_stream(device), ready.function, ready.metadata,
-                    None, None, None, *arguments, *ready.constants,
+                    None, None, None, *tensors, *values, *ready.constants,
                 )  # fmt: skip
                 return
         options = self.options(*dtypes, d, aligned) | {
-            name: value for name, value in constants.items() if name in self.kernel.arg_names
+            name: value for name, value in variant.items() if name in self.kernel.arg_names
         }
-        compiled = self.kernel[grid](*arguments, **options)
+        compiled = self.kernel[grid](*tensors, **numbers, **options)
         # A kernel that is still being compiled elsewhere, say, is another class.
         if key is not None and type(compiled) is CompiledKernel:
-            names = self.kernel.arg_names[len(arguments) :]
+            constants = self.kernel.arg_names[len(tensors) + len(values) :]
             self._ready[key] = _Ready(
                 compiled.run,
                 compiled.function,
                 compiled.packed_metadata,
-                tuple(options[name] for name in names),
+                tuple(options[name] for name in constants),
                 compiled,
             )
