@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .schema import ACT_MASK, NO_PRODUCT, Act, Norm, _library
+from .schema import ACT_MASK, NO_PRODUCT, Act, Norm, _library, check_addend
 
 _SLOPE = 0.01
 _QUICK = 1.702
@@ -111,6 +111,15 @@ def intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
         flat[index] = value
 
 
+def intervene_sum_(h, addend, down, up, bias, kind, rows, tiles, spans) -> None:
+    check_addend(h, addend)
+    flat, other = h.view(-1, h.shape[-1]), addend.view(-1, h.shape[-1])
+    for _, index, _ in list(_segments(rows, tiles, spans)):
+        flat[index] += other[index]
+        other[index] = 0
+    intervene_(h, down, up, bias, kind, rows, tiles, spans)
+
+
 def normed(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float, norm: int) -> Tensor:
     """The norm of rows x [..., d], in x's dtype. See `schema.Norm`."""
     y = x.to(wide(x))
@@ -171,6 +180,7 @@ def intervene_backward(
 
 for _name, _impl in (
     ("intervene_", intervene_),
+    ("intervene_sum_", intervene_sum_),
     ("intervene_norm_", intervene_norm_),
     ("intervene", intervene),
     ("intervene_backward", intervene_backward),

@@ -1,14 +1,15 @@
 """The op schemas: what every backend implements, and the contract between plan, pool and kernel.
 
-One op family, four members, each with an overload for every backend::
+One op family, five members, each with an overload for every backend::
 
     intervene_          h[rows] += Uᵀ φ(D h[rows] + c)        in place, inference
+    intervene_sum_      the same where the hidden states are the sum of two tensors
     intervene_norm_     the same, and returns the norm that follows of every row, in one pass over h
     intervene           out of place, differentiable
     intervene_backward  gradients of `intervene`
 
 The formula is the one form that all low-rank methods fold to (LoReFT: D = W − R, U = R, c = b;
-Wu et al. 2024, arXiv 2404.03592). Arguments shared by all four:
+Wu et al. 2024, arXiv 2404.03592). Arguments shared by all:
 
 =========  =================  =============================================================
 argument   shape, dtype       meaning
@@ -35,6 +36,11 @@ Rules for every backend: each row of h appears at most once among the segments w
 sums are float32 or wider; a row's result depends, to the bit, on that row and its pool range only
 (not on the tile it shares, nor on the order of rows), NaN and Inf in the row included, where the pool
 range is finite; rows that no tile names are not written; pool rows outside the named spans are never read.
+
+`intervene_sum_` is for engines that add a block's output to the residual stream only in the norm that
+follows. It takes `addend`, a tensor of h's shape and dtype. In rows that a segment with rank > 0 names, h
+becomes the edited sum, where the sum is rounded to h's dtype before the edit, and `addend` becomes 0. Other
+rows of both keep their bits.
 
 `intervene_norm_` takes a plan that names every row of h exactly once (`reft_kernels.plan.cover` makes
 one). Beside it:
@@ -100,6 +106,7 @@ _PLAN = "Tensor rows, Tensor tiles, Tensor spans"
 
 _SCHEMAS = {
     "intervene_": f"(Tensor(a!) h, {_POOL}, {_PLAN}) -> ()",
+    "intervene_sum_": f"(Tensor(a!) h, Tensor(b!) addend, {_POOL}, {_PLAN}) -> ()",
     "intervene_norm_": (
         f"(Tensor(a!) h, {_POOL}, {_PLAN}, Tensor weight, Tensor? shift, float eps, int norm) -> Tensor"
     ),
@@ -113,6 +120,18 @@ _SCHEMAS = {
     ),
 }
 
+
+def check_addend(h: torch.Tensor, addend: torch.Tensor) -> None:
+    """Refuses an addend that is not like h, or that is h."""
+    if addend.shape != h.shape or addend.dtype is not h.dtype or addend.device != h.device:
+        raise ValueError(
+            f"addend: must be {list(h.shape)} of {h.dtype} on {h.device}, as h is; was "
+            f"{list(addend.shape)} of {addend.dtype} on {addend.device}"
+        )
+    if h.numel() and addend.data_ptr() == h.data_ptr():
+        raise ValueError("addend: is h itself; both are written")
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _SCHEMAS.items():
     for _backend in BACKENDS:
@@ -125,12 +144,17 @@ def overload(name: str, backend: str) -> torch._ops.OpOverload:
 
 
 INTERVENE_ = {backend: overload("intervene_", backend) for backend in BACKENDS}
+INTERVENE_SUM_ = {backend: overload("intervene_sum_", backend) for backend in BACKENDS}
 INTERVENE_NORM_ = {backend: overload("intervene_norm_", backend) for backend in BACKENDS}
 INTERVENE = {backend: overload("intervene", backend) for backend in BACKENDS}
 INTERVENE_BACKWARD = {backend: overload("intervene_backward", backend) for backend in BACKENDS}
 
 
 def _fake_intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
+    return None
+
+
+def _fake_intervene_sum_(h, addend, down, up, bias, kind, rows, tiles, spans) -> None:
     return None
 
 
@@ -152,6 +176,7 @@ def _fake_backward(grad, hs, down, up, bias, kind, rows, tiles, spans, offsets, 
 
 for _backend in BACKENDS:
     torch.library.register_fake(f"{NAMESPACE}::intervene_.{_backend}", _fake_intervene_, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::intervene_sum_.{_backend}", _fake_intervene_sum_, lib=_library)
     torch.library.register_fake(
         f"{NAMESPACE}::intervene_norm_.{_backend}", _fake_intervene_norm_, lib=_library
     )

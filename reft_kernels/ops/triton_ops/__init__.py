@@ -1,6 +1,6 @@
 """The triton backend: every GPU that Triton reaches, and the CPU through Triton's interpreter.
 
-kernels_forward    intervene_, in place
+kernels_forward    intervene_, in place, and intervene_sum_
 kernels_norm       intervene_norm_
 kernels_backward   dh and the gradients of the pool
 activations        φ and φ′
@@ -47,6 +47,7 @@ def why_not(device_type: str) -> str | None:
 if _missing is None:
     for _key in ("CUDA", "CPU") if INTERPRETING else ("CUDA",):
         _library.impl("intervene_.triton", launch.intervene_, _key)
+        _library.impl("intervene_sum_.triton", launch.intervene_sum_, _key)
         _library.impl("intervene_norm_.triton", launch.intervene_norm_, _key)
         _library.impl("intervene.triton", launch.intervene, _key)
         _library.impl("intervene_backward.triton", launch.intervene_backward, _key)

@@ -6,12 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..schema import Norm
+from ..schema import Norm, check_addend
 from . import options
 from .blocks import LOW_RANK
 from .checks import check, check_norm, readable, row_stride
 from .kernels_backward import backward_add_kernel, backward_pool_kernel, backward_rows_kernel
-from .kernels_forward import intervene_kernel
+from .kernels_forward import fold_kernel, intervene_kernel
 from .kernels_norm import intervene_norm_kernel
 from .launcher import Launcher, on
 
@@ -19,6 +19,7 @@ _CENTRED = int(Norm.CENTRED)
 
 
 _edit = Launcher(intervene_kernel, options.forward_options)
+_fold = Launcher(fold_kernel, options.fold_options)
 _edit_and_norm = Launcher(intervene_norm_kernel, options.norm_options)
 _rows = Launcher(backward_rows_kernel, options.rows_options)
 _pool = Launcher(backward_pool_kernel, options.pool_options)
@@ -36,6 +37,21 @@ def intervene_(h, down, up, bias, kind, rows, tiles, spans) -> None:
             (n_tiles, 1, 1), (h.dtype, down.dtype), d,
             h, down, up, bias, kind, rows, tiles, spans, h.numel() // d, stride,
         )  # fmt: skip
+
+
+def intervene_sum_(h, addend, down, up, bias, kind, rows, tiles, spans) -> None:
+    check(h, "h", down, up, bias, kind, rows, tiles, spans)
+    check_addend(h, addend)
+    stride, other = row_stride(h, "h"), row_stride(addend, "addend")
+    d, n_tiles = h.shape[-1], tiles.shape[0]
+    if n_tiles == 0 or h.numel() == 0 or down.shape[0] == 0:
+        return
+    with on(h.device):
+        _fold(
+            (n_tiles, 1, 1), (h.dtype, down.dtype), d,
+            h, addend, rows, tiles, spans, h.numel() // d, stride, other,
+        )  # fmt: skip
+    intervene_(h, down, up, bias, kind, rows, tiles, spans)
 
 
 def intervene_norm_(h, down, up, bias, kind, rows, tiles, spans, weight, shift, eps, norm) -> Tensor:
