@@ -92,7 +92,7 @@ class Catalog:
         return found
 
     def ticket(self, arguments: Mapping[str, Any], prompt_length: int | None = None) -> Ticket | None:
-        """What a request's arguments ask for; None for the bare model.
+        """What a request's arguments ask for; None for the bare model. A name may also be a `Source`.
 
         Raises ValueError: an unknown name, a folder that is no adapter or not one for this model, a scale
             without an adapter, or positions that a prompt of that length lacks.
@@ -103,10 +103,10 @@ class Catalog:
             if SCALE in arguments:
                 raise ValueError(f"{SCALE}: is the factor of an adapter's edit, but {NAME} is not given")
             return None
-        listed = [names] if isinstance(names, str) else names
+        listed = [names] if isinstance(names, str | Source) else names
         if not isinstance(listed, list | tuple) or not listed:
             raise ValueError(f"{NAME}: must be a name or a list of names, was {names!r}")
-        known = [self._look(self.source(name)) for name in listed]
+        known = [self._look(one if isinstance(one, Source) else self.source(one)) for one in listed]
         key = tuple((one.part.source.path, one.part.content) for one in known) + (scale,)
         ticket = self._tickets.get(key)
         if ticket is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def wrap_processor(processor_class: Any) -> None:
             if NAME in asked:
                 raise ValueError(f"{NAME}: was given beside {lora.lora_name!r}, which is an adapter itself")
             kwargs["lora_request"] = None
-            ticket: Ticket | None = _of_folder(catalog, Source(lora.lora_path), asked)
+            ticket = catalog.ticket({**asked, **_named(catalog, lora)})
         else:
             ticket = catalog.ticket(asked)
         if ticket is None:
@@ -127,13 +126,10 @@ def wrap_processor(processor_class: Any) -> None:
     processor_class.__init__, processor_class.process_inputs = __init__, process_inputs
 
 
-def _of_folder(catalog: Catalog, source: Source, asked: dict[str, Any]) -> Ticket:
-    ticket = catalog.of_source(source)
-    if SCALE in asked:
-        from ..config import check_scale
-
-        ticket = dataclasses.replace(ticket, scale=check_scale(asked[SCALE]))
-    return ticket
+def _named(catalog: Catalog, lora: Any) -> dict[str, Any]:
+    """The argument for an adapter that came as a LoRA: its name, where that is known, or its folder."""
+    known = lora.lora_name in catalog.names and catalog.source(lora.lora_name).path == lora.lora_path
+    return {NAME: lora.lora_name if known else Source(lora.lora_path)}
 
 
 def _check_prompt(ticket: Ticket, request: Any) -> None:

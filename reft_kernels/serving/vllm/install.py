@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import Any
 
-from . import engine, frontend, runner
+from . import engine, frontend, http, runner
 from .guard import asked_for
 from .model import attach
 
@@ -17,6 +17,7 @@ _nesting = threading.local()
 def install() -> None:
     """Hooks vLLM in this process. Raises an ImportError or AttributeError for a vLLM that lacks a place."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.model_executor.model_loader import utils as loading
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -51,6 +52,15 @@ def install() -> None:
             runner.wrap_v1()
         return model
 
+    start = AsyncLLM.__init__
+
+    @functools.wraps(start)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        if asked_for(self.vllm_config):
+            http.install()  # not before, as only servers have all that it takes
+
+    AsyncLLM.__init__ = __init__  # type: ignore[method-assign]
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
     replace_everywhere(initialize, initialize_model)
     keys = kv_cache_utils.generate_block_hash_extra_keys
@@ -58,6 +68,7 @@ def install() -> None:
     engine.wrap_core(EngineCore)
     frontend.wrap_processor(InputProcessor)
     frontend.wrap_engines(LLMEngine, AsyncLLM)
+    BeamSearchOfflineMixin.beam_search = http.refuse_beams(BeamSearchOfflineMixin.beam_search)
 
 
 def replace_everywhere(original: Any, replacement: Any) -> None:
