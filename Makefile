@@ -20,10 +20,13 @@ CPP_SOURCES := $(sort $(shell find csrc python_bindings -name '*.h' -o -name '*.
 
 BASE_STAMP := $(VENV)/stamp-base-$(call checksum,$(CONSTRAINTS) pyproject.toml setup.py)
 TEST_STAMP := $(VENV)/stamp-test-$(call checksum,$(CONSTRAINTS) pyproject.toml setup.py requirements/*)
+SERVING := .venv-serving
+SERVING_STAMP := $(SERVING)/stamp-$(call checksum,requirements/serving.txt pyproject.toml setup.py)
 NATIVE_STAMP := $(VENV)/stamp-native-$(call checksum,$(CONSTRAINTS) setup.py reft_kernels/build.py $(CPP_SOURCES))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow lint format bench clean
+.PHONY: test-serving demo-serving
 .PHONY: gpu gpu-first gpu-test gpu-sanitize gpu-bench gpu-models gpu-sweeps gpu-presets gpu-dry
 
 help: ## print this list
@@ -40,6 +43,12 @@ test: $(NATIVE_STAMP) $(TEST_STAMP) ## run the tests, then those of the patch wi
 
 test-slow: $(NATIVE_STAMP) $(TEST_STAMP) ## run the tests that take minutes or gigabytes
 	$(PYTEST) -m "slow and not gpu"
+
+test-serving: $(SERVING_STAMP) ## run the tests of the vLLM plugin, in an environment of its own (3.5 GB)
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -m serving tests/serving
+
+demo-serving: $(SERVING_STAMP) ## four adapters in one batch of a vLLM server, checked against Hugging Face
+	$(SERVING)/bin/python -m reft_bench.commands.demo_serving
 
 lint: $(TEST_STAMP) ## check style (ruff, clang-format) and the types of the public API (mypy)
 	$(BIN)/ruff check .
@@ -94,7 +103,7 @@ native: $(BASE_STAMP) ## compile the native library in place
 	$(BIN)/python setup.py build_ext --inplace
 
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist *.egg-info reft_kernels/lib .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(SERVING) build dist *.egg-info reft_kernels/lib .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find bench reft_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -113,6 +122,16 @@ $(TEST_STAMP): $(BASE_STAMP)
 	$(PIP) install --quiet --no-deps -r requirements/pyreft.txt
 	rm -rf $(OLDEST)
 	$(PIP) install --quiet --no-deps --target $(OLDEST) -r requirements/transformers-oldest.txt
+	touch $@
+
+# vLLM pins a torch of its own. Its torchvision, torchaudio and torchcodec don't fit that torch, and nothing
+# here needs them. The package is built in place: with either torch it is the same library.
+$(SERVING_STAMP): | $(NATIVE_STAMP)
+	$(PYTHON) -m venv $(SERVING)
+	rm -f $(SERVING)/stamp-*
+	$(SERVING)/bin/python -m pip install --quiet -r requirements/serving.txt
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	REFT_KERNELS_BUILD_NATIVE=0 $(SERVING)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 $(NATIVE_STAMP): $(BASE_STAMP)

@@ -63,21 +63,33 @@ Rows readable_rows(const Tensor& tensor, const char* name, Tensor* holder) {
   return rows;
 }
 
-Rows writable_rows(const Tensor& h) {
-  STD_TORCH_CHECK(h.dim() >= 1, "h: must be [..., d], had no dimension");
+Rows writable_rows(const Tensor& h, const char* name) {
+  STD_TORCH_CHECK(h.dim() >= 1, name, ": must be [..., d], had no dimension");
   Rows rows;
-  rows.dtype = float_dtype<Dtype>(h, "h");
+  rows.dtype = float_dtype<Dtype>(h, name);
   rows.d = h.size(h.dim() - 1);
   rows.count = rows.d ? h.numel() / rows.d : 0;
   STD_TORCH_CHECK(
-      row_stride(h, &rows.matrix.stride),
-      "h: its last dimension must be contiguous and the others collapse to rows with one "
+      row_stride(h, &rows.matrix.stride), name,
+      ": its last dimension must be contiguous and the others collapse to rows with one "
       "stride (h.view(-1, d) must work), because it is edited in place; shape was ",
       shape_of(h), ". Use intervene, or h.contiguous()");
-  STD_TORCH_CHECK(rows.count <= 1 || rows.matrix.stride >= rows.d,
-                  "h: its rows overlap in memory (row stride ", rows.matrix.stride, ", width ",
+  STD_TORCH_CHECK(rows.count <= 1 || rows.matrix.stride >= rows.d, name,
+                  ": its rows overlap in memory (row stride ", rows.matrix.stride, ", width ",
                   rows.d, "), so it can't be edited in place");
   rows.matrix.data = h.mutable_data_ptr();
+  return rows;
+}
+
+Rows writable_addend(const Tensor& addend, const Rows& h) {
+  STD_TORCH_CHECK(addend.is_cpu(), "addend: must be on the CPU, as h is");
+  const Rows rows = writable_rows(addend, "addend");
+  STD_TORCH_CHECK(rows.dtype == h.dtype && rows.d == h.d && rows.count == h.count,
+                  "addend: must have the dtype of h and its ", h.count, " rows of ", h.d,
+                  ", had dtype ", torch::headeronly::toString(addend.scalar_type()), " and shape ",
+                  shape_of(addend));
+  const int64_t extent = rows.count ? (rows.count - 1) * rows.matrix.stride + rows.d : 0;
+  check_apart(h, Region{"addend", rows.matrix.data, extent * size_of(rows.dtype)});
   return rows;
 }
 

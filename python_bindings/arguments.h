@@ -22,7 +22,11 @@ Rows readable_rows(const Tensor& tensor, const char* name, Tensor* holder);
 
 // Rows for writing in place: refuses strides that would need a copy, and rows that overlap one
 // another.
-Rows writable_rows(const Tensor& h);
+Rows writable_rows(const Tensor& h, const char* name = "h");
+
+// The rows of a tensor that is added to h and written, too: refuses one that is not like h, or that
+// shares memory with it.
+Rows writable_addend(const Tensor& addend, const Rows& h);
 
 // Memory that the kernels read while they write h.
 struct Region {

@@ -77,6 +77,27 @@ void intervene_(Tensor h, const Tensor& down, const Tensor& up, const Tensor& bi
   run_forward(view, checked);
 }
 
+void intervene_sum_(Tensor h, Tensor addend, const Tensor& down, const Tensor& up,
+                    const Tensor& bias, const Tensor& kind, const Tensor& rows, const Tensor& tiles,
+                    const Tensor& spans) {
+  const Rows view = writable_rows(h);
+  const Checked checked = check_pool_and_plan(down, up, bias, kind, rows, tiles, spans, view);
+  check_apart(view, checked);
+  const Rows other = writable_addend(addend, view);
+  check_apart(other, checked);
+  if (checked.max_rank == 0 || view.count == 0) return;
+  const Isa& kernels = isa();
+  const Forward args{view.matrix, view.d, view.dtype, checked.pool, checked.plan};
+  // A tile's rows are still in the cache when they are edited.
+  for_each(checked.tile_count, checked.work, forward_scratch(checked.max_rank),
+           [&](int64_t i, float* scratch) {
+             const Tile& tile = args.plan.tiles[i];
+             if (span_of(args.plan, tile).rank == 0) return;
+             kernels.fold_tile(args, other.matrix, tile);
+             kernels.forward_tile(args, tile, scratch);
+           });
+}
+
 Tensor intervene_norm_(Tensor h, const Tensor& down, const Tensor& up, const Tensor& bias,
                        const Tensor& kind, const Tensor& rows, const Tensor& tiles,
                        const Tensor& spans, const Tensor& weight,
@@ -250,6 +271,7 @@ extern "C" __attribute__((visibility("default"))) const char* reft_kernels_cpu_i
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, library) {
   library.impl("intervene_.native", TORCH_BOX(&reft::intervene_));
+  library.impl("intervene_sum_.native", TORCH_BOX(&reft::intervene_sum_));
   library.impl("intervene_norm_.native", TORCH_BOX(&reft::intervene_norm_));
   library.impl("intervene.native", TORCH_BOX(&reft::intervene));
   library.impl("intervene_backward.native", TORCH_BOX(&reft::intervene_backward));

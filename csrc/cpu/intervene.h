@@ -127,6 +127,8 @@ struct Isa {
   const char* name;
   // The tiles take floats of scratch: forward_scratch(rank) and backward_scratch(rank) of them.
   void (*forward_tile)(const Forward&, const Tile&, float* scratch);
+  // h += addend and addend = 0 in a tile's rows; addend is like h.
+  void (*fold_tile)(const Forward&, const Matrix& addend, const Tile&);
   void (*backward_tile)(const Backward&, const Tile&, float* scratch);
   void (*norm_row)(const RowNorm&, int64_t row);
   // dD = Σ p hᵀ and dU = Σ v gᵀ of a range, columns [begin, end), at most kSlice of them. Scratch:

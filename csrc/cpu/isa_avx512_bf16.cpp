@@ -3,5 +3,5 @@
 #include "kernel.h"
 #include "norm.h"
 
-const reft::Isa reft::kAvx512Bf16 = {"avx512_bf16", forward_tile, backward_tile, norm_row,
-                                     weight_grad};
+const reft::Isa reft::kAvx512Bf16 = {"avx512_bf16", forward_tile, fold_tile,
+                                     backward_tile, norm_row,     weight_grad};

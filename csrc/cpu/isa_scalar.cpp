@@ -3,4 +3,5 @@
 #include "kernel.h"
 #include "norm.h"
 
-const reft::Isa reft::kScalar = {"scalar", forward_tile, backward_tile, norm_row, weight_grad};
+const reft::Isa reft::kScalar = {"scalar",      forward_tile, fold_tile,
+                                 backward_tile, norm_row,     weight_grad};

@@ -6,10 +6,12 @@ library of models. docs/engine.md shows an engine's loop on it.
 
 from .batch_plan import BatchPlan
 from .edit import edit
+from .intervals import intervals_of
 from .planner import BASE, Planner
 from .prompts import Prompts, read_prompts
 from .selection import Selection, select
 from .stacks import Segment
+from .steps import StepTables
 from .store import AdapterStore
 from .tables import Place, SiteKey
 from .workspace import DecodeWorkspace, DecodeWorkspaces
@@ -26,7 +28,9 @@ __all__ = [
     "Segment",
     "Selection",
     "SiteKey",
+    "StepTables",
     "edit",
+    "intervals_of",
     "read_prompts",
     "select",
 ]

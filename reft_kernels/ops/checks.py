@@ -116,3 +116,14 @@ def check_norm(h: Tensor, weight: Tensor, shift: Tensor | None, eps: float, norm
         raise ValueError(f"eps: must be finite and 0 or more, was {eps}")
     if norm & ~_NORM_BITS:
         raise ValueError(f"norm: must be a sum of ops.Norm's RMS, CENTRED, PLUS_ONE and ROUND, was {norm}")
+
+
+def check_addend(h: Tensor, addend: Tensor) -> None:
+    """Refuses an addend that is not like h, or that is h."""
+    if addend.shape != h.shape or addend.dtype is not h.dtype or addend.device != h.device:
+        raise ValueError(
+            f"addend: must be {list(h.shape)} of {h.dtype} on {h.device}, as h is; was "
+            f"{list(addend.shape)} of {addend.dtype} on {addend.device}"
+        )
+    if h.numel() and addend.data_ptr() == h.data_ptr():
+        raise ValueError("addend: is h itself; both are written")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Plan, PoolRows
+from .checks import check_addend
 from .schema import ACT_MASK, NO_PRODUCT, Act, Norm, implement
 
 _SLOPE = 0.01
@@ -111,6 +112,15 @@ def intervene_(h: Tensor, pool: PoolRows, plan: Plan) -> None:
         flat[index] = value
 
 
+def intervene_sum_(h: Tensor, addend: Tensor, pool: PoolRows, plan: Plan) -> None:
+    check_addend(h, addend)
+    flat, other = h.view(-1, h.shape[-1]), addend.view(-1, h.shape[-1])
+    for _, index, _ in list(_segments(plan)):
+        flat[index] += other[index]
+        other[index] = 0
+    intervene_(h, pool, plan)
+
+
 def normed(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float, norm: int) -> Tensor:
     """The norm of rows x [..., d], in x's dtype. See `schema.Norm`."""
     y = x.to(wide(x))
@@ -177,6 +187,7 @@ implement(
     "CompositeExplicitAutograd",
     {
         "intervene_": intervene_,
+        "intervene_sum_": intervene_sum_,
         "intervene_norm_": intervene_norm_,
         "intervene": intervene,
         "intervene_backward": intervene_backward,

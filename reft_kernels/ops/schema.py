@@ -1,14 +1,15 @@
 """The op schemas: what every backend implements, and the contract between plan, pool and kernel.
 
-One op family, four members, each with an overload for every backend::
+One op family, five members, each with an overload for every backend::
 
     intervene_          h[rows] += Uᵀ φ(D h[rows] + c)        in place, inference
+    intervene_sum_      the same where the hidden states are the sum of two tensors
     intervene_norm_     the same, and returns the norm that follows of every row, in one pass over h
     intervene           out of place, differentiable
     intervene_backward  gradients of `intervene`
 
 The formula is the one form that all low-rank methods fold to (LoReFT: D = W − R, U = R, c = b;
-Wu et al. 2024, arXiv 2404.03592). Arguments shared by all four:
+Wu et al. 2024, arXiv 2404.03592). Arguments shared by all:
 
 =========  =================  =============================================================
 argument   shape, dtype       meaning
@@ -35,6 +36,11 @@ Rules for every backend: each row of h appears at most once among the segments w
 sums are float32 or wider; a row's result depends, to the bit, on that row and its pool range only
 (not on the tile it shares, nor on the order of rows), NaN and Inf in the row included, where the pool
 range is finite; rows that no tile names are not written; pool rows outside the named spans are never read.
+
+`intervene_sum_` is for engines that add a block's output to the residual stream only in the norm that
+follows. It takes `addend`, a tensor of h's shape and dtype. In rows that a segment with rank > 0 names, h
+becomes the edited sum, where the sum is rounded to h's dtype before the edit, and `addend` becomes 0. Other
+rows of both keep their bits.
 
 `intervene_norm_` takes a plan that names every row of h exactly once (`reft_kernels.plan.cover` makes
 one). Beside it:
@@ -103,6 +109,7 @@ _TABLES = f"{declared(PoolRows)}, {declared(Plan)}"
 
 _SCHEMAS = {
     "intervene_": f"(Tensor(a!) h, {_TABLES}) -> ()",
+    "intervene_sum_": f"(Tensor(a!) h, Tensor(b!) addend, {_TABLES}) -> ()",
     "intervene_norm_": (
         f"(Tensor(a!) h, {_TABLES}, Tensor weight, Tensor? shift, float eps, int norm) -> Tensor"
     ),
@@ -116,6 +123,7 @@ _SCHEMAS = {
     ),
 }
 
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _SCHEMAS.items():
     for _backend in BACKENDS:
@@ -128,6 +136,7 @@ def overload(name: str, backend: str) -> torch._ops.OpOverload:
 
 
 INTERVENE_ = {backend: overload("intervene_", backend) for backend in BACKENDS}
+INTERVENE_SUM_ = {backend: overload("intervene_sum_", backend) for backend in BACKENDS}
 INTERVENE_NORM_ = {backend: overload("intervene_norm_", backend) for backend in BACKENDS}
 INTERVENE = {backend: overload("intervene", backend) for backend in BACKENDS}
 INTERVENE_BACKWARD = {backend: overload("intervene_backward", backend) for backend in BACKENDS}
@@ -138,7 +147,7 @@ def flat(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     What the op takes before and after them is handed on as it is.
     """
-    first = 2 if name == "intervene_backward" else 1
+    first = 2 if name in ("intervene_backward", "intervene_sum_") else 1
     middle = first + len(PoolRows._fields)
     offsets = name in ("intervene", "intervene_backward")
     end = middle + len(Plan._fields) - (not offsets)
@@ -181,6 +190,7 @@ def _fake_backward(grad, hs, pool: PoolRows, plan: Plan, need_h, need_pool):
 
 _FAKES = {
     "intervene_": _fake_intervene_,
+    "intervene_sum_": _fake_intervene_,
     "intervene_norm_": _fake_intervene,
     "intervene": _fake_intervene,
     "intervene_backward": flat("intervene_backward", _fake_backward),

@@ -10,7 +10,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 HEADING = "## Who imports whom"
 
 _WIDTH, _HEIGHT, _GAP, _FLOOR = 142, 44, 14, 82
-_FRONT_DOORS = {"huggingface", "training", "reft_kernels", "cli", "doctor", "functional"}
+_FRONT_DOORS = {"huggingface", "serving", "training", "reft_kernels", "cli", "doctor", "functional"}
 
 
 def read_rows(text: str) -> list[tuple[str, frozenset[str], frozenset[str], str]]:

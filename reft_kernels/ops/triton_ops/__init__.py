@@ -1,6 +1,6 @@
 """The triton backend: every GPU that Triton reaches, and the CPU through Triton's interpreter.
 
-kernels_forward    intervene_, in place
+kernels_forward    intervene_, in place, and intervene_sum_
 kernels_norm       intervene_norm_
 kernels_backward   dh and the gradients of the pool
 activations        φ and φ′
@@ -51,6 +51,7 @@ if _missing is None:
             _key,
             {
                 "intervene_": launch.intervene_,
+                "intervene_sum_": launch.intervene_sum_,
                 "intervene_norm_": launch.intervene_norm_,
                 "intervene": launch.intervene,
                 "intervene_backward": launch.intervene_backward,

@@ -230,3 +230,32 @@ def intervene_kernel(
             h, down, up, bias, kind, rows, spans, segment, start, count, n_rows, row_stride,
             D=D, WHOLE=WHOLE, BLOCK=BLOCK, PARTS=PARTS, SLICES=SLICES, ALONE=ALONE, SHARED=SHARED, FULL=FULL,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES, do_not_specialize_on_alignment=BATCH_TABLES)
+def fold_kernel(
+    h,  # [n_rows, D], rows row_stride apart; becomes h + addend where a tile has an edit
+    addend,  # [n_rows, D], rows addend_stride apart; becomes 0 there
+    rows,  # [n]
+    tiles,  # [n_tiles, 3]
+    spans,  # [S, 2]
+    n_rows,
+    row_stride,
+    addend_stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    segment, start, count = tile_entry(tiles, tl.program_id(0))
+    if (count > 0) & (segment >= 0):
+        if tl.load(spans + 2 * segment + 1) > 0:
+            for i in range(count):
+                row = tl.load(rows + start + i).to(tl.int64)
+                end = tl.where((row >= 0) & (row < n_rows), D, 0)
+                for begin in range(0, D, BLOCK):
+                    col = begin + tl.arange(0, BLOCK)
+                    inside = col < end
+                    to, other = h + row * row_stride + col, addend + row * addend_stride + col
+                    x = tl.load(to, mask=inside, other=0.0)
+                    y = tl.load(other, mask=inside, other=0.0)
+                    tl.store(to, rounded(x.to(tl.float32) + y.to(tl.float32), x.dtype), mask=inside)
+                    tl.store(other, tl.zeros_like(y), mask=inside)

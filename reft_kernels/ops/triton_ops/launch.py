@@ -7,13 +7,13 @@ import triton
 from torch import Tensor
 
 from ..arguments import Plan, PoolRows
-from ..checks import check_norm, check_tables
+from ..checks import check_addend, check_norm, check_tables
 from ..schema import Norm
 from . import options
 from .blocks import LOW_RANK
 from .checks import check_cover, readable, row_stride
 from .kernels_backward import backward_add_kernel, backward_pool_kernel, backward_rows_kernel
-from .kernels_forward import intervene_kernel
+from .kernels_forward import fold_kernel, intervene_kernel
 from .kernels_norm import intervene_norm_kernel
 from .launcher import Launcher, on
 
@@ -21,6 +21,7 @@ _CENTRED = int(Norm.CENTRED)
 
 
 _edit = Launcher(intervene_kernel, options.forward_options)
+_fold = Launcher(fold_kernel, options.fold_options)
 _edit_and_norm = Launcher(intervene_norm_kernel, options.norm_options)
 _rows = Launcher(backward_rows_kernel, options.rows_options)
 _pool = Launcher(backward_pool_kernel, options.pool_options)
@@ -43,6 +44,27 @@ def intervene_(h: Tensor, pool: PoolRows, plan: Plan) -> None:
             n_rows=entries // d,
             row_stride=stride,
         )
+
+
+def intervene_sum_(h: Tensor, addend: Tensor, pool: PoolRows, plan: Plan) -> None:
+    check_tables(h, pool, plan, "triton")
+    check_addend(h, addend)
+    stride, other = row_stride(h, "h"), row_stride(addend, "addend")
+    entries, n_tiles = h.numel(), plan.tiles.shape[0]
+    n_pool, d = pool.down.shape
+    if n_tiles == 0 or entries == 0 or n_pool == 0:
+        return
+    with on(h.device):
+        _fold(
+            grid=(n_tiles, 1, 1),
+            dtypes=(h.dtype, pool.down.dtype),
+            d=d,
+            tensors=(h, addend, plan.rows, plan.tiles, plan.spans),
+            n_rows=entries // d,
+            row_stride=stride,
+            addend_stride=other,
+        )
+    intervene_(h, pool, plan)
 
 
 def intervene_norm_(

@@ -43,6 +43,11 @@ def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, align
     return options
 
 
+def fold_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned: bool = True) -> dict:
+    """Meta-parameters of `fold_kernel`."""
+    return {"D": d, "BLOCK": min(triton.next_power_of_2(d), 2048), "num_warps": 4}
+
+
 def norm_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned: bool = True) -> dict:
     """Meta-parameters of `intervene_norm_kernel`: `intervene_kernel`'s, so that edits have the same bits."""
     options = forward_options(h_dtype, pool_dtype, d, aligned)

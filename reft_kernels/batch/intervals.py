@@ -1,0 +1,40 @@
+"""What an adapter edits of one sequence, as intervals: for engines whose batch changes every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..positions import Positions
+
+#: Where an interval of generated tokens ends.
+NO_END = 2**31 - 1
+
+
+def intervals_of(groups: Sequence[Positions], prompt_length: int) -> np.ndarray:
+    """The edited positions of a sequence with a prompt of that many tokens, whatever is generated after it.
+
+    >>> intervals_of([Positions.parse("f2+l1"), Positions.parse("generated")], 9).tolist()
+    [[0, 0, 2], [0, 8, 9], [1, 9, 2147483647]]
+
+    Returns (group, first position, the one behind the last), int64 [n, 3], of each group in ascending order.
+
+    Raises ValueError: an empty prompt where positions need one, or an index that the prompt lacks.
+    """
+    found = []
+    for group, positions in enumerate(groups):
+        if positions.needs_prompt and positions.word != "generated" and prompt_length == 0:
+            raise ValueError(f"the prompt is empty, but the adapter edits {positions} of it")
+        index = positions.resolve(prompt_length)
+        if positions.generated:
+            index = np.append(index, prompt_length)
+        if not len(index):
+            continue
+        breaks = np.flatnonzero(np.diff(index) != 1) + 1
+        starts = index[np.append(0, breaks)]
+        ends = index[np.append(breaks, len(index)) - 1] + 1
+        if positions.generated:
+            ends[-1] = NO_END
+        found.append(np.stack([np.full(len(starts), group), starts, ends], axis=1))
+    return np.concatenate(found) if found else np.zeros((0, 3), dtype=np.int64)

@@ -1,0 +1,38 @@
+"""The plugin of vLLM: adapters in every batch of an unmodified vLLM. docs/serving.md is for its users.
+
+vLLM calls `register` in each of its processes (entry point group "vllm.general_plugins"). Nothing changes
+there unless the server was started with `additional_config={"reft": {…}}`.
+
+install     the places at which vLLM is hooked, all of them
+frontend    the process that takes requests in: which adapter, and refusals
+http        the same of the HTTP server: adapters by `model`, loaded and unloaded at run time
+engine      the process that schedules: keys of the prefix cache, and whether all workers are there
+layers      the process that runs the model: finds its layers and what they return
+model       the edits in them
+runner      which rows of a step are whose, for both of vLLM's model runners
+extension   what the engine asks of a worker
+"""
+
+from __future__ import annotations
+
+_registered = False
+
+
+def register() -> None:
+    """Hooks vLLM in this process. vLLM may call it several times.
+
+    Where that fails, a server that asks for adapters does not start: vLLM itself only logs a plugin's errors.
+    """
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from . import guard
+
+    try:
+        from . import install
+
+        install.install()
+    except Exception as error:
+        guard.refuse(error)
+        raise
