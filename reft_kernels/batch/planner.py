@@ -13,11 +13,14 @@ from .lists import read_lists
 from .names import POSITIONS, unknown
 from .prompts import Prompts
 from .selection import Selection, select
-from .stacks import RowNames, joined, names_of, terms_of, with_scales
+from .stacks import Mix, RowNames, joined, names_of, terms_of, with_scales
 from .store import AdapterStore
 
 #: The name of the bare model in a list of adapter names, as in PEFT.
 BASE = "__base__"
+
+#: What a list of adapter names mostly holds.
+_PLAIN = {str, type(None)}
 
 
 class Planner:
@@ -38,6 +41,10 @@ class Planner:
             raise ValueError(f"adapter_names: must be a list with one name a row, was {given!r}")
         if len(given) != batch:
             raise ValueError(f"adapter_names: has {len(given)} names for a batch of {batch} rows")
+        if scale is None and set(map(type, given)) <= _PLAIN:  # as most calls are: one name a row
+            plain = tuple(None if name == BASE else name for name in given)
+            self._check_known([name for name in dict.fromkeys(plain) if name is not None])
+            return plain
         rows = [self._names_of_row(row, entry) for row, entry in enumerate(given)]
         self._check_known([name for row in rows for name in row])
         names = with_scales(rows, scale)
@@ -70,11 +77,11 @@ class Planner:
 
     def needs_prompt(self, names: Sequence[RowNames]) -> bool:
         """Whether what these adapters edit depends on which tokens are prompt."""
-        return any(group.needs_prompt for name in names_of(names) for group in self.store.groups(name))
+        return any(positions.needs_prompt for positions in self.store.positions_of(names_of(names)))
 
     def needs_ids(self, names: Sequence[RowNames]) -> bool:
         """Whether what these adapters edit depends on token ids."""
-        return any(group.needs_ids for name in names_of(names) for group in self.store.groups(name))
+        return any(positions.needs_ids for positions in self.store.positions_of(names_of(names)))
 
     def select(self, names: Sequence[RowNames], prompts: Prompts, positions: Any = None) -> Selection:
         """What the adapters of a batch's rows edit in its prompts and after them. See `selection.select`.
@@ -90,9 +97,8 @@ class Planner:
             lists = read_lists(positions, _single(names), prompts, self.store.adapters.__getitem__)
         selection = select(names, prompts, self.store.groups, lists)
         selection.owners = {name: self.store.adapters[name] for name in listed}
-        selection.stacked = any(len(terms_of(row)) > 1 for row in names) or any(
-            adapter.overlapping for adapter in selection.owners.values()
-        )
+        several = any(isinstance(row, Mix) and len(row.terms) > 1 for row in dict.fromkeys(names))
+        selection.stacked = several or not self.store.overlapping.isdisjoint(listed)
         return selection
 
     def plan(

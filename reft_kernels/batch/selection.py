@@ -181,27 +181,31 @@ def select(
     that count generated tokens where nobody knows how many there were.
     """
     segments: list[Segment] = []
-    specs: dict[Positions, tuple[list[int], list[int]]] = {}  # rows, and the segment of each
-    rows_of: dict[Term, list[int]] = {}
+    specs: dict[int, tuple[Positions, list[int], list[int]]] = {}  # rows, and the segment of each
+    rows_by_taken: dict[RowNames, list[int]] = {}
     for row, taken in enumerate(names):
+        rows_by_taken.setdefault(taken, []).append(row)
+    rows_of: dict[Term, list[int]] = {}
+    for taken, mine in rows_by_taken.items():
         for term in terms_of(taken):
-            rows_of.setdefault(term, []).append(row)
+            rows_of[term] = sorted(rows_of[term] + mine) if term in rows_of else mine
     picked = [(_NOTHING, _NOTHING, _NOTHING)]
     told = lists or {}
     for term in sorted(rows_of):
         for group, positions in enumerate(groups_of(term.name)):
-            mine = [row for row in rows_of[term] if row not in told]
+            mine = [row for row in rows_of[term] if row not in told] if told else rows_of[term]
             if mine:
-                listed, owned = specs.setdefault(positions, ([], []))
+                # A store has one object for equal specs.
+                _, listed, owned = specs.setdefault(id(positions), (positions, [], []))
                 listed += mine
                 owned += [len(segments)] * len(mine)
-            for row in (row for row in rows_of[term] if row in told):
+            for row in (row for row in rows_of[term] if row in told) if told else ():
                 columns = told[row][group]
                 picked.append((np.full(len(columns), len(segments)), np.full(len(columns), row), columns))
             segments.append(segment_of(term, group))
     generated = [(_NOTHING, _NOTHING)]
     dynamic: list[Asked] = []
-    for positions, (listed, owned) in specs.items():
+    for positions, listed, owned in specs.values():
         rows, owners = np.array(listed), np.array(owned)
         if positions.dynamic:
             _check(positions, prompts, rows, names)

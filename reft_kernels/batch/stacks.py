@@ -48,7 +48,13 @@ def terms_of(row: RowNames) -> tuple[Term, ...]:
 
 def names_of(rows: Sequence[RowNames]) -> list[str]:
     """The adapters of all rows, each once."""
-    return list(dict.fromkeys(term.name for row in rows for term in terms_of(row)))
+    found: dict[str, None] = {}
+    for row in dict.fromkeys(rows):
+        if isinstance(row, str):
+            found[row] = None
+        elif row is not None:
+            found.update((term.name, None) for term in row.terms)
+    return list(found)
 
 
 def row_of(terms: Sequence[Term]) -> RowNames:

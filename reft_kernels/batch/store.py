@@ -41,6 +41,7 @@ class AdapterStore:
     Attributes:
         adapters: name → Adapter.
         places: what hidden states look like at each site that an adapter was laid for.
+        overlapping: the names of those whose own interventions may share a token.
         version: counts up whenever adapters come, go or move, so that what was made before is known as old.
     """
 
@@ -51,7 +52,10 @@ class AdapterStore:
         self.places: dict[SiteKey, Place] = {}
         self.version = 0
         self._laid: dict[str, list[_Laid]] = {}
+        #: Equal specs are one object, so that a batch asks each of them once.
+        self._specs: dict[Positions, Positions] = {}
         self._groups: dict[str, tuple[Positions, ...]] = {}
+        self.overlapping: set[str] = set()
         #: Sites have numbers, rows of `_ranges`: name → (first, rank) by position group and site.
         self._numbers: dict[SiteKey, int] = {}
         self._widths: dict[SiteKey, int] = {}
@@ -64,6 +68,11 @@ class AdapterStore:
     def groups(self, name: str) -> tuple[Positions, ...]:
         """The position specs of an adapter that have parameters of their own."""
         return self._groups[name]  # asked for each row: a module's attributes take longer to find
+
+    def positions_of(self, names: Iterable[str]) -> list[Positions]:
+        """The distinct position specs of some adapters."""
+        groups = self._groups
+        return list({id(one): one for name in names for one in groups[name]}.values())
 
     # Adapters come and go --------------------------------------------------------------------------------
 
@@ -92,7 +101,10 @@ class AdapterStore:
                 pool = self._pool(places[SiteKey.of(one)], one.width)
                 laid.append(_Laid(pool, pool.add(fold)))
         self.places = places
-        self.adapters[name], self._laid[name], self._groups[name] = adapter, laid, adapter.groups
+        self.adapters[name], self._laid[name] = adapter, laid
+        self._groups[name] = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
+        if adapter.overlapping:
+            self.overlapping.add(name)
         self._number(name)
         self._changed()
 
@@ -103,6 +115,7 @@ class AdapterStore:
         for pool, span in self._laid.pop(name):
             pool.remove(span)
         del self._ranges[name], self._groups[name]
+        self.overlapping.discard(name)
         self._changed()
         return adapter
 
