@@ -70,8 +70,7 @@ class Planner:
 
     def _check_scales(self, names: Sequence[RowNames]) -> None:
         for term in dict.fromkeys(term for row in names for term in terms_of(row)):
-            if term.scale != 1:
-                self.store.adapters[term.name].check_scalable()
+            self.store.adapters[term.name].check_scale(term.scale)
 
     def needs_prompt(self, names: Sequence[RowNames]) -> bool:
         """Whether what these adapters edit depends on which tokens are prompt."""

@@ -101,6 +101,7 @@ class Reft(Names, Merges, nn.Module):
         act_fn: str | None = None,
         dropout: float | None = None,
         last_position: LastPosition | None = None,
+        scale: float | None = None,
         is_trainable: bool = False,
     ) -> Adapter:
         """Loads an adapter from a folder (ours, or one that pyreft saved) or a hub id, under `name`.
@@ -112,6 +113,7 @@ class Reft(Names, Merges, nn.Module):
             path: the folder or "org/name" on the hub.
             name: how calls refer to it; `adapter_name`, as in PEFT, is the same.
             positions, act_fn, dropout, last_position: what a folder of pyreft's does not hold.
+            scale: what its edits are multiplied by, in every call; saved with it.
             is_trainable: to train on; freezes the base model.
 
         Raises:
@@ -122,7 +124,12 @@ class Reft(Names, Merges, nn.Module):
         """
         self._check_name(name)
         adapter = Adapter.from_pretrained(
-            path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position
+            path,
+            positions=positions,
+            act_fn=act_fn,
+            dropout=dropout,
+            last_position=last_position,
+            scale=scale,
         )
         if is_trainable:
             adapter.trainable = True

@@ -43,6 +43,10 @@ def heads(seed: int = 0) -> rk.Adapter:
 
 def patched(family: str = "llama"):
     model = make_model(family, gain=1.0).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # which are 0 in a fresh model
+                parameter.normal_(0, 0.1)
     return model, rk.patch(model)
 
 
