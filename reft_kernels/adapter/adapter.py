@@ -158,11 +158,19 @@ class Adapter(nn.Module):
                 ready[index][name] = result
         return [one.fold(found) for one, found in zip(self.interventions, ready)]
 
-    def check_scalable(self, argument: str = "scale") -> None:
-        """Raises ValueError, which names the argument, where an edit times a number means nothing."""
+    def check_scale(self, scale: float, argument: str = "scale") -> None:
+        """Raises ValueError, which names the argument, where the edits times this mean nothing."""
         for one in self.interventions:
-            if not one.spec.scalable:
-                raise ValueError(f"{argument}: an edit of the method {one.method} can't be multiplied")
+            one.spec.check_scale(scale, argument)
+
+    def rescale(self, scale: float) -> None:
+        """Multiplies the edits by a finite number, in place of the one before; it is saved with the adapter.
+
+        For an adapter that is on no model yet; calls of a model take `scale` for each of their rows.
+        """
+        self.check_scale(scale)
+        for one in self.interventions:
+            one.scale = float(scale)
 
     def penalty(self) -> Tensor:
         """What the methods add to the loss in training, a scalar; 0 where they add nothing.
@@ -275,6 +283,7 @@ class Adapter(nn.Module):
         act_fn: str | None = None,
         dropout: float | None = None,
         last_position: LastPosition | None = None,
+        scale: float | None = None,
     ) -> Adapter:
         """Reads an adapter from a folder, or from the Hugging Face hub by its "organisation/name".
 
@@ -282,6 +291,7 @@ class Adapter(nn.Module):
             path: a folder that `save_pretrained` wrote, or one that pyreft's `save` wrote.
             positions, act_fn, dropout, last_position: for a folder of pyreft's only, which does not hold
                 them; positions is required there. The others default to None, 0.0 and "length".
+            scale: what its edits are multiplied by; by default what the file says.
 
         Returns:
             An adapter on the CPU, in the stored dtypes, not trainable.
@@ -289,9 +299,11 @@ class Adapter(nn.Module):
         Raises:
             reft_kernels.checkpoint.CheckpointError: (a ValueError) names the file and what is wrong with it.
         """
-        return cls.from_record(
-            read(path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position)
-        )
+        record = read(path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position)
+        adapter = cls.from_record(record)
+        if scale is not None:
+            adapter.rescale(scale)
+        return adapter
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes reft_config.json and reft_model.safetensors into the folder `path`, to the bit.

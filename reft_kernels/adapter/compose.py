@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -70,6 +69,7 @@ def with_rows(interventions: Sequence[Intervention], rows: Sequence[int]) -> lis
             dropout=one.dropout,
             head=one.head,
             options=one.options,
+            scale=one.scale,
         )
         for one in interventions
     ]
@@ -100,11 +100,7 @@ def check_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) 
     if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != len(adapters):
         raise ValueError(f"weights: must be a list of {len(adapters)} numbers, was {weights!r}")
     for adapter, weight in zip(adapters, weights):
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight):
-            raise ValueError(f"weights: must be finite numbers, held {weight!r}")
-        if weight != 1:
-            adapter.check_scalable("weights")
+        adapter.check_scale(weight, "weights")
     return [float(weight) for weight in weights]
 
 

@@ -37,6 +37,7 @@ class Intervention(nn.Module):
         dropout: probability with which an element of the edited hidden state is dropped in training.
         head: the attention head, for the site "head_attention_value_output" only.
         options: settings of the method; those that are not given have the method's defaults.
+        scale: what the edit is multiplied by.
 
     Attributes:
         group: index of `positions` among the adapter's position groups (set by the adapter).
@@ -59,6 +60,7 @@ class Intervention(nn.Module):
         dropout: float = 0.0,
         head: int | None = None,
         options: Mapping[str, Any] | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         _check_place(method, layer, site, head, act_fn, dropout)
@@ -69,6 +71,7 @@ class Intervention(nn.Module):
         self.options = self.spec.stored(self.spec.resolve(options))
         _check_tensors(self.spec, tensors)
         self.spec.check(tensors, activation(act_fn), self.options)
+        self.scale = self.spec.check_scale(scale)
         self.names = tuple(name for name in self.spec.shapes if name in tensors)
         self._pool_rows: int | None = None
         for name in self.names:
@@ -91,6 +94,7 @@ class Intervention(nn.Module):
                 dropout=record.dropout,
                 head=record.head,
                 options=record.options,
+                scale=record.scale,
             )
         except ValueError as error:
             raise CheckpointError(f"{record.where}: {error}") from error
@@ -114,6 +118,7 @@ class Intervention(nn.Module):
             act_fn=self.act_fn,
             dropout=self.dropout,
             options=self.options,
+            scale=self.scale,
         )
 
     @property
@@ -188,6 +193,8 @@ class Intervention(nn.Module):
 
     def _folded(self, tensors: dict[str, Tensor]) -> Fold:
         fold = self.spec.fold(tensors, activation(self.act_fn), self.options)
+        if self.scale != 1:
+            fold = fold._replace(up=fold.up * self.scale)
         return Fold(*(tensor.contiguous() for tensor in fold))
 
     def widen_orthonormal(self) -> None:

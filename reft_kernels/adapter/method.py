@@ -200,6 +200,14 @@ class Method:
             allowed = ", ".join(map(repr, self.sites))
             raise ValueError(f"site: {self.name} means something at {allowed} only, was {site!r}")
 
+    def check_scale(self, scale: Any, argument: str = "scale") -> float:
+        """What an edit may be multiplied by. Raises ValueError that names the argument."""
+        if not _is_number(scale):
+            raise ValueError(f"{argument}: must be a finite number, was {scale!r}")
+        if scale != 1 and not self.scalable:
+            raise ValueError(f"{argument}: an edit of the method {self.name} can't be multiplied")
+        return float(scale)
+
     def check_trainable(self) -> None:
         """Raises ValueError where the method can't be trained."""
         if not self.trainable:

@@ -69,11 +69,15 @@ class Planner:
         for name in names:
             if name not in adapters:
                 raise ValueError(f"adapter_names: {unknown(name, [*adapters, BASE], 'known are')}")
+            if name in self.store.merged:
+                raise ValueError(
+                    f"adapter_names: {name!r} is merged into the weights, so every row has it; "
+                    "unmerge_adapter makes it one to name again"
+                )
 
     def _check_scales(self, names: Sequence[RowNames]) -> None:
         for term in dict.fromkeys(term for row in names for term in terms_of(row)):
-            if term.scale != 1:
-                self.store.adapters[term.name].check_scalable()
+            self.store.adapters[term.name].check_scale(term.scale)
 
     def needs_prompt(self, names: Sequence[RowNames]) -> bool:
         """Whether what these adapters edit depends on which tokens are prompt."""

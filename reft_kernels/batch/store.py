@@ -42,12 +42,14 @@ class AdapterStore:
         adapters: name → Adapter.
         places: what hidden states look like at each site that an adapter was laid for.
         overlapping: the names of those whose own interventions may share a token.
+        merged: names of adapters that are part of the model's weights, and so of no plan.
         version: counts up whenever adapters come, go or move, so that what was made before is known as old.
     """
 
     def __init__(self, capacity: int | None = None, pool_dtype: torch.dtype | None = None) -> None:
         self.capacity, self.pool_dtype = capacity, pool_dtype
         self.adapters: dict[str, Adapter] = {}
+        self.merged: set[str] = set()
         self.pools: dict[tuple[torch.device, torch.dtype, int], Pool] = {}
         self.places: dict[SiteKey, Place] = {}
         self.version = 0

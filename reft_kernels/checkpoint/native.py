@@ -3,8 +3,10 @@
 The JSON says what each intervention is; the tensors carry the names `interventions.<index>.<parameter>`,
 in the dtypes they have, so that a round trip keeps every bit. Version 2 adds, where an adapter has them, the
 modules that it trained copies of (`modules_to_save.<path>.<tensor>`), and for training checkpoints the raw
-parameters instead of the orthonormal rows that the fold makes of them ("raw": true). The key base_model,
-which says what model the adapter is for, may stand in every version: readers that don't know it pass it by.
+parameters instead of the orthonormal rows that the fold makes of them ("raw": true). Version 3 adds what the
+edits of an intervention are multiplied by ("scale"). What is written has the least version that says it. The
+key base_model, which says what model the adapter is for, may stand in every version: readers that don't know
+it pass it by.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from .records import AdapterRecord, BaseModel, InterventionRecord
 
 CONFIG, WEIGHTS = "reft_config.json", "reft_model.safetensors"
 
-#: What is written where version 1 can't say it; older ones are read.
-FORMAT_VERSION = 2
+#: The newest; older ones are read.
+FORMAT_VERSION = 3
 
 
 def _key(index: int, name: str) -> str:
@@ -55,7 +57,15 @@ def _entry(one: InterventionRecord) -> dict[str, Any]:
         "parameters": list(one.tensors),
         # Only methods have them that earlier versions don't know, and refuse.
         **({"options": dict(one.options)} if one.options else {}),
+        **({} if one.scale == 1 else {"scale": one.scale}),
     }
+
+
+def _version(record: AdapterRecord) -> int:
+    """The least version that can say it, so that earlier readers don't pass by what they don't know."""
+    if any(one.scale != 1 for one in record.interventions):
+        return 3
+    return 2 if record.modules or record.raw else 1
 
 
 @torch.no_grad()
@@ -83,7 +93,7 @@ def write(record: AdapterRecord, path: str | os.PathLike[str]) -> None:
     if record.raw:
         added["raw"] = True
     config = {
-        "format_version": FORMAT_VERSION if added else 1,
+        "format_version": _version(record),
         "width": record.width,
         "n_layers": record.n_layers,
         "config": record.config,
@@ -240,5 +250,6 @@ def _intervention(
         act_fn=take(where, entry, "act_fn", str, type(None)),
         dropout=take(where, entry, "dropout", float, int),
         options=take(where, {"options": {}, **entry}, "options", dict),
+        scale=take(where, {"scale": 1.0, **entry}, "scale", float, int),
         where=where,
     )

@@ -23,6 +23,7 @@ class InterventionRecord:
         rank: r, which the tensors must have.
         tensors: the method's parameters by name; the first is [r, d].
         options: settings of the method by name, values that JSON knows.
+        scale: what the edit is multiplied by.
         where: the file (and the entry in it) that it was read from.
     """
 
@@ -36,6 +37,7 @@ class InterventionRecord:
     act_fn: str | None = None
     dropout: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
     where: str = ""
 
 

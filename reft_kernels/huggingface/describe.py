@@ -1,14 +1,17 @@
-"""What people read of the adapters of a model: a line for each."""
+"""What people read of the adapters of a model, a line for each, and how they may name them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..batch.names import LISTED, unknown
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
+
+_Result = TypeVar("_Result")
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -52,6 +55,20 @@ def listing(adapters: Mapping[str, Adapter]) -> list[str]:
     lines = [describe(name, adapters[name]) for name in list(adapters)[:LISTED]]
     rest = len(adapters) - len(lines)
     return [*lines, f"and {rest} more"] if rest else lines
+
+
+def named_as_in_peft(method: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Lets a method's `name` be given as `adapter_name`, too, as PEFT's methods call it."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> _Result:
+        if "adapter_name" in kwargs:
+            if "name" in kwargs:
+                raise TypeError(f"{method.__name__}: name and adapter_name are the same; give one of them")
+            kwargs["name"] = kwargs.pop("adapter_name")
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 class Names:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,10 @@ from .base_model import meet_base
 from .blocks import Blocks, head_width, place_of, site_module, text_config
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
 from .checkpointing import forget_plans
-from .describe import Names
+from .describe import Names, named_as_in_peft
 from .freezing import Freeze
 from .fused_norm import Kinds, next_norms, other_norms
+from .merging import Merges, Merging
 from .reading import CallReader
 from .runtime import Runtime
 from .saved_modules import SavedModuleStandIns
@@ -39,24 +39,7 @@ _CALLS = {
 }
 
 
-_Result = TypeVar("_Result")
-
-
-def _named_as_in_peft(method: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Lets a method's `name` be given as `adapter_name`, too, as PEFT's methods call it."""
-
-    @functools.wraps(method)
-    def call(self: Reft, *args: Any, **kwargs: Any) -> _Result:
-        if "adapter_name" in kwargs:
-            if "name" in kwargs:
-                raise TypeError(f"{method.__name__}: name and adapter_name are the same; give one of them")
-            kwargs["name"] = kwargs.pop("adapter_name")
-        return method(self, *args, **kwargs)
-
-    return call
-
-
-class Reft(Names, nn.Module):
+class Reft(Names, Merges, nn.Module):
     """The adapters of a patched model; also found as `model.reft`.
 
     It is a submodule of the model, so that optimizers and `.to()` find its parameters, but keeps out of the
@@ -74,6 +57,8 @@ class Reft(Names, nn.Module):
         self._modules_of = nn.ModuleDict()
         self._runtime = Runtime(model, blocks, AdapterStore(capacity, pool_dtype))
         self._sites = Sites(self._runtime)
+        self._merging = Merging(model, self._sites)
+        self._was_active: str | None = None
         self._reader = CallReader(self._runtime, self._sites)
         self._copied = SavedModuleStandIns(self._runtime)
         self._freeze = Freeze()
@@ -105,7 +90,7 @@ class Reft(Names, nn.Module):
         """The adapter of calls that name none; None for the bare model."""
         return self._runtime.active
 
-    @_named_as_in_peft
+    @named_as_in_peft
     @torch.inference_mode(False)  # what is loaded in inference mode must be fit to train with
     def load_adapter(
         self,
@@ -116,6 +101,7 @@ class Reft(Names, nn.Module):
         act_fn: str | None = None,
         dropout: float | None = None,
         last_position: LastPosition | None = None,
+        scale: float | None = None,
         is_trainable: bool = False,
     ) -> Adapter:
         """Loads an adapter from a folder (ours, or one that pyreft saved) or a hub id, under `name`.
@@ -127,6 +113,7 @@ class Reft(Names, nn.Module):
             path: the folder or "org/name" on the hub.
             name: how calls refer to it; `adapter_name`, as in PEFT, is the same.
             positions, act_fn, dropout, last_position: what a folder of pyreft's does not hold.
+            scale: what its edits are multiplied by, in every call; saved with it.
             is_trainable: to train on; freezes the base model.
 
         Raises:
@@ -137,14 +124,19 @@ class Reft(Names, nn.Module):
         """
         self._check_name(name)
         adapter = Adapter.from_pretrained(
-            path, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position
+            path,
+            positions=positions,
+            act_fn=act_fn,
+            dropout=dropout,
+            last_position=last_position,
+            scale=scale,
         )
         if is_trainable:
             adapter.trainable = True
         self._install(name, adapter)
         return adapter
 
-    @_named_as_in_peft
+    @named_as_in_peft
     @torch.inference_mode(False)
     def add_adapter(self, name: str, adapter: ReftConfig | Adapter) -> Adapter:
         """Adds a fresh trainable adapter made from a config (the base is frozen), or one made elsewhere.
@@ -220,10 +212,12 @@ class Reft(Names, nn.Module):
         known = self._store.places.get(key)
         return known or Place(*place_of(self._runtime.blocks.layers[key.layer], self.model))
 
-    @_named_as_in_peft
+    @named_as_in_peft
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter and frees its room. Raises ValueError for an unknown name."""
         self._known(name)
+        if name in self._store.merged:
+            raise ValueError(f"name: {name!r} is merged into the weights; unmerge_adapter first")
         with self._runtime.lock:
             adapter = self._store.remove(name)
             adapter.on_trainable = None
@@ -236,7 +230,7 @@ class Reft(Names, nn.Module):
             self._sites.keep({key for other in others for key in keys_of(other)})
             self._copied.keep({path for other in others for path in other.saved_modules.modules_by_path})
 
-    @_named_as_in_peft
+    @named_as_in_peft
     def set_adapter(self, name: str | None) -> None:
         """Makes `name` the adapter of calls that name none; None or "__base__" for the bare model.
 
@@ -246,6 +240,8 @@ class Reft(Names, nn.Module):
             name = None
         if name is not None:
             self._known(name)
+            if name in self._store.merged:
+                raise ValueError(f"name: {name!r} is merged into the weights; unmerge_adapter first")
         self._runtime.active, self._runtime.told.active_chosen = name, True
 
     @contextlib.contextmanager
@@ -257,7 +253,7 @@ class Reft(Names, nn.Module):
         finally:
             self._runtime.active = before if before in self._store.adapters else None
 
-    @_named_as_in_peft
+    @named_as_in_peft
     def save_pretrained(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Saves one adapter (the active one by default) as reft_config.json and reft_model.safetensors."""
         name = self.active_adapter if name is None else name
@@ -291,6 +287,7 @@ class Reft(Names, nn.Module):
         self._runtime.forget_compiled()
 
     def _detach(self) -> None:
+        self.unmerge_adapter()
         for name in list(self._store.adapters):
             self.delete_adapter(name)
         self._sites.part_norms()

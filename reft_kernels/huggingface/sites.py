@@ -123,6 +123,11 @@ class Sites:
                 site.use(site.inputs, (*site.outputs, key))
         return bool(new)
 
+    def module_at(self, key: SiteKey) -> tuple[nn.Module, bool]:
+        """The module of a site that is attached, and whether the site is its input."""
+        site = self._keys[key]
+        return site.module, key in site.inputs
+
     def keep(self, keys: set[SiteKey]) -> None:
         """Detaches all others."""
         for key in [key for key in self._keys if key not in keys]:

@@ -84,7 +84,18 @@ def _check_same(where: str, name: str, adapter: Adapter, stored: Adapter) -> Non
             "another config"
         )
     for index, (a, b) in enumerate(zip(mine, theirs)):
-        for field in ("method", "layer", "site", "head", "positions", "act_fn", "options", "rank", "width"):
+        for field in (
+            "method",
+            "layer",
+            "site",
+            "head",
+            "positions",
+            "act_fn",
+            "options",
+            "scale",
+            "rank",
+            "width",
+        ):
             if getattr(a, field) != getattr(b, field):
                 raise CheckpointError(
                     f"{where}: intervention {index} has {field} {getattr(b, field)!s}; that of adapter "

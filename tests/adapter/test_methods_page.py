@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import formulas
 
 import reft_kernels as rk
 from reft_kernels.adapter.method import METHODS
+from reft_kernels.ops import Act
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
 METHOD = r"^\| `(\w+)` \|(.*)\|$"
@@ -40,9 +42,29 @@ def test_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_sites_and_training(name: str) -> None:
     spec = METHODS[name]
-    _, sites, trains, *_ = tables()[1][name]
+    _, sites, trains, _ = tables()[1][name]
     assert sites == ("all" if spec.sites is None else ", ".join(spec.sites))
     assert trains.partition(":")[0] == ("yes" if spec.trainable else "no")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_merging(name: str) -> None:
+    from reft_kernels.huggingface.merging import is_linear
+
+    spec = METHODS[name]
+    linear = {}
+    for options in formulas.VARIANTS.get(name, [{}]):
+        for act in (Act.NONE, Act.GELU) if spec.takes_activation else (Act.NONE,):
+            p = formulas.parameters(name, 3, 8, options=options)
+            linear[options.get("mode", ""), act] = is_linear(spec.fold(p, act, spec.resolve(options)))
+    said = {
+        "yes": {("", Act.NONE)},
+        "without act_fn": {("", Act.NONE)},
+        "add, replace": {("add", Act.NONE), ("replace", Act.NONE)},
+        "no": set(),
+        "if its parts do": set(),  # (these parameters have a GELU)
+    }[tables()[1][name][3]]
+    assert {key for key, is_so in linear.items() if is_so} == said
 
 
 def test_the_examples_run() -> None:

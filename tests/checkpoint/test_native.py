@@ -93,6 +93,23 @@ def test_a_config_survives(folder: Path) -> None:
     assert again.config is not None and not again.trainable
 
 
+def test_a_scale_is_saved_and_takes_version_3(folder: Path, tmp_path: Path) -> None:
+    plain, strong = load(folder), load(folder, scale=-2.5)
+    for one, other in zip(plain.folds(), strong.folds()):
+        assert torch.equal(other.up, -2.5 * one.up) and torch.equal(other.down, one.down)
+    strong.save_pretrained(tmp_path / "strong")
+    assert json.loads((tmp_path / "strong" / native.CONFIG).read_text())["format_version"] == 3
+    assert json.loads((folder / native.CONFIG).read_text())["format_version"] == 1
+    again = load(tmp_path / "strong")
+    assert all(torch.equal(a, b) for x, y in zip(strong.folds(), again.folds()) for a, b in zip(x, y))
+    part = again.select_subspace([1])
+    assert torch.equal(part.folds()[0].up[0], again.folds()[0].up[1])
+    assert load(tmp_path / "strong", scale=1.0).interventions[0].scale == 1
+    for wrong in (float("nan"), "2", True):
+        with pytest.raises(ValueError, match="^scale: must be a finite number"):
+            load(folder, scale=wrong)
+
+
 def test_two_saves_are_equal_bytes(folder: Path, tmp_path: Path) -> None:
     load(folder).save_pretrained(tmp_path / "b")
     for name in (native.CONFIG, native.WEIGHTS):
@@ -157,7 +174,7 @@ def first(change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(format_version=3), ("format version 3", "newer")),
+        (lambda c: c.update(format_version=4), ("format version 4", "newer")),
         (lambda c: c.pop("format_version"), ("format_version", "missing")),
         (lambda c: c.pop("interventions"), ("interventions", "missing")),
         (lambda c: c.update(interventions=None), ("interventions", "None")),

@@ -30,6 +30,7 @@ CONFIGS = {
         site="mlp_output",
         modules_to_save=["classifier"],
     ),
+    "version3": ReftConfig(method="vector", layers=[0, 2], positions="all", options={"coefficient": -2.0}),
 }
 
 
@@ -91,6 +92,16 @@ def test_version_2_of_a_training() -> None:
     assert not ready.trainable
     same(ready.interventions[0].materialized(), parameters(0) | {"R": orthonormal_rows(pattern(0, 2, 8))})
     check_modules(ready)
+
+
+def test_version_3() -> None:
+    adapter = Adapter.from_pretrained(FIXTURES / "version3")
+    assert adapter.config == CONFIGS["version3"] and (adapter.n_layers, adapter.width) == (3, 8)
+    for index, one in enumerate(adapter.interventions):
+        assert (one.method, one.layer, one.scale, one.options) == ("vector", 2 * index, 1.5, {})
+        same(one.materialized(), {"v": pattern(index, 1, 8), "coefficient": torch.tensor([-2.0])})
+        fold = one.fold()
+        assert torch.equal(fold.bias @ fold.up, -3 * pattern(index, 8))
 
 
 @pytest.mark.parametrize("folder", CONFIGS)
