@@ -1,4 +1,4 @@
-"""The command line: reft-bench kernels | overhead | host | train | report | compare."""
+"""The command line: reft-bench kernels | overhead | host | serve | train | report | compare."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "kernels": (".commands.kernels", True, "the op alone, beside torch's own ways and the machine's floor"),
     "overhead": (".commands.overhead", True, "whole forwards of a model, beside one with a merged LoRA"),
     "host": (".commands.host", True, "the host's own time in decode steps of a model that costs nothing"),
+    "serve": (".commands.serve", True, "batches of requests to a vLLM engine, beside bare vLLM and its LoRA"),
     "train": (".commands.train", True, "training steps: time and peak memory, beside PEFT's LoRA and pyreft"),
     "report": (".commands.report", False, "what a folder of results says: sentences, plots and tables"),
     "compare": (

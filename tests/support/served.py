@@ -47,7 +47,7 @@ def serve(folder: Path, spec: dict[str, Any], environment: dict[str, str] | None
         variables |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "support.served", str(file)],
-        env=variables, capture_output=True, text=True, timeout=900,
+        env=variables, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
@@ -106,6 +106,7 @@ def main() -> None:
     if spec.get("sabotage"):
         _sabotage(spec["sabotage"])
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     preempted = 0
     if spec["engine"].get("tensor_parallel_size", 1) * spec["engine"].get("pipeline_parallel_size", 1) == 1:
@@ -132,7 +133,7 @@ def main() -> None:
                 engine.llm_engine.input_processor.process_inputs(
                     "trial", {"prompt_token_ids": one["prompt"]}, sampling, ("generate",)
                 )
-            except ValueError as error:
+            except VLLMValidationError as error:
                 found[place] = {"refused": str(error)}
                 continue
             prompts.append({"prompt_token_ids": one["prompt"]})

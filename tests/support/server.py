@@ -18,7 +18,7 @@ from typing import Any
 
 from .served import ENGINE, ENVIRONMENT
 
-_PATIENCE = 300
+_PATIENCE = 1200
 
 
 class Server:

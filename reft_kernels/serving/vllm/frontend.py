@@ -12,7 +12,7 @@ from ..catalog import NAME, SCALE, Catalog, Model
 from ..config import ServingConfig, Source
 from ..ticket import Ticket
 from .extension import NAME as EXTENSION
-from .guard import asked_for
+from .guard import asked_for, wrong_request
 from .layers import Unsupported
 from .runner import FIELD
 
@@ -91,39 +91,50 @@ def wrap_processor(processor_class: Any) -> None:
     def process_inputs(
         self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        extra = getattr(params, "extra_args", None) or {}
-        lora = kwargs.get("lora_request")
-        catalog = catalog_of(self)
-        asked = {name: extra[name] for name in (NAME, SCALE) if name in extra}
-        if catalog is None:
-            if asked:
-                raise ValueError(
-                    f'{NAME}: the server has no adapters; start it with additional_config["reft"]'
-                )
-            return process(self, request_id, prompt, params, *args, **kwargs)
-        if FIELD in extra:
-            raise ValueError(f"{FIELD}: is the plugin's own")
-        if lora is not None and is_adapter(lora.lora_path):
-            if NAME in asked:
-                raise ValueError(f"{NAME}: was given beside {lora.lora_name!r}, which is an adapter itself")
-            kwargs["lora_request"] = None
-            ticket = catalog.ticket({**asked, **_named(catalog, lora)})
-        else:
-            ticket = catalog.ticket(asked)
-        if ticket is None:
-            return process(self, request_id, prompt, params, *args, **kwargs)
-        if kwargs.get("resumable"):
-            raise ValueError(f"{NAME}: requests whose prompt grows are not served with adapters")
+        try:
+            ticket, kwargs["lora_request"] = _asked(catalog_of(self), params, **kwargs)
+        except (ValueError, OSError) as error:
+            raise wrong_request(error) from error
         request = process(self, request_id, prompt, params, *args, **kwargs)
-        if request.sampling_params is None:
-            raise ValueError(f"{NAME}: adapters are served for generation only")
-        _check_prompt(ticket, request)
-        # The request's own copy of the parameters; the caller's are not touched.
-        rest = {name: value for name, value in extra.items() if name not in (NAME, SCALE)}
-        request.sampling_params.extra_args = {**rest, FIELD: ticket.to_dict()}
+        if ticket is not None:
+            try:
+                _check_prompt(ticket, request)
+            except ValueError as error:
+                raise wrong_request(error) from error
+            # The request's own copy of the parameters; the caller's are not touched.
+            extra = request.sampling_params.extra_args or {}
+            rest = {name: value for name, value in extra.items() if name not in (NAME, SCALE)}
+            request.sampling_params.extra_args = {**rest, FIELD: ticket.to_dict()}
         return request
 
     processor_class.__init__, processor_class.process_inputs = __init__, process_inputs
+
+
+def _asked(
+    catalog: Catalog | None, params: Any, lora_request: Any = None, resumable: bool = False, **_: Any
+) -> tuple[Ticket | None, Any]:
+    """A request's adapter, and the LoRA that it has beside. Raises ValueError for what can't be served."""
+    extra = getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
+    asked = {name: extra[name] for name in (NAME, SCALE) if name in extra}
+    if catalog is None:
+        if asked:
+            raise ValueError(f'{NAME}: the server has no adapters; start it with additional_config["reft"]')
+        return None, lora_request
+    if FIELD in extra:
+        raise ValueError(f"{FIELD}: is the plugin's own")
+    if lora_request is not None and is_adapter(lora_request.lora_path):
+        if NAME in asked:
+            raise ValueError(
+                f"{NAME}: was given beside {lora_request.lora_name!r}, which is an adapter itself"
+            )
+        asked |= _named(catalog, lora_request)
+        lora_request = None
+    ticket = catalog.ticket(asked)
+    if ticket is not None and resumable:
+        raise ValueError(f"{NAME}: requests whose prompt grows are not served with adapters")
+    if ticket is not None and not hasattr(params, "max_tokens"):
+        raise ValueError(f"{NAME}: adapters are served for generation only")
+    return ticket, lora_request
 
 
 def _named(catalog: Catalog, lora: Any) -> dict[str, Any]:
@@ -190,7 +201,7 @@ def _check_answer(answer: Any) -> None:
 async def _stage(engine: Any, ticket: Ticket) -> None:
     """Has all workers read an adapter before a request for it is scheduled, so that no step waits for a disk.
 
-    Raises ValueError where one of them can't.
+    Raises vLLM's error of a wrong request where one of them can't.
     """
     staged: dict[str, None] = engine.__dict__.setdefault("reft_staged", {})
     if ticket.key in staged:
@@ -202,7 +213,7 @@ async def _stage(engine: Any, ticket: Ticket) -> None:
         answers = await engine.collective_rpc("reft_staged", args=(ticket.key,))
         errors = [answer for answer in answers if answer]
         if errors:
-            raise ValueError(errors[0])
+            raise wrong_request(errors[0])
         if None not in answers:
             break
         await asyncio.sleep(_PATIENCE)

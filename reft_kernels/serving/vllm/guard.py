@@ -1,4 +1,4 @@
-"""What is left of the plugin where it can't hook vLLM: servers that need it don't start."""
+"""How the plugin says no: to a request, and to a server where it could not hook vLLM."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ def asked_for(config: Any) -> bool:
     """Whether a VllmConfig asks for adapters."""
     additional = getattr(config, "additional_config", None)
     return isinstance(additional, dict) and "reft" in additional
+
+
+def wrong_request(error: Exception | str) -> Exception:
+    """An error of a request that vLLM's server answers with status 400."""
+    from vllm import exceptions
+
+    return getattr(exceptions, "VLLMValidationError", ValueError)(str(error))
 
 
 def refuse(error: Exception) -> None:

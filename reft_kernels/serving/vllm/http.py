@@ -9,6 +9,7 @@ from typing import Any
 from ..catalog import NAME, Catalog
 from ..config import Source
 from .frontend import catalog_of, is_adapter
+from .guard import wrong_request
 
 _NO_BEAMS = "beam search asks the engine anew for every token, which then takes all before it for the prompt"
 
@@ -21,7 +22,7 @@ def refuse_beams(method: Any) -> Any:
         lora = kwargs.get("lora_request")
         for one in lora if isinstance(lora, list) else [lora]:
             if one is not None and is_adapter(one.lora_path):
-                raise ValueError(f"use_beam_search: not with the adapter {one.lora_name!r}; {_NO_BEAMS}")
+                raise wrong_request(f"use_beam_search: not with {one.lora_name!r}; {_NO_BEAMS}")
         return method(self, *args, **kwargs)
 
     return beam_search
@@ -34,7 +35,7 @@ def _refuse_beam_parameters(request_class: Any) -> None:
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         # vLLM drops vllm_xargs here.
         if NAME in (self.vllm_xargs or {}):
-            raise ValueError(f"use_beam_search: not with {NAME}; {_NO_BEAMS}")
+            raise wrong_request(f"use_beam_search: not with {NAME}; {_NO_BEAMS}")
         return original(self, *args, **kwargs)
 
     request_class.to_beam_search_params = to_beam_search_params
