@@ -2,7 +2,9 @@
 
 An eager GPU model waits for the host, and there the edit's own work is hidden: what counts is all that Python
 and torch do around the kernel. So the layers are made so small that they cost nothing, on one CPU thread, and
-what is read is the thread's CPU time, in which a busy neighbour has no part.
+what is read is the thread's CPU time, in which a busy neighbour has no part. Where a model's objects happen
+to lie in memory makes some percent of such a step: every system is built several times, and rounds take them
+in turn.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +40,8 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "modes": (f"{GENERATE},{FORWARD}", ",".join(MODES)),
     "layers": ("2,16", "2,8,32"),
     "compiled_layers": ("2", "2,8"),
-    "rounds": (9, 21),
+    "rounds": (9, 28),
+    "instances": (1, 7),
     "steps": (6, 12),
 }
 
@@ -141,19 +145,33 @@ class Bench:
         return group
 
     def measure(self, case: HostCase, tick: Tick) -> list[CaseResult]:
-        groups = [self._build(case, depth) for depth in case.depths]
-        takes: dict[str, tuple[Runner, int]] = {}
-        for group in groups:
-            for name, runner in group.runners.items():
-                steps = _steps(case, group.warm[name], group.warm[BASELINE])
-                takes[_key(group, name)] = runner, steps
+        # Compiled code takes long to make, and where it lies is not ours.
+        instances = 1 if case.compiled else self.args.instances
+        built = [[self._build(case, depth) for depth in case.depths] for _ in range(instances)]
+        gc.freeze()  # the instances of other rounds are not gone through while one is timed
+        try:
+            return self._measure(case, built, tick)
+        finally:
+            gc.unfreeze()
+
+    def _measure(self, case: HostCase, built: list[list[Group]], tick: Tick) -> list[CaseResult]:
+        groups = built[0]
+        takes: dict[str, Iterator[tuple[Runner, int]]] = {}
+        for number, group in enumerate(groups):
+            twins = [instance[number] for instance in built]
+            for name in group.runners:
+                # One that can't be measured once, can't ever.
+                listed = [
+                    (twin.runners[name], _steps(case, twin.warm[name], twin.warm[BASELINE])) for twin in twins
+                ]
+                takes[_key(group, name)] = itertools.cycle(listed)
 
         def on_round() -> None:
             gc.collect()
             tick()
 
         def take(key: str) -> dict[str, float]:
-            runner, steps = takes[key]
+            runner, steps = next(takes[key])
             return _take(runner, case.modes, steps)
 
         timings = interleaved(list(takes), take, self.args.rounds, self.args.seed, on_round)
@@ -172,7 +190,7 @@ class Bench:
                     result.extra |= {
                         "cost_s": cost.to_json(),
                         "layer_s": cost.scaled(1 / group.depth).to_json(),
-                        "steps": takes[_key(group, name)][1],
+                        "steps": _steps(case, group.warm[name], group.warm[BASELINE]),
                     }
                     if recompiled.get(name) is not None:
                         result.extra["recompiles"] = recompiled[name]
@@ -233,6 +251,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compiled-layers", help="the same for compiled steps, which take long to compile (2,8)"
     )
+    parser.add_argument(
+        "--instances", type=int, help="how often each system is built; rounds take them in turn (7)"
+    )
     parser.add_argument("--steps", type=int, help="decode steps of a sample; their median counts (12)")
     parser.add_argument(
         "--width", type=int, default=64, help="of the model: so small that it costs nothing (64)"
@@ -250,7 +271,14 @@ def cases_of(args: argparse.Namespace) -> list[HostCase]:
     for mode in modes:
         if mode not in MODES:
             raise ResultError(f"--modes: unknown {mode!r}; allowed are {', '.join(MODES)}")
-    for name, least in (("steps", 1), ("batch", 1), ("prompt", 2), ("rank", 1), ("adapters", 1)):
+    for name, least in (
+        ("steps", 1),
+        ("instances", 1),
+        ("batch", 1),
+        ("prompt", 2),
+        ("rank", 1),
+        ("adapters", 1),
+    ):
         if getattr(args, name) < least:
             raise ResultError(f"--{name}: must be at least {least}, was {getattr(args, name)}")
     if args.width < 16 or args.width % 8:
@@ -290,7 +318,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     args.device, args.threads = "cpu", args.threads or 1
     device = prepare_torch(args)
     torch._dynamo.config.recompile_limit = 256  # every system runs the same code
-    settings = {"rounds": args.rounds, "seed": args.seed, "systems": list(chosen)}
+    settings = {"rounds": args.rounds, "instances": args.instances, "seed": args.seed}
+    settings["systems"] = list(chosen)
     session = Session("host", settings, device, args, console)
     finished = session.run(cases, Bench(session, chosen, args).measure, args.rounds)
     for table in host_report.tables(session.results):

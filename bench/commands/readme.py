@@ -1,4 +1,8 @@
-"""The README's result tables, from the recorded files: `python -m reft_bench.commands.readme README.md`."""
+"""What README.md and docs/benchmarks.md say was measured, from the recorded files:
+`python -m reft_bench.commands.readme README.md docs/benchmarks.md`.
+
+The README has a figure and a short table; the page has a table for each record.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ..gpu import targets
-from ..records import record
+from ..records import host_report, questions, record
 from ..records.record import CaseResult, ResultError, Results, SystemResult
 from ..records.stats import Interval
 from ..records.tables import interval_text
 
 RECORDS = Path(__file__).resolve().parents[1] / "results"
-_BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (results|short results) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+#: The figure that the README shows, in a record's folder.
+FIGURE = "paper-cpu/overhead-four-generate.png"
 
 
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -52,7 +59,7 @@ def kernels(results: Results) -> str:
         "gather-and-bmm with the same adapters; norm: each with Llama's RMSNorm after it. The floor is the "
         "time to copy the bytes that must move, or to do the operations at the rate of a large matrix "
         "product, measured in the same run. "
-        "`reft-bench kernels`, [all of it](bench/results/kernels/report.md):"
+        "`reft-bench kernels`, [all of it](../bench/results/kernels/report.md):"
     )
     headings = ("", "dtype", "rows", "over torch, one adapter [95%]", "over gather+bmm", "of the floor")
     return f"{text}\n\n{_table(headings, rows)}"
@@ -97,7 +104,7 @@ def overhead(results: Results) -> str:
         f"layers): time over {case.baseline}, median and 95% interval. In brackets the time attributed to "
         "what the patch does, as a share of the bare forward. pyreft and unmerged LoRA serve one adapter for "
         "the whole batch. (A/A) is the baseline once more, beside itself: what it shows is noise. "
-        f"`reft-bench overhead --preset cpu`, [all of it](bench/results/overhead/report.md){state}:"
+        f"`reft-bench overhead --preset cpu`, [all of it](../bench/results/overhead/report.md){state}:"
         f"\n\n{table}"
     )
 
@@ -116,7 +123,7 @@ def train(results: Results) -> str:
         f"Training steps ({_where(results)}; batch {p['batch']} of {p['prompt'] + p['completion']} tokens, "
         f"rank {p['rank']} on all layers, AdamW): time over a frozen model with one trained vector, the "
         "least that a step can cost, and peak memory beyond it; (A/A) is that step beside itself: noise. "
-        f"`reft-bench train --preset cpu`, [all of it](bench/results/train/report.md):\n\n{table}"
+        f"`reft-bench train --preset cpu`, [all of it](../bench/results/train/report.md):\n\n{table}"
     )
 
 
@@ -126,7 +133,7 @@ def gpu(runs: Sequence[Results]) -> str:
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "triton"))
     return (
         f"On one {machine['gpu']['name']} ({versions}; bfloat16, rank 8; the op at d = 4096 in replayed CUDA "
-        "graphs; the floor from rates measured in the same run, see [docs/kernels.md](docs/kernels.md)). "
+        "graphs; the floor from rates measured in the same run, see [the CUDA kernels](kernels.md)). "
         "`make gpu`, `make gpu-models`, `make gpu-sweeps`:\n\n" + _table(targets.HEADINGS, targets.rows(runs))
     )
 
@@ -141,30 +148,90 @@ def gpu_runs(records: Path = RECORDS) -> dict[str, list[Results]]:
     return found
 
 
-def block() -> str:
-    """What stands between the README's markers."""
-    parts = [gpu(runs) for runs in gpu_runs().values()]
-    for name, make in (
-        ("kernels", kernels),
-        ("overhead", overhead),
-        ("train", train),
-    ):
-        if (RECORDS / name / "results.json").exists():
-            parts.append(make(record.load(RECORDS / name)))
+def host(results: Results) -> str:
+    """The host's own time of a decode step, a table a mode."""
+    case = results.cases[0]
+    parts = [
+        f"Decode steps of a Llama of d {case.params['width']}, whose layers cost next to nothing; all layers "
+        f"are edited at every position ({_where(results)}). It is the thread's CPU time. `reft-bench host`, "
+        "[all of it](../bench/results/host/report.md):"
+    ]
+    for table in host_report.tables(results):
+        parts.append(f"{table.title}\n\n{_table(table.headings, table.rows)}")
+    return "\n\n".join(parts)
+
+
+def paper(results: Results) -> str:
+    """The sweeps of the ReFT paper's axes, as a figure."""
+    model, case = results.settings["model"], results.cases[0]
+    return (
+        f"Against rank, layers, positions and distinct adapters ({model}, {_where(results)}): generations of "
+        f"{case.params['new_tokens']} tokens over merged LoRA. `reft-bench overhead --preset paper-cpu`, "
+        "[all of it](../bench/results/paper-cpu/report.md):\n\n"
+        f"![Overhead against rank, layers, positions and distinct adapters](../bench/results/{FIGURE})"
+    )
+
+
+#: The sections of the page: (folder of the record, text).
+_SECTIONS: tuple[tuple[str, str, Callable[[Results], str]], ...] = (
+    ("overhead", "Whole models", overhead),
+    ("paper-cpu", "The paper's axes", paper),
+    ("host", "The host's own time", host),
+    ("train", "Training", train),
+    ("kernels", "The op alone", kernels),
+)
+
+
+def loaded(records: Path = RECORDS) -> dict[str, Results]:
+    """The records of CPUs, by folder."""
+    return {
+        name: record.load(records / name)
+        for name, _, _ in _SECTIONS
+        if (records / name / "results.json").exists()
+    }
+
+
+def page() -> str:
+    """What stands between the markers of docs/benchmarks.md."""
+    known = loaded()
+    parts = [f"## On a GPU\n\n{gpu(runs)}" for runs in gpu_runs().values()]
+    parts += [f"## {title}\n\n{make(known[name])}" for name, title, make in _SECTIONS if name in known]
+    return "\n" + "\n\n".join(parts) + "\n\n"
+
+
+def short() -> str:
+    """What stands between the markers of the README."""
+    known = loaded()
+    parts = []
+    if (RECORDS / FIGURE).exists():
+        run = known["paper-cpu"]
+        parts.append(
+            "![Overhead over merged LoRA against rank, layers, positions and distinct adapters]"
+            f"(bench/results/{FIGURE})"
+        )
+        parts.append(
+            f"Generations with {run.settings['model']} ({_where(run)}), over the same model with a merged "
+            "LoRA, which costs nothing. Grey is what the baseline shows beside itself: noise."
+        )
+    rows = questions.rows(known)
+    if rows:
+        parts.append(_table(questions.HEADINGS, rows))
     return "\n\n".join(parts) + "\n"
 
 
 def update(text: str) -> str:
-    """The README with its tables as the records have them. Raises ResultError where it has no markers."""
+    """A page with its results as the records have them. Raises ResultError where it has no markers."""
     if not _BLOCK.search(text):
-        raise ResultError("the README has no <!-- results --> … <!-- /results -->")
-    return _BLOCK.sub(lambda match: match[1] + block() + match[2], text)
+        raise ResultError("no <!-- results --> … <!-- /results -->, and no short results either")
+    made = {"results": page, "short results": short}
+    return _BLOCK.sub(lambda match: match[1] + made[match[2]]() + match[3], text)
 
 
-def main(path: str) -> None:
-    file = Path(path)
-    file.write_text(update(file.read_text()))
+def main(paths: Sequence[str]) -> None:
+    for path in paths or ("README.md", "docs/benchmarks.md"):
+        file = Path(path)
+        file.write_text(update(file.read_text()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "README.md")
+    main(sys.argv[1:])

@@ -94,6 +94,12 @@ class Adapter(nn.Module):
         return sum(one.pool_rows for one in self.interventions)
 
     @property
+    def has_copies(self) -> bool:
+        """Whether `saved_modules` met a model. Each batch asks each of its adapters, so past nn.Module's
+        way of finding an attribute, which is slow."""
+        return self._modules["saved_modules"].has_copies  # type: ignore[union-attr, return-value]
+
+    @property
     def trainable(self) -> bool:
         """Whether the parameters require a gradient and R is kept orthonormal by the fold.
 

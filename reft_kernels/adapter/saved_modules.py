@@ -34,6 +34,10 @@ class SavedModules(nn.Module):
         return bool(self.names or self.stored)
 
     @property
+    def has_copies(self) -> bool:
+        return bool(self._paths)
+
+    @property
     def modules_by_path(self) -> dict[str, nn.Module]:
         """Path in the model → the adapter's copy; empty before it met a model."""
         return dict(zip(self._paths, self._copies))

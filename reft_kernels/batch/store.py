@@ -49,6 +49,7 @@ class AdapterStore:
         self.places: dict[SiteKey, Place] = {}
         self.version = 0
         self._laid: dict[str, list[_Laid]] = {}
+        self._groups: dict[str, tuple[Positions, ...]] = {}
         #: Sites have numbers, rows of `_ranges`: name → (first, rank) by position group and site.
         self._numbers: dict[SiteKey, int] = {}
         self._widths: dict[SiteKey, int] = {}
@@ -57,7 +58,7 @@ class AdapterStore:
 
     def groups(self, name: str) -> tuple[Positions, ...]:
         """The position specs of an adapter that have parameters of their own."""
-        return self.adapters[name].groups
+        return self._groups[name]  # asked for each row: a module's attributes take longer to find
 
     # Adapters come and go --------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ class AdapterStore:
                 pool = self._pool(places[SiteKey.of(one)], one.width)
                 laid.append(_Laid(pool, pool.add(fold)))
         self.places = places
-        self.adapters[name], self._laid[name] = adapter, laid
+        self.adapters[name], self._laid[name], self._groups[name] = adapter, laid, adapter.groups
         self._number(name)
         self._changed()
 
@@ -95,7 +96,7 @@ class AdapterStore:
         adapter = self.adapters.pop(name)
         for pool, span in self._laid.pop(name):
             pool.remove(span)
-        del self._ranges[name]
+        del self._ranges[name], self._groups[name]
         self._changed()
         return adapter
 

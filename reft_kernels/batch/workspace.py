@@ -23,6 +23,9 @@ from .batch_plan import BatchPlan
 from .store import AdapterStore
 from .tables import SiteKey, keys_of
 
+#: How many workspaces are kept. Each batch size is compiled for anew, and torch.compile keeps fewer still.
+_KEPT = 32
+
 #: No pool rows; spans of no segments.
 Blank = tuple[PoolRows, Tensor]
 
@@ -159,7 +162,12 @@ class DecodeWorkspaces:
         key = (plan.tokens, next(iter(devices)))
         workspace = self._kept.get(key)
         if workspace is None or workspace.spans.shape[0] != self.store.n_sites:
-            workspace = self._kept[key] = DecodeWorkspace(self.store, *key)
+            workspace = DecodeWorkspace(self.store, *key)
+            if key not in self._kept and len(self._kept) >= _KEPT:
+                del self._kept[next(iter(self._kept))]  # the one that was asked for longest ago
+        else:
+            del self._kept[key]
+        self._kept[key] = workspace
         if not workspace.holds(plan):
             workspace.hold(plan, self.sites)
         return workspace

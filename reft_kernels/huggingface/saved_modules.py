@@ -24,13 +24,17 @@ class Share(NamedTuple):
 
 def share_modules(selection: Selection, repeat: int) -> dict[str, list[Share]]:
     """Path of a module → its shares, for the modules of which an adapter of the batch has a copy."""
-    copies = {name: adapter.saved_modules.modules_by_path for name, adapter in selection.owners.items()}
+    copies = {
+        name: adapter.saved_modules.modules_by_path
+        for name, adapter in selection.owners.items()
+        if adapter.has_copies
+    }
     paths = dict.fromkeys(path for modules in copies.values() for path in modules)
     shares: dict[str, list[Share]] = {}
     for path in paths:
         rows_of: dict[str | None, list[int]] = {}
         for row, name in enumerate(selection.names):
-            owner = name if name is not None and path in copies[name] else None
+            owner = name if name is not None and path in copies.get(name, ()) else None
             rows_of.setdefault(owner, []).extend(range(row * repeat, (row + 1) * repeat))
         shares[path] = [
             Share(None if owner is None else copies[owner][path], torch.from_numpy(np.array(rows)))
