@@ -37,6 +37,8 @@ float activate(float z, int32_t kind) {
       return z * sigmoid(kQuick * z);
     case kLeakyRelu:
       return z > 0.0f ? z : kLeakySlope * z;
+    case kStep:
+      return z > 0.0f ? 1.0f : 0.0f;  // NaN gives 0
     default:
       return z;
   }
@@ -71,6 +73,8 @@ float activation_slope(float z, int32_t kind) {
     }
     case kLeakyRelu:
       return z > 0.0f ? 1.0f : kLeakySlope;
+    case kStep:
+      return 0.0f;
     default:
       return 1.0f;
   }

@@ -31,7 +31,8 @@ enum Act : int32_t {
   kSigmoid,
   kTanh,
   kQuickGelu,
-  kLeakyRelu
+  kLeakyRelu,
+  kStep
 };
 enum Norm : int64_t { kCentred = 1, kPlusOne = 2, kRound = 4 };
 

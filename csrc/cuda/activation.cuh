@@ -34,6 +34,8 @@ __device__ inline float activate(float z, int32_t kind) {
       return gated(z, sigmoid(1.702f * z));
     case kLeakyRelu:
       return z > 0.0f ? z : 0.01f * z;
+    case kStep:
+      return z > 0.0f ? 1.0f : 0.0f;  // NaN gives 0
     default:
       return z;
   }
@@ -70,6 +72,8 @@ __device__ inline float activation_slope(float z, int32_t kind) {
     }
     case kLeakyRelu:
       return z > 0.0f ? 1.0f : 0.01f;
+    case kStep:
+      return 0.0f;
     default:
       return 1.0f;
   }

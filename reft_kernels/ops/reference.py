@@ -38,6 +38,7 @@ _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     Act.TANH: torch.tanh,
     Act.QUICK_GELU: _quick_gelu,
     Act.LEAKY_RELU: lambda z: torch.nn.functional.leaky_relu(z, _SLOPE),
+    Act.STEP: lambda z: (z > 0).to(z.dtype),
 }
 
 # Written out rather than taken by autograd, which does not work inside an op under a dispatch mode.
@@ -50,6 +51,7 @@ _SLOPES: dict[int, Callable[[Tensor], Tensor]] = {
     Act.TANH: lambda z: 1 - torch.tanh(z).square(),
     Act.QUICK_GELU: _quick_gelu_slope,
     Act.LEAKY_RELU: lambda z: torch.ones_like(z).masked_fill(z <= 0, _SLOPE),
+    Act.STEP: torch.zeros_like,
 }
 
 

@@ -91,6 +91,7 @@ class Act(enum.IntEnum):
     TANH = 6
     QUICK_GELU = 7  # x · sigmoid(1.702 x)
     LEAKY_RELU = 8  # slope 0.01
+    STEP = 9  # 1 if x > 0, else 0: for NaN, too, as the comparison is false; its slope is 0 everywhere
 
 
 class Norm(enum.IntFlag):

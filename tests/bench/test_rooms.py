@@ -12,7 +12,7 @@ import reft_bench
 BENCH = Path(reft_bench.__file__).resolve().parent
 
 #: Each folder may import those before it.
-ROOMS = ("records", "measure", "systems", "kernels", "gpu", "commands")
+ROOMS = ("records", "measure", "systems", "kernels", "serving", "gpu", "commands")
 
 
 def _modules() -> dict[str, Path]:

@@ -7,7 +7,8 @@ from support import oracle
 from support.calls import in_place, out_of_place
 from support.cases import Case, bits, check, same_bits
 
-from reft_kernels.ops import NO_PRODUCT
+from reft_kernels.ops import INTERVENE_, INTERVENE_BACKWARD, NO_PRODUCT, Act
+from reft_kernels.plan import one_segment
 
 
 def assert_equals_oracle(case: Case, result: torch.Tensor) -> None:
@@ -91,3 +92,19 @@ def test_what_one_row_holds_reaches_no_other(backend: str, device: str) -> None:
         assert same_bits(dirty.flat[keep], clean.flat[keep])
 
     check(holds, backend, device)
+
+
+def test_a_step_is_1_above_0_and_0_elsewhere(backend: str, device: str) -> None:
+    """Of zeros of both signs, NaN, Inf and subnormals as of others; its slope is 0, so no gradient passes."""
+    z = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-40, -1e-40, 1e-4, -1e-4, 3.0, -3.0])
+    h = torch.stack([torch.zeros_like(z), z], 1).to(device)
+    one = torch.tensor([[0.0, 1.0]], device=device)
+    kind = torch.tensor([Act.STEP], dtype=torch.int32, device=device)
+    pool = (one, one.flip(1).contiguous(), torch.full((1,), -0.0, device=device), kind)
+    plan = one_segment(None, len(z), 1, h.device)
+    edited = h.clone()
+    INTERVENE_[backend](edited, *pool, *plan[:-1])
+    assert edited[:, 0].tolist() == [float(value > 0) for value in z]
+    grad = torch.ones_like(h)
+    dh, ddown, _, dbias = INTERVENE_BACKWARD[backend](grad, h.nan_to_num(0, 1, -1), *pool, *plan, True, True)
+    assert torch.equal(dh, grad) and not ddown.any() and not dbias.any()

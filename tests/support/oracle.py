@@ -25,6 +25,9 @@ def between(dtype: torch.dtype) -> float:
     return 2.0**-20 if dtype in (torch.float16, torch.bfloat16) else 0.0
 
 
+#: Codes of `ACTIVATIONS` that are asked after by name.
+STEP = 9
+
 #: Steepest slope of any activation (GELU's, 1.13), rounded up.
 STEEPEST = 1.2
 
@@ -55,6 +58,7 @@ ACTIVATIONS = {
         lambda z: _sigmoid(1.702 * z) * (1 + 1.702 * z * (1 - _sigmoid(1.702 * z))),
     ),
     8: (lambda z: z if z > 0 else 0.01 * z, lambda z: 1.0 if z > 0 else 0.01),
+    9: (lambda z: float(z > 0), lambda z: 0.0),
 }
 
 
@@ -97,7 +101,10 @@ class Intervention:
         v = self._each(0, z)
         y = x + sum((v[j] * self.up[j] for j in range(len(v))), np.zeros_like(x))
         # An activation may cost a few more roundings.
-        v_error = STEEPEST * self.pre_error(x, dtype) + (8 * sums + between(dtype)) * (np.abs(v) + np.abs(z))
+        z_error = self.pre_error(x, dtype)
+        v_error = STEEPEST * z_error + (8 * sums + between(dtype)) * (np.abs(v) + np.abs(z))
+        # A step is exact, or where z is too near to its edge to tell, anywhere from 0 to 1.
+        v_error = np.where((self.kind & ACT_MASK) == STEP, (np.abs(z) <= z_error).astype(float), v_error)
         terms = np.abs(x) + np.abs(v) @ np.abs(self.up)
         error = v_error @ np.abs(self.up) + sums * (len(v) + 2) * terms
         return y, error + UNIT[dtype] * (np.abs(y) + error) + FLOOR[dtype]

@@ -1,7 +1,8 @@
 """φ and φ′ for Triton, element by element, by the activation codes of `ops.schema.Act`.
 
 The definitions are torch's. Finite z of any size gives a finite result (no Inf − Inf, no 0·Inf), ±Inf
-gives the limit, and NaN stays NaN, so `tl.maximum` and `tl.clamp`, which drop NaN, are not used.
+gives the limit, and NaN stays NaN (but for the step, which makes it 0), so `tl.maximum` and `tl.clamp`,
+which drop NaN, are not used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _SIGMOID = tl.constexpr(int(Act.SIGMOID))
 _TANH = tl.constexpr(int(Act.TANH))
 _QUICK_GELU = tl.constexpr(int(Act.QUICK_GELU))
 _LEAKY_RELU = tl.constexpr(int(Act.LEAKY_RELU))
+_STEP = tl.constexpr(int(Act.STEP))
 
 _SLOPE = tl.constexpr(0.01)
 _QUICK = tl.constexpr(1.702)
@@ -85,6 +87,7 @@ def activate(z, code):
     out = tl.where((code == _RELU) & (z <= 0), 0.0, out)
     out = tl.where(code == _SIGMOID, _sigmoid(z), out)
     out = tl.where(code == _TANH, _tanh(z), out)
+    out = tl.where(code == _STEP, tl.where(z > 0, 1.0, 0.0), out)
     return tl.where((code == _LEAKY_RELU) & (z <= 0), _SLOPE * z, out)
 
 
@@ -102,4 +105,5 @@ def slope(z, code):
     out = tl.where((code == _RELU) & (z <= 0), 0.0, out)
     out = tl.where(code == _SIGMOID, _sigmoid_slope(z), out)
     out = tl.where(code == _TANH, 4.0 * _sigmoid_slope(2.0 * z), out)
+    out = tl.where(code == _STEP, 0.0, out)
     return tl.where((code == _LEAKY_RELU) & (z <= 0), _SLOPE, out)
