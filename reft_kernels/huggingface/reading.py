@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..batch import BatchPlan, DecodeWorkspaces, Prompts, Selection, read_prompts
+from ..batch.tables import keys_of
 from .runtime import Columns, GenerateScope, Runtime, nested, read_cache_length
 from .saved_modules import share_modules
 from .sites import Sites
@@ -55,6 +56,17 @@ class CallReader:
                 f"{active!r} depends on the prompt; use generate, or an adapter with positions 'all'"
             )
 
+    def _check_embedded(self, names: Sequence[str | None], call: dict[str, Any]) -> None:
+        """Refuses embeddings in place of ids where an adapter edits what the ids are embedded to."""
+        if call.get("inputs_embeds") is None:
+            return
+        for name in dict.fromkeys(names):
+            adapter = None if name is None else self.runtime.store.adapters[name]
+            if adapter is not None and any(key.site == "embedding_output" for key in keys_of(adapter)):
+                raise ValueError(
+                    f"inputs_embeds: pass the embeddings by that adapter {name!r} edits; give input_ids"
+                )
+
     # Plans -----------------------------------------------------------------------------------------------
 
     def _plan(self, selection: Selection, columns: Columns) -> BatchPlan | None:
@@ -98,6 +110,7 @@ class CallReader:
         names = None if bare else self._forward_names(given, batch.size)
         if names is None or not (any(names) or ours.positions is not None):
             return self.idle(batch.size * batch.length)
+        self._check_embedded(names, call)
         start = read_cache_length(call.get("past_key_values"), call.get("cache_position"))
         prompts = self._forward_prompts(call, names, batch, start, ours)
         selection = self.planner.select(names, prompts, ours.positions)
@@ -164,6 +177,7 @@ class CallReader:
         names = self.names(given, batch)
         if not any(names) and positions is None:
             return GenerateScope(names, None, seen, ids)
+        self._check_embedded(names, call)
         width = tokens.shape[1] if isinstance(tokens, Tensor) else 1
         mask = call.get("attention_mask")
         if mask is None and isinstance(ids, Tensor) and embeds is None:
