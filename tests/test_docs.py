@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from reft_kernels.sites import REGISTRY, SYNONYMS, canonical
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -29,3 +31,18 @@ def test_filling_a_pool_by_hand() -> None:
 def test_the_examples_of_positions() -> None:
     failures, tried = doctest.testfile(str(DOCS / "positions.md"), module_relative=False, encoding="utf-8")
     assert tried > 10 and failures == 0
+
+
+def test_the_table_of_sites() -> None:
+    """It is the registry, in its order."""
+    text = (DOCS / "sites.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] == "| `"
+    ]
+    found = [(row[0].strip("`"), row[1], row[2], re.findall(r"`([^`]+)`", row[3])) for row in rows]
+    assert found == [
+        (name, kind.where, kind.width, [other for other, own in SYNONYMS.items() if own == name])
+        for name, kind in REGISTRY.items()
+    ]
+    for path in re.findall(r'site="([^"]+)"', text):
+        assert canonical(path) == path

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..positions import LastPosition, Positions
-from ..sites import HEAD_SITE, SITES
+from ..sites import SITES, canonical, has_layers, takes_heads
 from .methods import METHODS, activation
 
 
@@ -36,7 +36,8 @@ class ReftConfig:
         r: rank, at least 1; where rows are kept orthonormal the width of the hidden state bounds it. By
             default the method's: 4 for most, 1 for vectors.
         layers: "all", or distinct layer numbers; negative ones count from the last layer.
-        site: where in the layer, one of `reft_kernels.sites.SITES`.
+        site: where in the layer, one of `reft_kernels.sites.SITES`, a synonym of one, or a module's path
+            (docs/sites.md).
         positions: which tokens: "f3+l3", "all", "prompt[2:-1]+generated", … (docs/positions.md), or a list
             of indices into the prompt.
         share_weights: whether all terms of a union share parameters. False gives each a set of its own.
@@ -44,7 +45,8 @@ class ReftConfig:
         act_fn: an activation by transformers' name, or None.
         dropout: probability with which an element of an edited hidden state is dropped in training, [0, 1).
         last_position: what an l position counts back from: the prompt's "length", or "length-1".
-        heads: attention heads, for the site "head_attention_value_output" only (one intervention a head).
+        heads: attention heads, for sites of one head such as "head_attention_value_output" only (one
+            intervention a head).
         modules_to_save: names of modules of which the adapter trains and saves a copy of its own, such as
             ["classifier"] or ["score"]; every module of the model whose path ends so.
         options: settings of the method by name, such as {"coefficient": 2.0}.
@@ -78,10 +80,13 @@ class ReftConfig:
             raise ValueError(f"r: must be an integer of at least 1, was {self.r!r}")
         if self.layers != "all":
             self._set("layers", _integers("layers", self.layers, 'a list of layer numbers, or "all"'))
-        if self.site not in SITES:
-            raise ValueError(f"site: must be one of {', '.join(SITES)}; was {self.site!r}")
-        if (self.heads is not None) != (self.site == HEAD_SITE):
-            raise ValueError(f"heads: needed for the site {HEAD_SITE!r} and for no other; was {self.heads!r}")
+        self._set("site", canonical(self.site))
+        if (self.heads is not None) != takes_heads(self.site):
+            of_heads = ", ".join(site for site in SITES if takes_heads(site))
+            raise ValueError(
+                f"heads: needed for the sites of one head ({of_heads}) and for no other; was {self.heads!r} "
+                f"for {self.site!r}"
+            )
         if self.heads is not None:
             self._set("heads", _integers("heads", self.heads, "a list of head numbers from 0 up"))
             if min(self.heads) < 0:
@@ -119,6 +124,10 @@ class ReftConfig:
 
         Raises ValueError that names a layer which the model lacks, or which is named twice.
         """
+        if not has_layers(self.site):
+            if self.layers != "all" and tuple(self.layers) != (0,):
+                raise ValueError(f"layers: {self.site!r} is in no layer, so give none; was {self.layers!r}")
+            return [0]
         if self.layers == "all":
             return list(range(n_layers))
         found: list[int] = []

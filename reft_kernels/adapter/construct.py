@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..positions import Positions
+from ..sites import canonical
 from .intervention import Intervention
 from .methods import METHODS, Method
 
@@ -56,7 +57,7 @@ def from_tensors(
         raise ValueError("tensors: must be tensors by layer, or by (layer, head), at least one")
     spec = METHODS[method]
     resolved = spec.resolve(options)
-    parsed = Positions.parse(positions)
+    parsed, site = Positions.parse(positions), canonical(site)
     made: list[Intervention] = []
     for where, given in tensors.items():
         layer, head = where if isinstance(where, tuple) else (where, None)

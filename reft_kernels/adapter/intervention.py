@@ -13,7 +13,7 @@ from ..checkpoint import CheckpointError, InterventionRecord
 from ..ops.schema import Act
 from ..pool import Fold
 from ..positions import Positions
-from ..sites import HEAD_SITE, SITES
+from ..sites import canonical, takes_heads
 from .config import check_dropout
 from .methods import METHODS, Method, activation
 from .orthonormal import orthonormal_rows, orthonormality_error
@@ -35,7 +35,7 @@ class Intervention(nn.Module):
         tensors: the method's parameters by name, shaped as its `shapes` say; they are not copied.
         act_fn: an activation by transformers' name, or None.
         dropout: probability with which an element of the edited hidden state is dropped in training.
-        head: the attention head, for the site "head_attention_value_output" only.
+        head: the attention head, for sites of one head such as "head_attention_value_output" only.
         options: settings of the method; those that are not given have the method's defaults.
         scale: what the edit is multiplied by.
 
@@ -228,10 +228,10 @@ def _check_place(
         )
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
         raise ValueError(f"layer: must be a layer's number from 0 up, was {layer!r}")
-    if site not in SITES:
-        raise ValueError(f"site: must be one of {', '.join(SITES)}; was {site!r}")
+    if canonical(site) != site:
+        raise ValueError(f"site: {site!r} is called {canonical(site)!r} here")
     METHODS[method].check_site(site)
-    if site == HEAD_SITE:
+    if takes_heads(site):
         if isinstance(head, bool) or not isinstance(head, int) or head < 0:
             raise ValueError(f"head: must be a head's number from 0 up at {site}, was {head!r}")
     elif head is not None:

@@ -40,9 +40,9 @@ def edit(h: Tensor, key: SiteKey, plan: BatchPlan, training: bool = False) -> Te
     site = site_of(h, key, plan)
     if site is None:
         return h
-    if key.head is not None:
-        width = site.pool.width
-        heads = h.shape[-1] // width
+    width = site.pool.width
+    heads = h.shape[-1] // width
+    if key.head is not None and heads > 1:  # (or h is one head's part already)
         rows = plan.head_rows(site.slot, key.head, heads)
         flat = h.view(*h.shape[:-1], heads, width)
         out = _edit(flat, site, rows, plan, training)

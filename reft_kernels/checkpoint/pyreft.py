@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from ..positions import LastPosition, Positions
-from ..sites import HEAD_SITE, SITES
+from ..sites import REGISTRY
 from .errors import CheckpointError, read_json, take, warn_if_not_finite
 from .hub import adapters_below
 from .records import AdapterRecord, InterventionRecord
 
-_SITES = tuple(site for site in SITES if site != HEAD_SITE)
+#: pyvene's components that are sites here. (The head sites have another unit there than "pos".)
+_SITES = tuple(site for site, kind in REGISTRY.items() if kind.layered and not kind.heads)
 
 #: A component given as a path: anything, the layer's number, a module inside the layer, and the side.
-_PATH = re.compile(r"[A-Za-z_][\w.]*\[(?P<layer>\d+)\](?P<inner>(?:\.[A-Za-z_]\w*)?)\.(?P<side>input|output)")
+_PATH = re.compile(r"[A-Za-z_][\w.]*\[(?P<layer>\d+)\](?P<inner>(?:\.[A-Za-z_]\w*)*)\.(?P<side>input|output)")
 _INNER = {
     ("", "output"): "block_output",
     ("", "input"): "block_input",
@@ -267,12 +268,12 @@ def _site(where: str, component: str, named: dict[str, Any]) -> tuple[int, str]:
     if component in _SITES:
         return take(where, named, "layer", int), component
     match = _PATH.fullmatch(re.sub(r"\.(\d+)(?=\.)", r"[\1]", component))
-    if match and (match["inner"], match["side"]) in _INNER:
-        return int(match["layer"]), _INNER[match["inner"], match["side"]]
-    paths = ", ".join(f"…[layer]{inner}.{side}" for inner, side in _INNER)
+    if match:
+        inner, side = match["inner"], match["side"]
+        return int(match["layer"]), _INNER.get((inner, side), f"*{inner}.{side}")
     raise CheckpointError(
         f"{where}: the component {component!r} is not supported; {', '.join(_SITES)} are, and paths of the "
-        f"form {paths}"
+        "form …[layer].input, …[layer].module.output and the like"
     )
 
 

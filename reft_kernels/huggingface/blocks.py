@@ -1,4 +1,4 @@
-"""Finding a model's decoder blocks, and the modules of its sites, without knowing the family by name."""
+"""Finding a model's decoder blocks, without knowing the family by name."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-
-from ..sites import HEAD_SITE, SITES
 
 
 class NotPatchable(ValueError):
@@ -66,58 +64,13 @@ def find_blocks(model: nn.Module) -> Blocks:
     return Blocks(found[0][0], found[0][1], config.hidden_size)
 
 
-#: Names that families give the parts of a block.
-_MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "output")
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_ATTENTION_OUT = ("o_proj", "c_proj", "dense", "out_proj", "wo")
-
-
-def _part(module: nn.Module, names: tuple[str, ...], site: str) -> nn.Module:
-    for name in names:
-        part = getattr(module, name, None)
-        if isinstance(part, nn.Module):
-            return part
-    raise ValueError(
-        f"site: {site!r} was not found in {type(module).__name__}; "
-        f"none of its parts is called {', '.join(names)}"
-    )
-
-
-def site_module(block: nn.Module, site: str) -> nn.Module:
-    """The module of a block whose output (or input, for the last of these) is the site.
-
-    block_output, block_input: the block; mlp_output: its MLP; attention_output: its attention;
-    head_attention_value_output: the attention's output projection, whose input holds the heads.
-    """
-    if site in ("block_output", "block_input"):
-        return block
-    if site == "mlp_output":
-        return _part(block, _MLP, site)
-    attention = _part(block, _ATTENTION, site)
-    if site == "attention_output":
-        return attention
-    if site == HEAD_SITE:
-        return _part(attention, _ATTENTION_OUT, site)
-    raise ValueError(f"site: unknown site {site!r}; allowed are {', '.join(map(repr, SITES))}")
-
-
-def head_width(model: nn.Module) -> int:
-    """d of one attention head."""
-    config = text_config(model)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def edits_input(site: str) -> bool:
-    """Whether the site is the input of its module."""
-    return site in ("block_input", HEAD_SITE)
-
-
 def _floating(tensors: Iterator[torch.Tensor]) -> torch.Tensor | None:
     return next((t for t in tensors if t.is_floating_point() and t.device.type != "meta"), None)
 
 
 def place_of(block: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a block's hidden states are expected: device and dtype (corrected at the first call if not)."""
+    """Where hidden states of a block (or another module) are expected: device and dtype (corrected at the
+    first call if not)."""
     sample = _floating(block.parameters()) if not hasattr(block, "_hf_hook") else None
     if sample is None:
         sample = _floating(model.parameters())

@@ -89,8 +89,11 @@ class _Call(StandIn):
             runtime.prepared = False
             try:
                 runtime.plan = self._plan(args, kwargs)
+                runtime.logits_to_keep = kwargs.get("logits_to_keep", 0)
                 result = self.original(*args, **kwargs)
                 runtime.fused.abandon()
+                if runtime.unseen and runtime.depth == 1:
+                    runtime.check_seen(runtime.plan)
                 return result
             finally:
                 runtime.depth -= 1

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from .fused_norm import NextNorm
     from .sites import SiteForward
 
-#: (row of `spans`, index into `pools`, attention head or None) of one site.
-Where = tuple[int, int, int | None]
+
+#: One site: its row of `spans`, index into `pools`, and attention head or None; the stretch (first, width) of
+#: the last dimension that it is, or None for all; whether its tensor must be copied. A plain tuple, which a
+#: trace takes for a constant.
+Where = tuple[int, int, int | None, tuple[int, int] | None, bool]
 
 
 class Work(NamedTuple):
@@ -34,7 +37,6 @@ class Work(NamedTuple):
 
     inputs: tuple[Where, ...]
     outputs: tuple[Where, ...]
-    clone: bool
     norm: tuple[float, int, int] | None
 
 
@@ -61,8 +63,10 @@ def _work(layout: str, site: str) -> tuple:
 def layout_of(sites: list[SiteForward], workspace: DecodeWorkspace) -> str:
     """Names what these stand-ins do in steps on a workspace."""
 
-    def where(keys: tuple[SiteKey, ...]) -> tuple[Where, ...]:
-        return tuple((*workspace.places[key], key.head) for key in keys)
+    def where(site: SiteForward, key: SiteKey) -> Where:
+        place = site.places[key]
+        part = None if place.first is None or place.width is None else (place.first, place.width)
+        return (*workspace.places[key], key.head, part, place.shared)
 
     layout = {}
     for site in sites:
@@ -71,9 +75,8 @@ def layout_of(sites: list[SiteForward], workspace: DecodeWorkspace) -> str:
         if norm is not None and norm.stands(site.module.training):
             weight = norm.parameters["weight"]
             fused = norm.eps, norm.kind, workspace.blank(weight.dtype, weight.shape[0])
-        # What enters the first block may be the caller's own inputs_embeds.
-        clone = any(key.site == "block_input" and key.layer == 0 for key in site.inputs)
-        layout[site.number] = Work(where(site.inputs), where(site.outputs), clone, fused)
+        inputs, outputs = (tuple(where(site, key) for key in keys) for keys in (site.inputs, site.outputs))
+        layout[site.number] = Work(inputs, outputs, fused)
     return name_layout(layout)
 
 
@@ -87,13 +90,20 @@ def _edit(
     h: Tensor, where: Where, keys: tuple[SiteKey, ...], i: int, plan: BatchPlan, workspace: DecodeWorkspace
 ) -> Tensor:
     """The edit at one site. keys: read only where hidden states are not as expected."""
+    number, index, head, stretch, shared = where
+    if shared:
+        h = h.clone()
+    if stretch is not None:
+        first, length = stretch
+        part = h.narrow(-1, first, length)
+        edited = _edit(part, (number, index, head, None, False), keys, i, plan, workspace)
+        return h if edited is part else h.slice_scatter(edited, -1, first, first + length)
     if not _expected(h, where, workspace):
         return edit(h, keys[i], plan)
-    number, index, head = where
     pool, rows, flat = workspace.pools[index], workspace.rows, h
-    if head is not None:
-        width = pool.rows.down.shape[1]
-        heads = h.shape[-1] // width
+    width = pool.rows.down.shape[1]
+    heads = h.shape[-1] // width
+    if head is not None and heads > 1:
         flat = h.view(*h.shape[:-1], heads, width)
         rows = rows * heads + head
     ops.INTERVENE_[workspace.backend](flat, *pool.rows, rows, workspace.tiles, workspace.spans[number])
@@ -110,7 +120,7 @@ def _edit_and_norm(
     """h's norm, after the edit of h where there is one."""
     eps, kind, blank = how
     if outputs:
-        number, index, _ = outputs[0]
+        number, index = outputs[0][:2]
         pool = workspace.pools[index].rows
         tiles, spans = workspace.tiles, workspace.spans[number]
     else:
@@ -126,13 +136,12 @@ def run_site(
     site: SiteForward, args: tuple, kwargs: dict[str, Any], plan: BatchPlan, workspace: DecodeWorkspace
 ) -> Any:
     """A module's call within a compiled decode step."""
-    inputs, outputs, clone, how = _work(workspace.layout, site.number)
+    inputs, outputs, how = _work(workspace.layout, site.number)
     if inputs:
         name = None
         if not args:
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
         h = args[0] if name is None else kwargs[name]
-        h = h.clone() if clone else h
         for i, where in enumerate(inputs):
             h = _edit(h, where, site.inputs, i, plan, workspace)
         if name is None:
@@ -146,7 +155,7 @@ def run_site(
     if how is not None:
         norm = site.norm
         assert norm is not None
-        if norm.fits(h) and (not outputs or _expected(h, outputs[0], workspace)):
+        if norm.fits(h) and len(outputs) < 2 and (not outputs or _expected(h, outputs[0], workspace)):
             site.runtime.fused.offer(norm, h, _edit_and_norm(h, outputs, norm, how, workspace))
             return output
     edited = h

@@ -40,11 +40,13 @@ def _constant(fold: Fold) -> Tensor:
 
 
 class _Change(NamedTuple):
-    """What an intervention does to a projection. columns: of its input; None where it is behind it."""
+    """What an intervention does to a projection. before: whether it edits what goes into it, or what comes
+    out; part: which elements of that."""
 
     module: Any  # a linear layer, as `is_projection` knows them
     fold: Fold
-    columns: slice | None
+    before: bool
+    part: slice
     what: str
 
 
@@ -124,14 +126,14 @@ class Merging:
         folds = adapter.folds()
         for one, fold in zip(adapter.interventions, folds):
             _check_exact(one, fold)
-        where = [self.sites.module_at(SiteKey.of(one)) for one in adapter.interventions]
-        behind = {module for module, is_input in where if not is_input and not is_projection(module)}
+        where = [self.sites.at(SiteKey.of(one)) for one in adapter.interventions]
+        behind = {at.module for at, before in where if not before and not is_projection(at.module)}
         found = projections_behind(self.model, behind, bare) if behind else {}
         changes = []
-        for one, fold, (module, is_input) in zip(adapter.interventions, folds, where):
-            what = f"{one.site} of layer {one.layer}"
+        for one, fold, (at, before) in zip(adapter.interventions, folds, where):
+            what, module = f"{one.site} of layer {one.layer}", at.module
             if not is_projection(module):
-                if is_input:
+                if before:
                     raise ValueError(
                         f"site: {what} goes into a {type(module).__name__}, and not into one linear layer"
                     )
@@ -141,17 +143,12 @@ class Merging:
                         "it (a norm, a sum, a router), or it is quantised or wrapped"
                     )
                 module = found[module]
-            changes.append(_Change(module, fold, self._columns(one, is_input), what))
-            self._check_weight(changes[-1])
+            first = (one.head or 0) * one.width if at.first is None else at.first
+            changes.append(_Change(module, fold, before, slice(first, first + one.width), what))
+            self._check_weight(changes[-1], whole=at.first is None and one.head is None)
         return changes
 
-    def _columns(self, one: Intervention, is_input: bool) -> slice | None:
-        if not is_input:
-            return None
-        first = (one.head or 0) * one.width
-        return slice(first, first + one.width)
-
-    def _check_weight(self, change: _Change) -> None:
+    def _check_weight(self, change: _Change, whole: bool) -> None:
         module, what = change.module, change.what
         weight = module.weight
         if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS or type(weight.data) is not Tensor:
@@ -162,9 +159,9 @@ class Merging:
         if weight.device.type == "meta":
             raise ValueError(f"weight: the projection at {what} is offloaded, so it can't be changed")
         outputs, inputs = as_matrix(module, weight.data).shape
-        width = change.fold.width
-        fits = width == outputs if change.columns is None else change.columns.stop <= inputs
-        if not fits:
+        size, stop = (inputs if change.before else outputs), change.part.stop
+        if stop > size or (whole and stop < size):
+            width = change.fold.width
             raise ValueError(f"width: {width} does not fit the projection at {what}, [{outputs}, {inputs}]")
         storage = weight.untyped_storage().data_ptr()
         named = self.model.named_parameters(remove_duplicate=False)
@@ -198,19 +195,22 @@ def _changed(module: nn.Module, kept: _Kept, changes: list[_Change]) -> _Kept:
     wide = torch.promote_types(dtype, torch.float32)
     weight = as_matrix(module, kept.weight).to(wide, copy=True)
     outputs = weight.shape[0]
-    bias = torch.zeros(outputs, dtype=wide, device=device) if kept.bias is None else kept.bias.to(wide)
+    bias = torch.zeros(outputs, dtype=wide, device=device)
+    if kept.bias is not None:
+        bias += kept.bias
     for change in changes:
         down, up = (t.to(device, wide) for t in (change.fold.down, change.fold.up))
         c = _constant(change.fold).to(device, wide)
         # A row without a product leaves the weight alone, whatever it holds.
         product = (change.fold.kind & NO_PRODUCT).to(device) == 0
-        if change.columns is None:
-            weight = weight + up[product].mT @ (down[product] @ weight)
-            bias = bias + up[product].mT @ (down[product] @ bias) + up.mT @ c
-        else:
-            through = weight[:, change.columns] @ up.mT
+        part, d, u = change.part, down[product], up[product]
+        if change.before:
+            through = weight[:, part] @ up.mT
             bias = bias + through @ c
-            weight[:, change.columns] += through[:, product] @ down[product]
+            weight[:, part] += through[:, product] @ d
+        else:
+            weight[part] += u.mT @ (d @ weight[part])
+            bias[part] += u.mT @ (d @ bias[part]) + up.mT @ c
     rounded = _Kept(as_matrix(module, weight).to(dtype).contiguous(), bias.to(dtype))
     for name, tensor in (("weight", rounded.weight), ("bias", rounded.bias)):
         if tensor is not None and not bool(tensor.isfinite().all()):

@@ -38,7 +38,8 @@ def patch(
 
     The model keeps its class, weights and API. Its `forward` and `generate` take `adapter_names` (one name a
     row of the batch, "__base__" for the bare model; under PEFT `reft_adapter_names`), `prompt_lengths`,
-    and `reft_positions` (for each row the tokens to edit, docs/positions.md).
+    `reft_positions` (for each row the tokens to edit, docs/positions.md) and `scale` (what edits are
+    multiplied by). A row may have a list of names, whose edits add up (docs/methods.md).
 
     Args:
         model: a transformers model with decoder (or encoder) layers. Of PEFT's wrapper the model inside is

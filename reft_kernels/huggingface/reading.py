@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import ops
 from ..batch import BatchPlan, DecodeWorkspaces, Prompts, Selection, read_prompts
-from ..batch.stacks import RowNames
+from ..batch.stacks import RowNames, names_of
+from ..batch.tables import keys_of
 from .runtime import Columns, GenerateScope, Runtime, nested, read_cache_length
 from .saved_modules import share_modules
 from .sites import Sites
@@ -64,6 +65,16 @@ class CallReader:
                 f"{active!r} depends on the prompt; use generate, or an adapter with positions 'all'"
             )
 
+    def _check_embedded(self, names: Sequence[RowNames], call: dict[str, Any]) -> None:
+        """Refuses embeddings in place of ids where an adapter edits what the ids are embedded to."""
+        if call.get("inputs_embeds") is None:
+            return
+        for name in names_of(names):
+            if any(key.site == "embedding_output" for key in keys_of(self.runtime.store.adapters[name])):
+                raise ValueError(
+                    f"inputs_embeds: pass the embeddings by that adapter {name!r} edits; give input_ids"
+                )
+
     # Plans -----------------------------------------------------------------------------------------------
 
     def _plan(self, selection: Selection, columns: Columns) -> BatchPlan | None:
@@ -107,6 +118,7 @@ class CallReader:
         names = None if bare else self._forward_names(given, batch.size, ours.scale)
         if names is None or not (any(names) or ours.positions is not None):
             return self.idle(batch.size * batch.length)
+        self._check_embedded(names, call)
         start = read_cache_length(call.get("past_key_values"), call.get("cache_position"))
         # In a decode loop of one's own all steps are alike, as their tokens are generated, not of a prompt.
         alike = start > 0 and scope is None and ours.lengths is None and ours.positions is None
@@ -182,6 +194,7 @@ class CallReader:
         names = self.names(given, batch, scale)
         if not any(names) and positions is None:
             return GenerateScope(names, None, seen, ids)
+        self._check_embedded(names, call)
         width = tokens.shape[1] if isinstance(tokens, Tensor) else 1
         mask = call.get("attention_mask")
         if mask is None and isinstance(ids, Tensor) and embeds is None:

@@ -15,8 +15,9 @@ from ..adapter import Adapter, ReftConfig
 from ..batch import BASE, AdapterStore, Place, SiteKey
 from ..batch.tables import keys_of
 from ..positions import LastPosition, Positions
+from ..sites import has_layers
 from .base_model import meet_base
-from .blocks import Blocks, head_width, place_of, site_module, text_config
+from .blocks import Blocks, place_of
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
 from .checkpointing import forget_plans
 from .describe import Names, named_as_in_peft
@@ -147,12 +148,26 @@ class Reft(Names, Merges, nn.Module):
         """
         self._check_name(name)
         if isinstance(adapter, ReftConfig):
-            width = head_width(self.model) if adapter.heads is not None else self._runtime.blocks.width
+            width = self._width_at(adapter)
             adapter = Adapter.from_config(adapter, len(self._runtime.blocks.layers), width)
         elif not isinstance(adapter, Adapter):
             raise ValueError(f"adapter: must be a ReftConfig or an Adapter, was {type(adapter).__name__}")
         self._install(name, adapter)
         return adapter
+
+    def _width_at(self, config: ReftConfig) -> int:
+        """d at a config's site, the same in all of its layers."""
+        heads = config.heads or (None,)
+        layers = config.resolve_layers(len(self._runtime.blocks.layers))
+        keys = [SiteKey(config.site, layer, head) for layer in layers for head in heads]
+        widths = {self._sites.locator.find(key).width for key in keys}
+        width = widths.pop()
+        if width is None or widths:
+            raise ValueError(
+                f"site: the width of {config.site!r} is not known, or not the same in all layers; add an "
+                "rk.Adapter that is made for it"
+            )
+        return width
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not name or name == BASE:
@@ -169,15 +184,11 @@ class Reft(Names, Merges, nn.Module):
         for intervention in adapter.interventions:
             if not 0 <= intervention.layer < depth:
                 raise ValueError(f"adapter: edits layer {intervention.layer}; the model has {depth} layers")
-            wanted = head_width(self.model) if intervention.head is not None else self._runtime.blocks.width
-            if intervention.width != wanted:
+            wanted = self._sites.locator.find(SiteKey.of(intervention)).width
+            if wanted is not None and intervention.width != wanted:
                 raise ValueError(
                     f"adapter: has width {intervention.width}; {intervention.site} of this model has {wanted}"
                 )
-            site_module(self._runtime.blocks.layers[intervention.layer], intervention.site)
-            heads = text_config(self.model).num_attention_heads
-            if intervention.head is not None and intervention.head >= heads:
-                raise ValueError(f"adapter: edits head {intervention.head}; the model has {heads} heads")
         adapter.saved_modules.check(self.model)
         if any(adapter is other for other in self._store.adapters.values()):
             raise ValueError("adapter: is loaded under another name already; copy it (copy.deepcopy) first")
@@ -210,7 +221,13 @@ class Reft(Names, Merges, nn.Module):
 
     def _place_of(self, key: SiteKey) -> Place:
         known = self._store.places.get(key)
-        return known or Place(*place_of(self._runtime.blocks.layers[key.layer], self.model))
+        if known is not None:
+            return known
+        at = self._runtime.blocks.layers[key.layer] if has_layers(key.site) else self._module_at(key)
+        return Place(*place_of(at, self.model))
+
+    def _module_at(self, key: SiteKey) -> nn.Module:
+        return self._sites.locator.find(key).module
 
     @named_as_in_peft
     def delete_adapter(self, name: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..batch import AdapterStore, BatchPlan, Planner, Selection
+from ..batch import AdapterStore, BatchPlan, Planner, Selection, SiteKey
 from ..batch.stacks import RowNames
 from .blocks import Blocks
 from .fused_norm import FusedNorms
@@ -130,6 +130,10 @@ class Runtime:
         plan: of the forward under way, None when there is nothing to do in it.
         prepared: whether generate has made the plan of the forward to come.
         depth: forwards of the model under way.
+        logits_to_keep: of the forward under way: how many of the last columns go on to the language-model
+            head, 0 for all, or which.
+        unseen: sites by path whose modules were not called yet. A forward that edits there and passes them
+            by is an error.
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks, store: AdapterStore) -> None:
@@ -138,6 +142,7 @@ class Runtime:
         self.fused = FusedNorms(self)
         self.told = Told()
         self.active: str | None = None
+        self.unseen: dict[SiteKey, None] = {}
         self._rest()
 
     def _rest(self) -> None:
@@ -145,10 +150,11 @@ class Runtime:
         self.plan: BatchPlan | None = None
         self.prepared = False
         self.depth = 0
+        self.logits_to_keep: Any = 0
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        under_way = ("plan", "prepared", "depth", "lock")
+        under_way = ("plan", "prepared", "depth", "lock", "logits_to_keep")
         return {name: value for name, value in self.__dict__.items() if name not in under_way}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -183,6 +189,15 @@ class Runtime:
                 yield
             finally:
                 self.plan = before
+
+    def check_seen(self, plan: BatchPlan | None) -> None:
+        """Raises RuntimeError where a forward ran under the plan past modules at which it edits."""
+        missed = [key for key in self.unseen if plan is not None and key in plan.sites]
+        if missed:
+            raise RuntimeError(
+                f"site: the model does not call the module of {missed[0].site!r} in layer {missed[0].layer}, "
+                "so its adapter edits nothing there"
+            )
 
     def forget_compiled(self) -> None:
         """Drops compiled code that was traced without our stand-ins."""

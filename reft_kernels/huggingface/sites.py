@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..batch import BatchPlan, DecodeWorkspace, SiteKey, edit
 from ..batch.edit import site_of
 from ..ops import launch
-from .blocks import edits_input, site_module
+from ..sites import has_layers, is_path
 from .compiled_step import layout_of, run_site
 from .fused_norm import NextNorm, NormForward, edit_and_norm
+from .locate import Location, Locator
 from .runtime import Runtime
 from .standin import StandIn
 
@@ -23,6 +24,7 @@ class SiteForward(StandIn):
     """Edits what goes into a module and what comes out of it. Idle, it is one check.
 
     inputs, outputs: sites at this module (each head of attention is one).
+    places: where each of them is, and whether its tensor is one of its own.
     norm: the norm that takes a block's output, where it is fused with the edit.
     key: for the short way (python_bindings/standin.cpp, which reads it and calls `after`): the one site,
         False where there is none, None where a call takes more than one edit of the whole output.
@@ -34,6 +36,7 @@ class SiteForward(StandIn):
         self.runtime = runtime
         self.inputs: tuple[SiteKey, ...] = ()
         self.outputs: tuple[SiteKey, ...] = ()
+        self.places: dict[SiteKey, Location] = {}
         self.norm: NextNorm | None = None
         self.number = ""
         self.key: SiteKey | bool | None = False
@@ -41,8 +44,14 @@ class SiteForward(StandIn):
     def use(self, inputs: tuple[SiteKey, ...], outputs: tuple[SiteKey, ...]) -> None:
         """Edits at these sites from now on."""
         self.inputs, self.outputs = inputs, outputs
-        one = outputs[0] if len(outputs) == 1 and outputs[0].head is None else None
+        one = outputs[0] if len(outputs) == 1 and self._simple(outputs[0]) else None
         self.key = None if inputs else (one if outputs else False)
+
+    def _simple(self, key: SiteKey) -> bool:
+        """Whether a site is the whole of an output that is the module's own."""
+        place = self.places[key]
+        whole = key.head is None and place.first is None
+        return whole and not place.shared and key not in self.runtime.unseen
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.runtime.plan
@@ -68,10 +77,35 @@ class SiteForward(StandIn):
             return output
         edited = h
         for key in self.outputs:
-            edited = edit(edited, key, plan, training)
+            edited = self._edit(edited, key, plan)
         if edited is h:
             return output
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def _edit(self, h: Tensor, key: SiteKey, plan: BatchPlan) -> Tensor:
+        """h with the edit at one site: h itself, where it was edited in place."""
+        if self.runtime.unseen:
+            self._see(key)
+        if key not in plan.sites:
+            return h
+        place, training = self.places[key], self.module.training
+        if place.shared:
+            h = h.clone()
+        elif place.kept and torch.is_grad_enabled():
+            h = h.view_as(h)  # not in place, then
+        if place.first is None:
+            return edit_fewer(h, key, plan, self.runtime, training)
+        assert place.width is not None
+        part = h.narrow(-1, place.first, place.width)
+        edited = edit(part, key, plan, training)
+        if edited is part:
+            return h
+        return h.slice_scatter(edited, -1, place.first, place.first + place.width)
+
+    def _see(self, key: SiteKey) -> None:
+        if key in self.runtime.unseen:
+            del self.runtime.unseen[key]
+            self.use(self.inputs, self.outputs)
 
     def _edit_input(
         self, args: tuple, kwargs: dict[str, Any], plan: BatchPlan
@@ -81,9 +115,7 @@ class SiteForward(StandIn):
             name = "hidden_states"
         h = given = args[0] if name is None else kwargs[name]
         for key in self.inputs:
-            # What enters the first block may be the caller's own inputs_embeds.
-            clone = key.site == "block_input" and key.layer == 0 and key in plan.sites
-            h = edit(h.clone() if clone else h, key, plan, self.module.training)
+            h = self._edit(h, key, plan)
         if h is given:
             return args, kwargs
         if name is None:
@@ -91,11 +123,27 @@ class SiteForward(StandIn):
         return args, {**kwargs, name: h}
 
 
+def edit_fewer(h: Tensor, key: SiteKey, plan: BatchPlan, runtime: Runtime, training: bool) -> Tensor:
+    """`edit`, also of hidden states [batch, kept, d] that are some columns of the plan's: what enters the
+    language-model head, of which generate wants the last."""
+    if h.dim() != 3 or h.shape[0] * h.shape[1] == plan.tokens or has_layers(key.site):
+        return edit(h, key, plan, training)
+    columns = plan.tokens // h.shape[0]
+    kept = runtime.logits_to_keep
+    index: Any = slice(columns - kept, columns) if isinstance(kept, int) else kept
+    whole = h.new_zeros(h.shape[0], columns, h.shape[2])
+    if whole[:, index].shape != h.shape:
+        return edit(h, key, plan, training)  # which says what is wrong
+    whole[:, index] = h
+    return edit(whole, key, plan, training)[:, index]
+
+
 class Sites:
     """Puts stand-ins on the modules of sites, and takes them off."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime, self.blocks = runtime, runtime.blocks
+        self.locator = Locator(runtime.model, runtime.blocks)
         self._modules: dict[nn.Module, SiteForward] = {}
         self._keys: dict[SiteKey, SiteForward] = {}
         self._count = itertools.count()
@@ -116,22 +164,27 @@ class Sites:
         """Attaches what is not there yet; returns whether there was any such."""
         new = [key for key in keys if key not in self._keys]
         for key in new:
-            site = self._keys[key] = self._stand_in(site_module(self.blocks.layers[key.layer], key.site))
-            if edits_input(key.site):
+            place = self.locator.find(key)
+            site = self._keys[key] = self._stand_in(place.module)
+            site.places[key] = place
+            if is_path(key.site):
+                self.runtime.unseen[key] = None
+            if place.input:
                 site.use((*site.inputs, key), site.outputs)
             else:
                 site.use(site.inputs, (*site.outputs, key))
         return bool(new)
 
-    def module_at(self, key: SiteKey) -> tuple[nn.Module, bool]:
-        """The module of a site that is attached, and whether the site is its input."""
+    def at(self, key: SiteKey) -> tuple[Location, bool]:
+        """Where a site is that is attached, and whether it is what goes into the module."""
         site = self._keys[key]
-        return site.module, key in site.inputs
+        return site.places[key], key in site.inputs
 
     def keep(self, keys: set[SiteKey]) -> None:
         """Detaches all others."""
         for key in [key for key in self._keys if key not in keys]:
             site = self._keys.pop(key)
+            self.runtime.unseen.pop(key, None)
             site.use(
                 tuple(other for other in site.inputs if other != key),
                 tuple(other for other in site.outputs if other != key),

@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from support import formulas
 
-import reft_kernels as rk
 from reft_kernels.adapter.method import METHODS
 from reft_kernels.ops import Act
 
@@ -65,16 +63,3 @@ def test_merging(name: str) -> None:
         "if its parts do": set(),  # (these parameters have a GELU)
     }[tables()[1][name][3]]
     assert {key for key, is_so in linear.items() if is_so} == said
-
-
-def test_the_examples_run() -> None:
-    code = PAGE.partition("## Examples")[2].partition("```python\n")[2].partition("```")[0]
-
-    class Model:
-        def add_adapter(self, name: str, adapter: rk.Adapter) -> None:
-            self.added = {name: adapter}
-
-    names = {"rk": rk, "torch": torch, "d": 16, "reft": Model()}
-    exec(code, names)
-    assert names["reft"].added["loud"].interventions[0].target.item() == 8
-    assert len(names["front"].interventions) == 5 and len(names["plain"].interventions) == 8

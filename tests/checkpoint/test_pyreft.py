@@ -213,6 +213,7 @@ def test_other_numbers_of_interventions_are_refused(model, tmp_path, layers: lis
         ("model.layers[1].input", 1, "block_input"),
         ("model.layers[3].mlp.output", 3, "mlp_output"),
         ("model.layers[0].self_attn.output", 0, "attention_output"),
+        ("model.layers[1].self_attn.o_proj.input", 1, "*.self_attn.o_proj.input"),
     ],
 )
 def test_components_given_as_paths(model, tmp_path, component: str, layer: int, site: str) -> None:
@@ -278,10 +279,10 @@ def represent(index: int, value):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (represent(1, "mlp_activation"), ("mlp_activation", "block_output")),
+        (represent(1, "cell_input"), ("cell_input", "block_output")),
         (represent(1, "head_attention_value_output"), ("head_attention_value_output", "block_output")),
         (represent(1, "encoder.block[1].layer[0].output"), ("encoder.block[1].layer[0].output",)),
-        (represent(1, "model.layers[1].self_attn.q_proj.output"), ("q_proj",)),
+        (represent(1, "model.layers[1].self_attn.q_proj.weight"), ("q_proj",)),
         (represent(1, 3), ("component", "3")),
         (represent(0, "1"), ("layer", "'1'")),
         (represent(0, 2), ("intkey_layer_2_comp_block_output_unit_pos_nunit_1#0.bin", "missing")),

@@ -178,6 +178,36 @@ def test_half_precision_is_rounded_once(dtype):
     assert not projection.bias.requires_grad
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_other_linear_layers(family):
+    """What goes into the last of an MLP, and a part of what a fused projection gives."""
+    model, reft = patched(family)
+    width = 4 * WIDTH if family == "gpt2" else 48
+    down = formulas.parameters("direft", 2, width)
+    down = {name: 0.2 * tensor for name, tensor in down.items()}
+    path = f"*.mlp.{'c_proj' if family == 'gpt2' else 'down_proj'}.input"
+    made = {
+        "down": Intervention("direft", 1, path, rk.Positions.parse("all"), down),
+        "key": one("consreft", "key_output") if family == "gpt2" else one("vector", "mlp_dense_output"),
+        "head": one_head("loreft", "head_query_output", 2),
+    }
+    for name, intervention in made.items():
+        reft.add_adapter(name, rk.Adapter([intervention]))
+    before, edited = bits(model), logits(model, adapter_names=[list(made)] * 2)
+    for name in made:
+        assert not torch.equal(edited, logits(model, adapter_names=[name] * 2)), name
+    for name in made:
+        reft.merge_adapter(name)
+    torch.testing.assert_close(logits(model), edited, rtol=1e-9, atol=1e-9)
+    reft.unmerge_adapter()
+    same_bits(model, before)
+
+
+def one_head(method: str, site: str, head: int) -> Intervention:
+    tensors = {n: 0.5 * t for n, t in formulas.parameters(method, 2, HEAD_WIDTH).items()}
+    return Intervention(method, 0, site, rk.Positions.parse("all"), tensors, head=head)
+
+
 class Quantised(torch.nn.Linear):
     """Stands for the linear layers of quantised models, which are subclasses."""
 

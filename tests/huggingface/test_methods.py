@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from support import formulas
-from support.models import batch_of, make_model, row_alone
+from support.models import VOCABULARY, batch_of, make_model, row_alone
 
 import reft_kernels as rk
 from reft_kernels.adapter import Intervention
@@ -138,3 +140,28 @@ def test_a_fresh_one_trains(name: str) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(p.requires_grad == key.startswith("reft.") for key, p in model.named_parameters())
+
+
+def test_the_pages_examples_run() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
+    model = tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=24,
+            num_attention_heads=4,
+            pad_token_id=0,
+        )
+    ).eval()
+    batch = batch_of([6, 5, 4])
+    names = {"rk": rk, "torch": torch, "d": 32, "model": model, "reft": rk.patch(model), "batch": batch}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for heading in ("## Examples", "## Several at once", "## Merging"):
+        code = page.partition(heading)[2].partition("```python\n")[2].partition("```")[0]
+        exec(code, names)
+    reft = names["reft"]
+    assert list(reft) == ["mine", "loud", "happy", "plain", "calm"]
+    assert reft.adapters["loud"].interventions[0].target.item() == 8
+    assert len(names["front"].interventions) == 5 and len(names["plain"].interventions) == 8
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())

@@ -42,16 +42,17 @@ FAMILIES = {
 }
 
 
-def make_model(family: str = "llama", seed: int = 0, gain: float = 4.0):
+def make_model(family: str = "llama", seed: int = 0, gain: float = 4.0, families=FAMILIES):
     """A model in eval mode whose weights are large enough (by `gain`) for edits to change greedy tokens."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval()
+    model = families[family]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(gain)
-    model.generation_config.eos_token_id = None  # every row generates to the end
-    model.generation_config.pad_token_id = 0
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = None  # every row generates to the end
+        model.generation_config.pad_token_id = 0
     return model
 
 
