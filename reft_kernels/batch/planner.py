@@ -131,13 +131,14 @@ class Planner:
         starts: Sequence[int] | np.ndarray,
         counts: Sequence[int] | np.ndarray,
         ids: Sequence[int] | np.ndarray | None = None,
+        prepare: bool = True,
     ) -> BatchPlan | None:
         """The plan of an engine's step over a flat batch: of request i the tokens starts[i] … starts[i] +
         counts[i] − 1 of its sequence, request after request, in the order of the selection's names.
 
         A prefill, a chunk of one and a decode step are all the same. The selection is one of
-        `Prompts.unpadded`. ids: of these tokens, where `selection.needs_ids`. The plan is prepared. None if
-        nothing is edited.
+        `Prompts.unpadded`. ids: of these tokens, where `selection.needs_ids`. The plan is prepared,
+        unless that is left to the caller. None if nothing is edited.
 
         Raises ValueError for another number of requests than the selection's, or of ids than tokens, or a
         negative number.
@@ -155,7 +156,7 @@ class Planner:
         if tokens is not None and tokens.shape != (many.sum(),):
             raise ValueError(f"ids: must be those of {many.sum()} tokens, had shape {list(tokens.shape)}")
         plan = self._plan(selection, selection.chunks(first, many, tokens), int(many.sum()), None)
-        if plan is not None:
+        if plan is not None and prepare:
             plan.prepare()
         return plan
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch import BatchPlan
+from ..batch import BASE, BatchPlan
 from ..batch.names import LENGTHS, NAMES, POSITIONS, SCALES
+from . import continuous
 from .checkpointing import keep_plans
 from .reading import CallReader, Ours, ids_of
 from .runtime import Columns, GenerateScope, Pending, cache_length
@@ -55,6 +56,8 @@ class _Call(StandIn):
         """The plan of this forward; takes our own arguments out of kwargs."""
         ours = take_ours(kwargs, self.names)
         call = {**dict(zip(self.names, args)), **kwargs} if args else kwargs
+        if continuous.is_packed(call):
+            return self.reader.packed(call, ours)
         scope = self.runtime.scope
         if scope is None:
             self.keywords.check(kwargs)
@@ -196,12 +199,32 @@ class Generate(_Call):
 
 
 class ContinuousBatching(_Call):
-    """`generate_batch` and what it is made of: requests share a row, where prompts can't be told apart."""
+    """`generate_batch` and `init_continuous_batching`: an adapter for each request, where the transformers at
+    hand says which tokens are whose; else the active adapter, if it needs no prompt."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(one is not None for one in take_ours(kwargs)):
+        names, lengths, positions, scale = take_ours(kwargs)
+        if lengths is not None or positions is not None or scale is not None:
             raise ValueError(
-                f"{self.name}: takes no adapter names, prompt lengths or scale; use set_adapter, or generate"
+                f"{self.name}: takes adapter_names, but no {LENGTHS}, {POSITIONS} or {SCALES[1]}"
             )
-        self.reader.check_packed(self.name)
-        return self.original(*args, **kwargs)
+        reason = continuous.why_not()
+        if reason is not None:
+            if names is not None:
+                raise ValueError(
+                    f"{self.name}: takes no adapter names, as {reason}; use set_adapter, or generate"
+                )
+            self.reader.check_packed(self.name)
+            return self.original(*args, **kwargs)
+        if self.name == "generate_batch":
+            inputs = args[0] if args else kwargs.get("inputs", ())
+            checked = continuous.check(self.runtime, inputs, names)
+            given = [BASE if name is None else name for name in checked] if names is None else names
+            with continuous.said.saying(given):
+                return self.original(*args, **kwargs)
+        if names is not None:
+            raise ValueError(
+                f"{self.name}: takes no adapter names; its manager's add_request takes adapter_name and its "
+                "add_requests adapter_names"
+            )
+        return continuous.batched(self.runtime, self.original(*args, **kwargs))

@@ -13,6 +13,7 @@ from .. import ops
 from ..batch import BatchPlan, DecodeWorkspaces, Prompts, Selection, read_prompts
 from ..batch.stacks import RowNames, names_of
 from ..batch.tables import keys_of
+from .continuous import batching_of
 from .runtime import Columns, GenerateScope, Runtime, nested, read_cache_length
 from .saved_modules import share_modules
 from .sites import Sites
@@ -171,6 +172,20 @@ class CallReader:
         if scope is not None and given is None and call.get("past_key_values") is None:
             prompt_lengths = scope.lengths_aside(batch.size, batch.length, prompt_lengths, mask)
         return read_prompts(batch.size, start, batch.length, mask, prompt_lengths, labels)
+
+    def packed(self, call: dict[str, Any], ours: Ours) -> BatchPlan | None:
+        """The plan of a forward over a flat batch of requests, as continuous batching lays them out."""
+        batching = batching_of(call)
+        if batching is None:
+            self.check_packed("forward")
+            return self.forward(call, ours)
+        selection, starts, counts = batching.step()
+        tokens = call["input_ids"].shape[1]
+        if counts.sum() != tokens:
+            raise RuntimeError(f"a batch was laid out of {counts.sum()} tokens, and its forward has {tokens}")
+        ids = ids_of(call)[0] if selection.needs_ids else None
+        plan = self.planner.step(selection, starts, counts, ids, prepare=False)
+        return self.idle(tokens) if plan is None else self._prepared(plan)
 
     # Generate --------------------------------------------------------------------------------------------
 

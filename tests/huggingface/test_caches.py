@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from support import model_oracle as oracle
 from support.adapters import patch_with_mixed
 from support.models import batch_of, make_model, row_alone
-from transformers import GenerationConfig
 
 pytestmark = pytest.mark.models
 
@@ -65,31 +63,3 @@ def test_sliding_windows(family, cache):
     for row, name in enumerate(names):
         want, _ = oracle.greedy(bare, row_alone(batch, row), reft.adapters[name], 5)
         assert got[row] == want.tolist()
-
-
-def test_continuous_batching_takes_adapters_that_need_no_prompt():
-    model = make_model()
-    reft = patch_with_mixed(model)
-    prompts = [[5, 6, 7, 8], [9, 10]]
-    for name in ("tied", "generated"):
-        reft.set_adapter(name)
-        for method in (model.generate_batch, model.init_continuous_batching):
-            with pytest.raises(ValueError, match=f"adapter '{name}' depends on the prompt"):
-                method(prompts)
-    reft.set_adapter("everywhere")
-    with pytest.raises(ValueError, match="takes no adapter names"):
-        model.generate_batch(prompts, adapter_names=["tied", "tied"])
-    if not hasattr(transformers, "ContinuousBatchingConfig"):
-        pytest.skip("the continuous batching of transformers 4 needs a GPU")
-    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    # Else its cache takes most of the machine's memory.
-    size = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)
-    found = {}
-    for name in ("everywhere", None):
-        reft.set_adapter(name)
-        results = model.generate_batch(prompts, config, size)
-        found[name] = [result.generated_tokens for result in results.values()]
-        for prompt, tokens in zip(prompts, found[name]):
-            want = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)
-            assert tokens == want[0, len(prompt) :].tolist()
-    assert found["everywhere"] != found[None]
