@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -125,10 +126,14 @@ void launched(const char* error, const char* kernel) {
                   "CUDA_LAUNCH_BLOCKING=1 it is reported where it arose)");
 }
 
+// What reft_kernels_cuda_way has set.
+std::atomic<int32_t> chosen_way{static_cast<int32_t>(Way::usual)};
+
 // Runs one of the forward kernels on h's device and current stream.
 void run(const char* (*launch)(const ForwardCall&, cudaStream_t), const Tensor& h,
-         const ForwardCall& call) {
+         ForwardCall call) {
   const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
+  call.way = static_cast<Way>(chosen_way.load(std::memory_order_relaxed));
   launched(launch(call, current_stream(h)), "intervene");
 }
 
@@ -278,6 +283,14 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CUDA, library) {
 extern "C" __attribute__((visibility("default"))) const char* reft_kernels_cuda_occupancy() {
   thread_local std::string text;
   text = "[" + reft::cuda::describe_forward() + ", " + reft::cuda::describe_forward_norm() + ", " +
-         reft::cuda::describe_backward() + "]";
+         reft::cuda::describe_forward_ways() + ", " + reft::cuda::describe_backward() + "]";
   return text.c_str();
+}
+
+// Has the forward kernels of the whole process run in another way (a number of `Way`), and returns
+// the one before; where there is no such way, −1, and nothing changes. For measurements; through
+// ctypes.
+extern "C" __attribute__((visibility("default"))) int reft_kernels_cuda_way(int way) {
+  if (way < 0 || way > static_cast<int>(reft::cuda::Way::ring)) return -1;
+  return reft::cuda::chosen_way.exchange(way);
 }

@@ -72,7 +72,7 @@ def _cpu_library() -> Library:
 
 
 def _cuda_library() -> Library:
-    kernels = ("forward", "forward_norm", "backward")
+    kernels = ("forward", "forward_norm", "forward_ways", "backward")
     files: dict[str, list[str]] = {f"csrc/cuda/{name}.cu": [] for name in kernels}
     files["python_bindings/cuda.cpp"] = []
     flags = ["-Icsrc/cuda", "-DUSE_CUDA", "-fvisibility=hidden"]

@@ -5,6 +5,7 @@ What this can't show (memory orders, real tensor cores) is what tests/gpu and `m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -143,6 +144,90 @@ def test_any_schedule_of_the_threads_gives_the_same_bits(dtypes, count: int, chi
     for other in results[1:]:
         for one, it in zip(results[0], other):
             assert same_bits(one, it)
+
+
+#: Beside the usual one (csrc/cuda/intervene.h).
+PUSH, RING = 1, 2
+
+
+@contextlib.contextmanager
+def _way(emulated, number: int, seed: int = 0):
+    emulated.take_way(number)
+    emulated.shuffle_threads(seed)
+    try:
+        yield
+    finally:
+        emulated.take_way(0)
+        emulated.shuffle_threads(0)
+
+
+#: By case: a chip's multiprocessors, rows, ranks, d, and whether the norm follows. A block has one unit or
+#: several, tiles few rows or many, and values fit of all rows of a tile, of some, or of none.
+WAYS = {
+    PUSH: [
+        (cuda_emulator.MANY, 9, (8, 3, 20), 4096, False),
+        (cuda_emulator.MANY, 9, (8, 3, 20), 1032, True),
+        (cuda_emulator.MANY, 1, (8,), 1544, True),
+        (cuda_emulator.MANY, 4, (1100,), 520, False),
+        (cuda_emulator.MANY, 1, (4103,), 520, True),
+        (6, 9, (8, 3, 20), 4096, True),
+        (1, 2, (20,), 4616, True),
+    ],
+    RING: [
+        (3, 9, (8, 3, 20), 4096, False),
+        (1, 9, (8, 3, 20), 1032, False),
+        (2, 40, (20, 1), 1544, False),
+        (1, 40, (8,), 4096, False),
+        (1, 4, (1100,), 2056, False),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "case"),
+    [(way, case) for way, cases in WAYS.items() for case in cases],
+    ids=lambda it: "-".join(map(str, it)) if isinstance(it, tuple) else ("", "push", "ring")[it],
+)
+def test_every_way_gives_the_same_bits_in_any_schedule(way: int, case: tuple, emulated) -> None:
+    """What is stored and copied by itself comes late and in any order; each wait was taken out once."""
+    emulated.multiprocessors, count, ranks, d, normed = case
+    made = build(_spec(HALF[0], d, ranks, count=count, scale=0.1 if ranks[0] > 100 else 1.0))
+
+    def run() -> list[torch.Tensor]:
+        if normed:
+            after, out = normed_in_place(made.covered(), NAME, norm_of(made)._replace(norm=ops.Norm.CENTRED))
+            return [after.h, out]
+        return [in_place(made, NAME).h]
+
+    usual, cluster = run(), emulated.cluster
+    for seed in (0, 1, 2, 3) if ranks[0] < 1000 else (1,):
+        with _way(emulated, way, seed):
+            results = run()
+        assert emulated.cluster == cluster
+        for one, it in zip(usual, results):
+            assert same_bits(one, it)
+
+
+@pytest.mark.parametrize(
+    ("way", "chip", "dtypes", "changes", "reason"),
+    [
+        (PUSH, 0, HALF[0], {}, "before sm_90"),
+        (PUSH, cuda_emulator.MANY, DTYPES[0], {}, "bfloat16"),
+        (RING, 1, HALF[0], {"d": 1033}, "16-byte loads"),
+        (PUSH, cuda_emulator.MANY, HALF[0], {"d": 512}, "a block does a tile alone"),
+        (PUSH, cuda_emulator.MANY, HALF[0], {"d": 4104}, "several units"),
+        (PUSH, 1, HALF[0], {"count": 40}, "more than 4 rows"),
+        (RING, cuda_emulator.MANY, HALF[0], {}, "one unit"),
+    ],
+)
+def test_a_way_that_has_no_kernel_says_why(way, chip, dtypes, changes, reason, emulated) -> None:
+    """And writes nothing."""
+    emulated.multiprocessors = chip
+    case = build(_spec(dtypes, **({"d": 1032, "ranks": (8,), "count": 3} | changes)))
+    copy = case.copy()
+    with _way(emulated, way), pytest.raises(RuntimeError, match=f"way.*{reason}"):
+        ops.INTERVENE_[NAME](copy.h, *copy.pool, *copy.plan)
+    assert same_bits(copy.storage, case.storage)
 
 
 @pytest.mark.parametrize("dtypes", [HALF[0], DTYPES[0]], ids=str)

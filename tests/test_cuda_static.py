@@ -15,12 +15,18 @@ from reft_kernels import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "csrc" / "cuda"
-SOURCES = ("forward", "forward_norm", "backward")
+SOURCES = ("forward", "forward_norm", "forward_ways", "backward")
 
 #: Most registers of a thread, by kernel: so many that the blocks fit on a multiprocessor (65536 registers)
 #: as often as its launch bounds ask for. Of the tiles with 8 rows at once, on Hopper.
 REGISTERS = {"forward_tiles": 128, "forward_rows": 255, "backward_rows": 255, "backward_pool": 255}
 OF_EIGHT_ROWS = {False: 64, True: 80}  # without the norm, with it
+
+#: The kernels of the ways beside the usual one; from sm_90 on.
+WAYS = [
+    *(f"forward_push<8, {one}, {norm}>" for one, norm in ((1, 0), (1, 1), (0, 1))),
+    *(f"forward_ring<{slots}>" for slots in (8, 16)),
+]
 
 #: Bytes that sm_90 and later keep for the system in each block; the kernels' own memory is dynamic.
 RESERVED = 1024
@@ -61,7 +67,7 @@ def _cubin(source: str, arch: str) -> pathlib.Path:
 
 def _kernel(symbol: str) -> str:
     """_ZN4reft4cuda12forward_rowsINS_4HalfEfLb1ELb1ELb0EEEv… → forward_rows<Half, float, 1, 1, 0>"""
-    name = re.search(r"(?:forward|backward)_(?:tiles|rows|pool)", symbol)[0]
+    name = re.search(r"(?:forward|backward)_(?:tiles|rows|pool|push|ring)(?=I)", symbol)[0]
     arguments = re.search(name + r"I(.*?)EEv", symbol)[1].replace("NS_4HalfE", "h").replace("NS_4Bf16E", "b")
     arguments = re.sub(r"S\d?_", "", arguments)  # a repeated type
     found = re.findall(r"L[bi](\d+)|(h|b|f)", arguments)
@@ -95,8 +101,13 @@ def _inspect(arch: str) -> dict[str, dict]:
 
 def _flags(name: str) -> tuple[str, list[str]]:
     """The kernel's own name, and its numbers: tiles <rows at once, one unit, aligned, norm>, rows <one unit,
-    aligned, norm>, backward_rows <aligned>."""
-    return name.split("<")[0], re.findall(r"\b\d+", name.split("<")[1])
+    aligned, norm>, backward_rows <aligned>. The ways beside the usual one are tiles, too."""
+    form, flags = name.split("<")[0], re.findall(r"\b\d+", name.split("<")[1])
+    if form == "forward_push":  # <rows at once, one unit, norm>
+        flags = [*flags[:2], "1", flags[2]]
+    if form == "forward_ring":  # <rows at once>
+        flags = [*flags, "0", "1", "0"]
+    return form.replace("push", "tiles").replace("ring", "tiles"), flags
 
 
 def _check(name: str, kernel: dict, arch: str) -> None:
@@ -118,13 +129,16 @@ def _check(name: str, kernel: dict, arch: str) -> None:
 
 #: The tiles (8 and 16 rows) and the rows in 3 forms, all with and without the norm; aligned and not of the
 #: backward; the pool's gradient; by dtypes.
-COUNT = 2 * (2 * 3 * 2 + 3 * 3) + 5 * 2 + 5
+COUNT = 2 * (2 * 3 * 2 + 3 * 3) + 5 * 2 + 5 + len(WAYS)
 
 
 def _check_all(arch: str) -> dict[str, dict]:
     kernels = _inspect(arch)
     assert len(kernels) == COUNT
     for name, kernel in kernels.items():
+        if name in WAYS and arch == "80":
+            assert len(kernel["code"]) < 20, name  # nothing, as nobody launches it there
+            continue
         try:
             _check(name, kernel, arch)
         except AssertionError as error:
@@ -219,7 +233,8 @@ def test_a_steps_data_is_asked_for_after_two_waits(hopper: dict[str, dict]) -> N
         waits = [wait for wait, _ in loads]
         assert waits.count(0) == 3, (name, loads)  # the words of the tile
         assert waits.count(1) >= (3 if tiles else 1), (name, loads)  # of the range, and rows
-        assert max(waits) <= (2 if tiles else 3), (name, loads)
+        # In a ring, h of the second unit is asked for when that of the first has come.
+        assert max(waits) <= (2 if tiles and "ring" not in name else 3), (name, loads)
 
 
 def test_products_of_tensor_cores_stay_where_all_lanes_are(hopper: dict[str, dict]) -> None:
@@ -236,8 +251,48 @@ def test_no_block_waits_for_its_stores_before_it_ends(hopper: dict[str, dict]) -
         code = kernel["code"]
         last = max((i for i, op in enumerate(code) if op.startswith("UCGABAR_ARV")), default=0)
         stores = [i for i, op in enumerate(code[:last]) if op.startswith("STG")]
-        if last:
+        if stores:  # what is pushed has no meeting at the end
             assert not [op for op in code[stores[-1] : last] if op.startswith("MEMBAR")], name
+
+
+def _count(code: list[str], *names: str) -> int:
+    return sum(op.startswith(names) for op in code)
+
+
+def test_what_is_pushed_needs_no_barrier_of_the_cluster(hopper: dict[str, dict]) -> None:
+    """Sums go by asynchronous stores, a thread waits in its own shared memory, and nobody reads another's.
+
+    One barrier of the cluster is left, at the beginning, and no fence of the GPU.
+    """
+    for name, kernel in hopper.items():
+        code, pushed = kernel["code"], name.startswith("forward_push")
+        assert bool(_count(code, "STAS")) == pushed, name
+        if pushed:
+            assert _count(code, "SYNCS.PHASECHK") and not _count(code, "MEMBAR", "LD.E"), name
+            assert _count(code, "UCGABAR_ARV") == _count(code, "UCGABAR_WAIT") == 1, name
+            waits = code.index("UCGABAR_WAIT")
+            assert "STAS" in next(op for op in code[waits:] if op.startswith(("STAS", "HMMA"))), name
+            # 16 bytes at once where there is one unit; the usual way reads eight words of other blocks.
+            one = _flags(name)[1][1] == "1"
+            assert all((op == "STAS.128") == one for op in code if op.startswith("STAS")), name
+        elif name.startswith("forward_tiles"):
+            assert _count(code, "LD.E") >= 8 and _count(code, "MEMBAR.ALL.GPU"), name
+
+
+def test_pool_rows_of_a_ring_come_by_bulk_copies(hopper: dict[str, dict]) -> None:
+    """And are read from shared memory by 16 bytes; of the loads from global memory h's alone are left."""
+    for name, kernel in hopper.items():
+        code, ring = kernel["code"], name.startswith("forward_ring")
+        assert bool(_count(code, "UBLKCP.S.G")) == ring, name
+        if ring:
+            slots = int(_flags(name)[1][0])
+            wide = [op for op in code if op.startswith("LDG.E.128")]
+            # Of the first unit, of the next one, and where the result will lie: two rows or four each.
+            assert len(wide) == 3 * slots // 4, name
+            assert _count(code, "LDS.128") >= 4, name  # two of D, two of U
+            usual = hopper[f"forward_tiles<Bf16, {slots}, 0, 1, 0>"]
+            blocks = 65536 // (256 * max(kernel["REG"], usual["REG"]))
+            assert blocks == (4 if slots == 8 else 2), name  # as many a multiprocessor as in the usual way
 
 
 @pytest.mark.slow

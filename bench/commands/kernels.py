@@ -239,7 +239,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     args.rounds = args.rounds or ROUNDS
     cases = cases_of(args)
     available = systems.all_systems()
-    names = _words(args.systems, "--systems", available) if args.systems else list(available)
+    usual = [name for name, system in available.items() if not system.only_named]
+    names = _words(args.systems, "--systems", available) if args.systems else usual
     chosen = {name: available[name] for name in dict.fromkeys([BASELINE, *names])}
     settings = {"rounds": args.rounds, "seed": args.seed, "clock": args.clock, "systems": list(chosen)}
     session = Session("kernels", settings, device, args, console)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..gpu import targets
+from ..gpu import targets, ways
 from ..records import answers, bars, host_report, names, paper_plots, plots, record
 from ..records.record import CaseResult, ResultError, Results, SystemResult
 from ..records.stats import SAME, Interval
@@ -277,6 +277,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     loaded = {file: record.load(file) for file in files}
     sections = ["# Results of reft-bench\n"]
     reached = targets.rows(list(loaded.values()))
+    raced = ways.rows(list(loaded.values()))
     for file, results in loaded.items():
         if results.command not in KINDS:
             raise ResultError(f"{file}: unknown command {results.command!r}")
@@ -286,6 +287,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             folder.mkdir(exist_ok=True)
         sections.append(section(results, folder, base, reason is None))
         conclude(console, results)
+    if raced:
+        sections.append("## Ways of the CUDA kernels\n\n" + _markdown(ways.HEADINGS, raced))
     if reached:
         sections.append("## Targets\n\n" + _markdown(targets.HEADINGS, reached))
     (base / REPORT).write_text("\n".join(sections))

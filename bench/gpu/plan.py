@@ -91,7 +91,7 @@ def test_steps(folder: pathlib.Path) -> list[Step]:
 
 
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
-CASES = 24  # of bench/gpu/sanitize_cases.py
+CASES = 29  # of bench/gpu/sanitize_cases.py
 
 
 def sanitize_steps(checks: tuple[str, ...] = CHECKS, seconds: float = 120, limit: float = 160) -> list[Step]:
@@ -122,6 +122,8 @@ _EVERYWHERE = "--positions all --layers all --rank 8"
 _OP = "kernels --no-call-cost --rounds 15"
 _BF16 = "--dtype bfloat16"
 _PAIR = ["native", "triton"]
+# The CUDA kernels in other ways than their usual one, each where it has a kernel (docs/kernels.md).
+_PUSH, _RING = "native push", "native ring"
 
 
 def _compiled(
@@ -138,19 +140,19 @@ def _compiled(
 #: alike become one file.
 BENCHMARKS: dict[str, list[tuple[str, str, list[str], float]]] = {
     "bench": [
-        ("kernels-1", f"{_OP} {_BF16} --rows 1 --adapters 1", [*_PAIR, "shrink+expand"], 25),
+        ("kernels-1", f"{_OP} {_BF16} --rows 1 --adapters 1", [*_PAIR, _PUSH, "shrink+expand"], 25),
         (
             "kernels-64",
             f"{_OP} {_BF16} --rows 64 --adapters 64 --direction forward,norm",
-            [*_PAIR, "shrink+expand"],
+            [*_PAIR, _PUSH, "shrink+expand"],
             30,
         ),
-        ("kernels-256", f"{_OP} {_BF16} --rows 256 --adapters 256", _PAIR, 20),
+        ("kernels-256", f"{_OP} {_BF16} --rows 256 --adapters 256", [*_PAIR, _RING], 20),
         ("kernels-pool", f"{_OP} {_BF16} --rows 64 --adapters 64 --pool-rows 16384", _PAIR, 20),
         (
             "kernels-4096",
             f"{_OP} {_BF16} --rows 4096 --adapters 1,64 --direction forward,norm,backward",
-            _PAIR,
+            [*_PAIR, _RING],
             60,
         ),
         (

@@ -2,6 +2,7 @@
 
 Every form once: rows and tiles (8 and 16 rows at once), one unit of d a block and several, aligned and not,
 all dtypes, padding, ranks beyond what is kept; forward, with and without the norm that follows, and backward.
+Then the forward in the ways that stand beside the usual one.
 Everything but our kernels runs on the CPU: the GPU copies and computes nothing else. Values are compared
 with the reference backend, so that a run proves that the kernels ran.
 
@@ -12,6 +13,7 @@ Exit status 1 if a result is wrong, 3 if --seconds (of all cases together) did n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pathlib
 import sys
 import time
@@ -22,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+from bench.kernels.ways import WAYS, in_way  # noqa: E402
 from reft_kernels import ops  # noqa: E402
 from reft_kernels.plan import Plan  # noqa: E402
 
@@ -40,14 +43,20 @@ NAMES = ("h", "normed h", "norm", "dh", "ddown", "dup", "dbias")
 
 
 class Case(NamedTuple):
+    """way, normed: only the forward, in another way than the usual one (a name of `WAYS`), without the norm
+    or with it."""
+
     dtype: torch.dtype
     pool: torch.dtype
     width: int
     rows: list[list[int]]
+    way: str = ""
+    normed: bool = False
 
     def __str__(self) -> str:
         many = "many rows" if self.rows is MANY else "few rows"
-        return f"{self.dtype} with {self.pool}, d={self.width}, {many}"
+        way = f", {self.way}{' with the norm' * self.normed}" if self.way else ""
+        return f"{self.dtype} with {self.pool}, d={self.width}, {many}{way}"
 
 
 def cases() -> list[Case]:
@@ -55,9 +64,15 @@ def cases() -> list[Case]:
     same = [
         Case(dtype, dtype, width, rows) for dtype in (BF16, HALF) for width in WIDTHS for rows in (FEW, MANY)
     ]
-    return same + [
-        Case(*dtypes, width, MANY) for dtypes in ((BF16, FLOAT), (FLOAT, FLOAT)) for width in WIDTHS
+    ways = [
+        Case(BF16, BF16, 1024, FEW, "push"),
+        Case(BF16, BF16, 1024, FEW, "push", True),
+        Case(BF16, BF16, 5120, FEW, "push", True),
+        Case(BF16, BF16, 5120, FEW, "ring"),
+        Case(BF16, BF16, 5120, MANY, "ring"),
     ]
+    others = [Case(*dtypes, width, MANY) for dtypes in ((BF16, FLOAT), (FLOAT, FLOAT)) for width in WIDTHS]
+    return same + ways + others
 
 
 class Inputs(NamedTuple):
@@ -115,14 +130,23 @@ def _covering(plan: Plan, count: int) -> list[torch.Tensor]:
     return [*(torch.cat(pair) for pair in zip(plan[:2], more)), plan.spans]
 
 
-def run(backend: str, it: Inputs, to: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+def run(
+    backend: str, case: Case, it: Inputs, to: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
     """The ops' results, in the order of NAMES. `to` copies an input to where the backend takes it."""
     pool, plan = [to(t) for t in it.pool], [to(t) for t in it.plan]
     edited, normed = to(it.h), to(it.h)
-    ops.INTERVENE_[backend](edited, *pool, *plan[:3])
-    weight, shift = (None if t is None else to(t) for t in it.weights)
-    covering = [to(t) for t in it.covering]
-    every_row = ops.INTERVENE_NORM_[backend](normed, *pool, *covering, weight, shift, 1e-6, it.norm)
+    in_another = bool(case.way) and backend == "native" and edited.is_cuda
+    with in_way(WAYS[case.way][0]) if in_another else contextlib.nullcontext():
+        if not case.normed:
+            ops.INTERVENE_[backend](edited, *pool, *plan[:3])
+            if case.way:
+                return [edited]
+        weight, shift = (None if t is None else to(t) for t in it.weights)
+        covering = [to(t) for t in it.covering]
+        every_row = ops.INTERVENE_NORM_[backend](normed, *pool, *covering, weight, shift, 1e-6, it.norm)
+        if case.way:
+            return [normed, every_row]
     hs = to(it.h[it.plan.rows.clamp(min=0).long()])
     gradients = ops.INTERVENE_BACKWARD[backend](to(it.grad), hs, *pool, *plan, True, True)
     return [edited, normed, every_row, *gradients]
@@ -131,9 +155,9 @@ def run(backend: str, it: Inputs, to: Callable[[torch.Tensor], torch.Tensor]) ->
 def compare(case: Case, device: str) -> int:
     """The number of wrong results."""
     it, wrong = inputs(case), 0
-    results = [result.cpu() for result in run("native", it, lambda t: t.to(device, copy=True))]
-    wanted = run("reference", it, torch.clone)
-    for name, got, want in zip(NAMES, results, wanted):
+    results = [result.cpu() for result in run("native", case, it, lambda t: t.to(device, copy=True))]
+    wanted = run("reference", case, it, torch.clone)
+    for name, got, want in zip(NAMES[case.normed :], results, wanted):
         # By norms: one wrong row or column of a case is orders of magnitude beyond this.
         error = ((got.double() - want.double()).norm() / want.double().norm()).item()
         if not error < (1e-5 if got.dtype is FLOAT and case.dtype is FLOAT else 2e-2):

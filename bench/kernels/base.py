@@ -24,10 +24,12 @@ class System:
     """A way of doing the op.
 
     `single`: it serves one adapter only, so it is checked with all rows on that one.
+    `only_named`: it is measured where it is named, not where all systems are.
     """
 
     name = ""
     single = False
+    only_named = False
 
     def why_not(self, case: KernelCase, device: str) -> str | None:
         """Why it can't do a case on a device, or None."""

@@ -18,6 +18,7 @@ from reft_kernels import ops
 from .base import EPS, System, rms_norm
 from .cases import DTYPES, KernelCase, Problem
 from .peers import ShrinkExpand, VllmLora
+from .ways import WAYS, in_way
 
 #: Largest distance to the reference's output over the size of the reference's edit (or gradient). A system
 #: that does nothing stands at 1. What bf16 and fp16 allow is the rounding of h itself.
@@ -59,6 +60,29 @@ class Ours(System):
         leaves = tuple(t.detach().clone().requires_grad_() for t in (problem.h, *floats))
         op = ops.INTERVENE[self.backend]
         return op(*leaves, kind, *problem.plan_tensors(single)), leaves
+
+
+class Way(Ours):
+    """The native backend in another way than its usual one, to find out which is the faster."""
+
+    only_named = True
+
+    def __init__(self, way: str) -> None:
+        super().__init__("native")
+        self.name = f"native {way}"
+        self.number, self.directions = WAYS[way]
+
+    def why_not(self, case, device):
+        if torch.device(device).type != "cuda":
+            return "only the CUDA kernels have other ways than the usual one"
+        if case.direction not in self.directions:
+            return f"is for {' and '.join(self.directions)}, not for {case.direction}"
+        return super().why_not(case, device)
+
+    @contextlib.contextmanager
+    def context(self):
+        with super().context(), in_way(self.number):
+            yield
 
 
 class Functional(Ours):
@@ -166,6 +190,7 @@ def all_systems() -> dict[str, System]:
     found = [
         Eager(),
         *(Ours(name) for name in ops.BACKENDS),
+        *(Way(name) for name in WAYS),
         Functional(),
         Compiled(),
         Gather(),

@@ -67,6 +67,14 @@ _KERNELS = {
         "torch, one adapter",
         "torch's own `h + (h @ D.T + c) @ U` with one adapter for all rows. The baseline.",
     ),
+    "native push": (
+        "ours, native, sums pushed",
+        "the native backend with the sums of a cluster's blocks pushed into one another's shared memory.",
+    ),
+    "native ring": (
+        "ours, native, ring of copies",
+        "the native backend with the adapters of a block's next columns copied into shared memory ahead.",
+    ),
     "rk.functional": (
         "ours through rk.functional",
         "the best backend through `rk.functional.intervene_`: the op, and the Python of a public call.",

@@ -72,7 +72,7 @@ __device__ void differentiate(const BackwardCall& call, const RowSums& sums, int
         sums.warp(unit, thread / 32)[thread % 32] = warp_total(totals);
         sums.close(unit, turn);
       }
-      sync_cluster(sums.blocks);
+      sums.meet(turn);
       if (thread < kPairs * kChunk && thread / kChunk < count) {
         const int i = thread / kChunk, r = begin + thread % kChunk;
         const int at_z = i * 2 * kChunk + thread % kChunk;

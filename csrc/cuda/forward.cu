@@ -3,7 +3,9 @@
 namespace reft::cuda {
 
 const char* launch_forward(const ForwardCall& call, cudaStream_t stream) {
-  return call.pool_rows == 0 ? nullptr : run_forward<false>(call, stream);
+  if (call.pool_rows == 0) return nullptr;
+  if (call.way != Way::usual) return launch_forward_way(call, false, stream);
+  return run_forward<false>(call, stream);
 }
 
 #ifdef __CUDACC__

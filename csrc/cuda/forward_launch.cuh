@@ -42,25 +42,28 @@ const char* run(const ForwardCall& call, bool wide, cudaStream_t stream) {
   return launch(kernel, how, call, shape.shift, static_cast<int>(shape.room));
 }
 
+// Whether everything can be read and written 16 bytes at a time.
+inline bool all_aligned(const ForwardCall& call, bool norm) {
+  const int64_t h = size_of(call.dtype), p = size_of(call.pool.dtype), d = call.d;
+  const bool wide = aligned(call.h.data, call.h.stride, d, h) && aligned(call.pool.down, d, d, p) &&
+                    aligned(call.pool.up, d, d, p);
+  return wide && (!norm || (aligned(call.norm.weight, d, d, h) &&
+                            aligned(call.norm.shift, d, d, h) && aligned(call.norm.out, d, d, h)));
+}
+
+// Few rows a tile, as in a decode step: eight rows at once, else sixteen. Only speed hangs on it.
+inline bool few_rows(const ForwardCall& call) { return call.positions <= 4 * call.tile_count; }
+
 template <class T, bool kNorm>
 const char* run_tiles(const ForwardCall& call, bool wide, cudaStream_t stream) {
-  // Few rows a tile, as in a decode step. Only speed hangs on it.
-  if (call.positions <= 4 * call.tile_count) {
-    return run<TileKernels<T, 8, kNorm>>(call, wide, stream);
-  }
+  if (few_rows(call)) return run<TileKernels<T, 8, kNorm>>(call, wide, stream);
   return run<TileKernels<T, 16, kNorm>>(call, wide, stream);
 }
 
 template <bool kNorm>
 const char* run_forward(const ForwardCall& call, cudaStream_t stream) {
   if (call.tile_count == 0 || call.row_count == 0) return nullptr;
-  const int64_t h = size_of(call.dtype), p = size_of(call.pool.dtype), d = call.d;
-  bool wide = aligned(call.h.data, call.h.stride, d, h) && aligned(call.pool.down, d, d, p) &&
-              aligned(call.pool.up, d, d, p);
-  if (kNorm) {
-    wide = wide && aligned(call.norm.weight, d, d, h) && aligned(call.norm.shift, d, d, h) &&
-           aligned(call.norm.out, d, d, h);
-  }
+  const bool wide = all_aligned(call, kNorm);
   const bool same = call.pool.dtype == call.dtype;
   switch (call.dtype) {
     case Dtype::f32:

@@ -3,6 +3,7 @@
 namespace reft::cuda {
 
 const char* launch_forward_norm(const ForwardCall& call, cudaStream_t stream) {
+  if (call.way != Way::usual) return launch_forward_way(call, true, stream);
   return run_forward<true>(call, stream);
 }
 

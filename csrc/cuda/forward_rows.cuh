@@ -68,7 +68,7 @@ __device__ void edit_rows(const ForwardCall& call, const RowSums<kOne>& sums,
       Layout::add_up(z, sums.warp(unit, thread / 32));
       sums.template close<kRows * kChunk>(unit, turn);
     }
-    sync_cluster(sums.blocks);
+    sums.meet(turn);
     if (thread < kRows * kChunk) {
       values[thread / kChunk * width + begin + thread % kChunk] =
           activation(sums.total(thread, turn));

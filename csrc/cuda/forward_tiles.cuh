@@ -10,6 +10,7 @@
 #include "activation.cuh"
 #include "in_parts.cuh"
 #include "norm.cuh"
+#include "ring.cuh"
 
 namespace reft::cuda {
 
@@ -26,19 +27,23 @@ __device__ inline void split(float x, float* high, float* low) {
 }
 
 // Edits `count` ≤ kSlots rows of a tile. kOne: each block has one unit, so all of its loads (of h
-// and of the first pool rows) are under way before the first product.
-template <class T, int kSlots, bool kOne, bool kAligned, bool kNorm>
+// and of the first pool rows) are under way before the first product. How the sums of blocks meet
+// and how pool rows come are the last two, of which nothing but speed depends.
+template <class T, int kSlots, bool kOne, bool kAligned, bool kNorm,
+          template <int, int, bool> class AnySums = Sums, class AnyRing = NoRing>
 struct Tiles {
   using Layout = TileLayout<kSlots>;
   static constexpr int kEights = kSlots / 8, kSums = kSlots * kChunk;
-  using TileSums = Sums<kTileWarps, kSums, kOne>;
+  static constexpr bool kRing = AnyRing::kThere;
+  static_assert(!kRing || (kAligned && !kOne), "a ring is for whole 16 bytes of several units");
+  using TileSums = AnySums<kTileWarps, kSums, kOne>;
   using TileRows = Held<T, Layout, kAligned>;
 
   using Operands = OperandLayout<kSlots>;
   using Rows = Places<Operands>;
 
   static __device__ void edit(const ForwardCall& call, const TileSums& sums, const Rows& rows,
-                              int count, Span span, int& turn) {
+                              int count, Span span, int& turn, AnyRing& ring) {
     const T* down = static_cast<const T*>(call.pool.down) + offset(span.first, call.d);
     const T* up = static_cast<const T*>(call.pool.up) + offset(span.first, call.d);
     const int width = padded(span.rank);
@@ -47,23 +52,45 @@ struct Tiles {
     float* const values = sums.values();                   // [kSlots, width]
 
     Eight<T> pool_down[2], pool_up[2];
+    const PoolRows<T> pool{down,           up,         call.d,      span.rank,
+                           width_of(call), sums.block, sums.blocks, sums.units};
+    // Columns of kAligned rows count from the unit's first one, others from the row's: so the
+    // compiler finds registers for either.
     const auto load_down = [&](int unit, int begin) {  // columns 16 t and 16 t + 8 of pool row g
+      ring.take(pool, {0, begin, unit});
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int col = unit * kUnit + warp * 64 + 16 * lane + 8 * half;
-        pool_down[half].template load<kAligned>(down + offset(begin + group, call.d) + col,
-                                                width_of(call) - col, begin + group < span.rank);
+        if constexpr (kAligned) {
+          const int at = warp * 64 + 16 * lane + 8 * half,
+                    left = width_of(call) - unit * kUnit - at;
+          const T* from = ring.row(down, 0, begin, group, unit, call.d) + at;
+          pool_down[half].template load<kAligned>(from, left, begin + group < span.rank);
+        } else {
+          const int col = unit * kUnit + warp * 64 + 16 * lane + 8 * half;
+          pool_down[half].template load<kAligned>(down + offset(begin + group, call.d) + col,
+                                                  width_of(call) - col, begin + group < span.rank);
+        }
       }
+      ring.give_back();
     };
     const auto load_up = [&](int unit, int begin) {  // pool rows t and t + 4, columns 8 g
-      const int col = Layout::column(unit);
+      ring.take(pool, {1, begin, unit});
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int r = begin + lane + 4 * half;
-        pool_up[half].template load<kAligned>(up + offset(r, call.d) + col, width_of(call) - col,
-                                              r < span.rank);
+        if constexpr (kAligned) {
+          const int at = Layout::column(0), r = lane + 4 * half;
+          const T* from = ring.row(up, 1, begin, r, unit, call.d) + at;
+          pool_up[half].template load<kAligned>(from, width_of(call) - unit * kUnit - at,
+                                                begin + r < span.rank);
+        } else {
+          const int r = begin + lane + 4 * half, col = Layout::column(unit);
+          pool_up[half].template load<kAligned>(up + offset(r, call.d) + col, width_of(call) - col,
+                                                r < span.rank);
+        }
       }
+      ring.give_back();
     };
+    ring.start(pool);
     TileRows held;
     int row[kEights];
 #pragma unroll
@@ -72,9 +99,8 @@ struct Tiles {
     for (int begin = 0; begin < span.rank; begin += kChunk, ++turn) {
       const RowActivation activation(call.pool, span, begin + thread % kChunk);
       if (!kOne && kAligned) sums.prefetch(down, up, begin, span.rank, width_of(call));
-      for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
-        Eight<T> x[kEights][2];  // the same columns of the rows
-        load_down(unit, begin);
+      Eight<T> x[kEights][2], next[kEights][2];  // columns of the rows, those that pool_down has
+      const auto load_x = [&](Eight<T>(&x)[kEights][2], int unit) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int col = unit * kUnit + warp * 64 + 16 * lane + 8 * half;
@@ -84,6 +110,16 @@ struct Tiles {
                                                width_of(call) - col, row[i] >= 0);
           }
         }
+      };
+      if (kRing) load_x(next, sums.block);
+      for (int unit = sums.block; unit < sums.units; unit += sums.blocks) {
+        if (kRing) {  // h comes ahead, too
+#pragma unroll
+          for (int i = 0; i < kEights; ++i) x[i][0] = next[i][0], x[i][1] = next[i][1];
+          load_x(next, unit + sums.blocks);
+        }
+        load_down(unit, begin);
+        if (!kRing) load_x(x, unit);
         if (kOne && begin == 0) load_up(unit, 0);
         float z[4] = {};
 #pragma unroll
@@ -110,7 +146,7 @@ struct Tiles {
         }
         sums.close(unit, turn);
       }
-      sync_cluster(sums.blocks);
+      sums.meet(turn);
       if (thread < kSums && thread / kChunk < count) {
         values[thread / kChunk * width + begin + thread % kChunk] =
             activation(sums.total(thread, turn));
@@ -173,15 +209,18 @@ constexpr int tile_blocks(int slots, bool norm) {
 #endif
 }
 
-template <class T, int kSlots, bool kOne, bool kAligned, bool kNorm>
-__global__ void __launch_bounds__(kTileWarps * 32, tile_blocks(kSlots, kNorm))
-    forward_tiles(const ForwardCall call, int shift, int room) {
-  using Form = Tiles<T, kSlots, kOne, kAligned, kNorm>;
+// What a block does.
+template <class T, int kSlots, bool kOne, bool kAligned, bool kNorm,
+          template <int, int, bool> class AnySums = Sums, class AnyRing = NoRing>
+__device__ void edit_tile(const ForwardCall& call, int shift, int room) {
+  using Form = Tiles<T, kSlots, kOne, kAligned, kNorm, AnySums, AnyRing>;
+  Form::TileSums::begin();
   const Work work(call.plan, blockIdx.x >> shift);
   const int count = work.tile.count;
   const int32_t* const places = call.plan.rows + work.tile.start;
   typename Form::Rows rows(places, count);
   if (count <= 0 || (!kNorm && work.span.rank == 0)) return;
+  Form::TileSums::join();
   int turn = 0;
   Span span = work.span;
   if (span.rank > kMostAtOnce) {
@@ -192,14 +231,21 @@ __global__ void __launch_bounds__(kTileWarps * 32, tile_blocks(kSlots, kNorm))
   }
   if (span.rank <= kMostAtOnce) {
     const typename Form::TileSums sums(call.d, shift);
+    AnyRing ring(sums.values() + room);
     const int step = rows_at_once(kSlots, span.rank, room);
     for (int done = 0; done < count; done += step) {
       const int left = count - done;
       if (done > 0) rows = typename Form::Rows(places + done, left);
-      Form::edit(call, sums, rows, left < step ? left : step, span, turn);
+      Form::edit(call, sums, rows, left < step ? left : step, span, turn, ring);
     }
   }
-  leave_cluster(1 << shift);  // another block may still read this one's sums
+  Form::TileSums::leave(shift);
+}
+
+template <class T, int kSlots, bool kOne, bool kAligned, bool kNorm>
+__global__ void __launch_bounds__(kTileWarps * 32, tile_blocks(kSlots, kNorm))
+    forward_tiles(const ForwardCall call, int shift, int room) {
+  edit_tile<T, kSlots, kOne, kAligned, kNorm>(call, shift, room);
 }
 
 }  // namespace reft::cuda

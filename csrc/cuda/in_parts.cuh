@@ -40,7 +40,7 @@ __device__ void edit_in_parts(const ForwardCall& call, const Sums& sums, const i
           RowLayout<1>::add_up(z, sums.warp(unit, thread / 32));
           sums.template close<kChunk>(unit, turn);
         }
-        sync_cluster(sums.blocks);
+        sums.template meet<kChunk>(turn);
         if (thread < kChunk) values[begin - from + thread] = activation(sums.total(thread, turn));
       }
       sync_block();

@@ -34,12 +34,23 @@ struct NextNorm {
   int32_t kind;  // a sum of `Norm`
 };
 
+// How a tile's sums and pool rows come to its blocks. The bits are the same in all ways; which one
+// is the fastest is for measurements to say. Those beside the usual one are for pools and h in
+// bfloat16, from sm_90 on.
+enum class Way : int32_t {
+  usual = 0,
+  push = 1,  // sums go to the other blocks by st.async (push.cuh); for clusters
+  ring =
+      2  // pool rows come by bulk copies, ahead of their use (ring.cuh); for several units a block
+};
+
 struct ForwardCall : Forward {
   int64_t row_count;  // rows of h; a plan row beyond them is skipped
   int64_t tile_count;
   int64_t pool_rows;
   int64_t positions;  // rows that the plan names
   NextNorm norm;      // for launch_forward_norm
+  Way way = Way::usual;
 };
 
 struct BackwardCall : Backward {  // p, v: [n, kKept] or null where the pool needs no gradient
@@ -59,6 +70,10 @@ const char* launch_forward(const ForwardCall& call, cudaStream_t stream);
 // The same, and the norm of every row that the plan names, also in tiles that edit nothing.
 const char* launch_forward_norm(const ForwardCall& call, cudaStream_t stream);
 
+// The same two in another way than the usual one, which these call where it is asked for. Where
+// that way has no kernel for the call, nothing runs, and the text says why.
+const char* launch_forward_way(const ForwardCall& call, bool norm, cudaStream_t stream);
+
 // dh of the edited rows, which must hold a copy of grad before, and p and v.
 const char* launch_backward_rows(const BackwardCall& call, cudaStream_t stream);
 
@@ -68,6 +83,7 @@ const char* launch_backward_pool(const BackwardCall& call, cudaStream_t stream);
 // What the current device makes of each form of the kernels: JSON objects, with commas between.
 std::string describe_forward();
 std::string describe_forward_norm();
+std::string describe_forward_ways();
 std::string describe_backward();
 
 }  // namespace reft::cuda

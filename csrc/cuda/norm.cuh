@@ -100,7 +100,7 @@ struct NormPass {
   // What `finish` makes of each row's sum.
   template <class Finish>
   __device__ void meet(float (&result)[Layout::kRows], Finish finish) const {
-    sync_cluster(sums.blocks);
+    sums.template meet<Layout::kSlots>(turn);
     if (threadIdx.x < Layout::kSlots) {
       sums.values()[threadIdx.x] = finish(sums.total(static_cast<int>(threadIdx.x), turn));
     }

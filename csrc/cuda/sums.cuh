@@ -170,16 +170,33 @@ struct Sums {
     }
   }
 
-  // The sum of value i over all units, once the cluster has met after `close`. Several loads are
-  // under way at a time: one from another block takes a good part of a microsecond.
+  // To be called after the close of the last unit: the sums of all blocks are there then.
+  template <int kCount = N>
+  __device__ void meet(int) const {
+    sync_cluster(blocks);
+  }
+
+  // The sum of value i over all units, once the cluster has met.
   __device__ float total(int i, int turn) const {
+    return in_order([&](int u) { return load_cluster(unit(u, turn) + i, u & (blocks - 1)); });
+  }
+
+  // A block's beginning; then, where it has something to do, before it closes a unit; and its end.
+  static __device__ void begin() {}
+  static __device__ void join() {}
+  static __device__ void leave(int shift) { leave_cluster(1 << shift); }  // others may still read
+
+ protected:
+  // Σ of(unit). Several loads are under way at a time: one from another block takes a good part of
+  // a microsecond.
+  template <class Of>
+  __device__ float in_order(Of of) const {
     float sum = 0.0f;
-    for (int begin = 0; begin < units; begin += kLargestCluster) {
+    for (int begin = 0; begin < (kOne ? 1 : units); begin += kLargestCluster) {
       float parts[kLargestCluster];
 #pragma unroll
       for (int j = 0; j < kLargestCluster; ++j) {
-        const int u = begin + j;
-        parts[j] = u < units ? load_cluster(unit(u, turn) + i, u & (blocks - 1)) : -0.0f;
+        parts[j] = begin + j < units ? of(begin + j) : -0.0f;
       }
 #pragma unroll
       for (int j = 0; j < kLargestCluster; ++j) sum = begin + j == 0 ? parts[0] : sum + parts[j];

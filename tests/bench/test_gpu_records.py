@@ -8,7 +8,7 @@ import pytest
 import torch
 from reft_bench.commands import readme
 from reft_bench.gpu import ceilings as gpu_ceilings
-from reft_bench.gpu import targets
+from reft_bench.gpu import targets, ways
 from reft_bench.gpu.ceilings import GpuCeilings
 from reft_bench.measure.ceilings import Work
 from reft_bench.measure.timer import CALLS_OF_A_GRAPH, CpuClock, passes_of_a_graph
@@ -114,6 +114,23 @@ def test_what_was_reached_of_the_targets() -> None:
     assert rows["backward over forward, 4096 rows, adapters: 1"][1] == "3.50 (missed)"
     (step,) = [row for text, row in rows.items() if text.startswith("compiled decode")]
     assert step == ("at most 5.0%", "6.0% (missed)", "–")  # of several models the worst
+
+
+def test_which_way_was_the_fastest() -> None:
+    """By rounds, each with its own; where noise explains it, neither."""
+    times = {"native": [5.0, 7.0, 6.0], "native push": [4.0, 5.6, 4.8], "native ring": [5.1, 6.9, 6.0]}
+    run = _run("kernels", KERNEL | {"rows": 64, "adapters": 64}, dict.fromkeys(times, 5.0))
+    for name, samples in times.items():
+        run.cases[0].systems[name].samples = samples
+    other = _run("kernels", KERNEL | {"rows": 1, "adapters": 1}, {"native": 5.0, "native push": 6.0})
+    other.cases[0].left_out["native ring"] = "failed: a block has one unit"
+    backward = _run("kernels", KERNEL | {"direction": "backward"}, {"native": 5.0})
+    backward.cases[0].left_out["native ring"] = "is for forward"
+    push, ring, slower, left = ways.rows([run, other, backward])
+    assert push[1:2] + push[3:] == ("push", "push") and push[2].startswith("0.8")
+    assert ring[1:2] + ring[3:] == ("ring", "not distinguishable")
+    assert slower[1:2] + slower[3:] == ("push", "the usual")
+    assert left[1:] == ("ring", "–", "not timed: failed: a block has one unit")
 
 
 def test_records_without_a_gpu_say_nothing_of_the_targets() -> None:

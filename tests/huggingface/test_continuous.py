@@ -158,7 +158,7 @@ def test_bad_requests(model):
 
     refuses("adapter_names: has 1 names for a batch of 2", adapter_names=["tied"])
     refuses("adapter_names: there is no adapter 'nobody'", adapter_names=["tied", "nobody"])
-    refuses("generate_batch: takes adapter_names, but neither", prompt_lengths=[1, 1])
+    refuses("generate_batch: takes adapter_names, but no", prompt_lengths=[1, 1])
     with pytest.raises(ValueError, match="manager's add_request takes adapter_name"):
         model.init_continuous_batching(*settings(), adapter_names=["tied"])
     reft = model.reft

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <random>
 
-#include "device.cuh"
+#include "async.cuh"
 
 namespace reft::cuda {
 
@@ -21,8 +21,11 @@ constexpr int64_t kStack = 64 * 1024;
 uint64_t order = 0;
 std::mt19937_64 chance;
 
+// Turns without progress after which all wait for what will not come.
+constexpr int64_t kPatience = 20000;
+
 // Who runs next, each until it waits for others: all by their numbers, or one warp, which may get
-// far ahead, its threads in any order.
+// far ahead, its threads in any order, and now and then some of them further than others.
 void fill_turns(std::vector<int>& turns, int threads) {
   turns.clear();
   if (order == 0) {
@@ -34,6 +37,17 @@ void fill_turns(std::vector<int>& turns, int threads) {
   for (int times = 1 + static_cast<int>(chance() % 16); times > 0; --times) {
     for (int lane = 0; lane < 32; ++lane) turns.push_back(first + lane);
     std::shuffle(turns.end() - 32, turns.end(), chance);
+  }
+  if (chance() % 4 == 0) turns.resize(turns.size() - chance() % 32);
+}
+
+// What is on its way arrives: at once and in order, or one at a time, in any order, seldom or
+// often.
+void fill_memory(std::vector<Delivery>& deliveries) {
+  if (order == 0) {
+    while (!deliveries.empty()) deliver(0);
+  } else if (!deliveries.empty() && chance() % (1 + order % 7) == 0) {
+    deliver(chance() % deliveries.size());
   }
 }
 
@@ -68,6 +82,7 @@ void enter() {
 void run_cluster(const Launch& how, int64_t first_block, int64_t column) {
   Machine& m = machine;
   const int count = how.cluster * how.threads;
+  m.fault = nullptr, m.idle = 0;
   m.threads = how.threads;
   m.shared_bytes = how.shared;
   m.fibers.assign(count, Fiber{});
@@ -89,6 +104,9 @@ void run_cluster(const Launch& how, int64_t first_block, int64_t column) {
   }
   for (volatile int left = count; left > 0;) {
     fill_turns(m.turns, count);
+    fill_memory(m.deliveries);
+    if (++m.idle > kPatience) m.fault = "all wait for what will not come";
+    if (m.fault != nullptr) return;
     for (volatile size_t turn = 0; turn < m.turns.size(); ++turn) {
       const int i = m.turns[turn];
       Fiber& fiber = m.fibers[i];
@@ -103,9 +121,10 @@ void run_cluster(const Launch& how, int64_t first_block, int64_t column) {
         makecontext(&fiber.context, enter, 0);
         setcontext(&fiber.context);
       }
-      if (m.fibers[m.turns[turn]].done) left = left - 1;
+      if (m.fibers[m.turns[turn]].done) left = left - 1, m.idle = 0;
     }
   }
+  if (!m.deliveries.empty()) m.fault = "something is on its way to blocks that have ended";
 }
 
 }  // namespace reft::cuda
@@ -126,6 +145,14 @@ static Pool pool_of(const Tables& t) {
 static Plan plan_of(const Tables& t) {
   return {t.rows, reinterpret_cast<const Tile*>(t.tiles), reinterpret_cast<const Span*>(t.spans)};
 }
+
+// In which way the forward kernels run (`Way`).
+static Way way = Way::usual;
+extern "C" void emulated_way(int number) { way = static_cast<Way>(number); }
+
+// Why the last call did not launch its kernel, or what that did which it must not; else null.
+static const char* error;
+extern "C" const char* emulated_error() { return error; }
 
 // Whether arithmetic of the last call made a NaN of other numbers, or took in a signalling one.
 static bool invalid;
@@ -153,12 +180,8 @@ extern "C" int emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d
   static_cast<Forward&>(call) = {
       {h, stride}, d, static_cast<Dtype>(dtype), pool_of(*t), plan_of(*t)};
   call.row_count = rows, call.tile_count = t->tile_count, call.pool_rows = t->pool_rows;
-  call.positions = t->positions, call.norm = *norm;
-  if (norm->out == nullptr) {
-    launch_forward(call, nullptr);
-  } else {
-    launch_forward_norm(call, nullptr);
-  }
+  call.positions = t->positions, call.norm = *norm, call.way = way;
+  error = norm->out == nullptr ? launch_forward(call, nullptr) : launch_forward_norm(call, nullptr);
   invalid = fetestexcept(FE_INVALID) != 0;
   return launched_cluster;
 }

@@ -31,7 +31,7 @@ struct Fiber {
   ucontext_t context;
   jmp_buf jump;
   bool started, done;
-  int64_t met[3];  // barriers passed: warp, block, cluster
+  int64_t came;  // the cluster's generation when this came to its barrier
 };
 
 struct Group {
@@ -44,6 +44,14 @@ struct Exchange {
   uint32_t words[32][8];
 };
 
+// Bytes on their way into a block's shared memory (cuda_emulator_async.h).
+struct Delivery {
+  int block, bytes;
+  int64_t to, barrier;     // from the beginning of that memory
+  const char* from;        // read when they arrive,
+  std::vector<char> kept;  // or when they were sent
+};
+
 struct Machine {
   std::vector<Fiber> fibers;
   std::vector<int> turns;  // who runs next, each until it waits for others
@@ -54,6 +62,9 @@ struct Machine {
   int threads;
   int64_t shared_bytes;
   Fiber* now;
+  std::vector<Delivery> deliveries;
+  int64_t idle;       // turns in which nobody got further
+  const char* fault;  // what the kernel did that it must not; it is left alone then
   jmp_buf scheduler;
   std::function<void()> body;
 };
@@ -67,13 +78,15 @@ inline void leave() {
   if (!_setjmp(machine.now->jump)) _longjmp(machine.scheduler, 1);
 }
 
+inline void come(Group& group) {
+  if (++group.waiting + group.gone < group.size) return;
+  group.waiting = 0;
+  ++group.generation;
+  machine.idle = 0;
+}
 inline void meet(Group& group) {
   const int64_t generation = group.generation;
-  if (++group.waiting + group.gone == group.size) {
-    group.waiting = 0;
-    ++group.generation;
-    return;
-  }
+  come(group);
   while (group.generation == generation) leave();
 }
 
@@ -253,6 +266,10 @@ const char* launch(void (*kernel)(Arguments...), const Launch& how, Arguments...
   for (int64_t column = 0; column < how.columns; ++column) {
     for (int64_t block = 0; block < how.blocks; block += how.cluster) {
       run_cluster(how, block, column);
+      if (machine.fault != nullptr) {
+        machine.deliveries.clear();
+        return machine.fault;
+      }
     }
   }
   return nullptr;

@@ -11,7 +11,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = (
-    *(f"csrc/cuda/{name}.cu" for name in ("forward", "forward_norm", "backward")),
+    *(f"csrc/cuda/{name}.cu" for name in ("forward", "forward_norm", "forward_ways", "backward")),
     "tests/support/cuda_emulator.cpp",
 )
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -47,7 +47,9 @@ def build(folder: pathlib.Path) -> Emulated:
     command += ["-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]  # which forbids longjmp between stacks
     command += ["-Icsrc/cuda", "-Itests/support", "-o", str(library), *SOURCES]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return Emulated(ctypes.CDLL(str(library)))
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulated_error.restype = ctypes.c_char_p
+    return Emulated(loaded)
 
 
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -69,6 +71,10 @@ class Emulated:
         """One warp runs on, then another, their threads in any order; 0: all in turn, by their numbers."""
         self._library.emulated_order(ctypes.c_uint64(seed))
 
+    def take_way(self, number: int) -> None:
+        """How the forward kernels run from now on: 0, or another of `Way` (csrc/cuda/intervene.h)."""
+        self._library.emulated_way(number)
+
     def invalid(self) -> bool:
         """Whether the last call added up a signalling NaN (what nobody wrote), or Inf − Inf."""
         return bool(self._library.emulated_invalid())
@@ -84,6 +90,9 @@ class Emulated:
         pointers = (ctypes.byref(tables), ctypes.byref(norm))
         self.cluster = self._library.emulated_forward(_pointer(h), *sizes, *pointers, self.multiprocessors)
         self.shared = self._library.emulated_shared()
+        error = self._library.emulated_error()
+        if error is not None:
+            raise RuntimeError(error.decode())
 
     def intervene_(self, h, down, up, bias, kind, rows, tiles, spans) -> None:
         self._forward(h, self._tables((down, up, bias, kind), rows, tiles, spans), NextNorm())
