@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from ..serving.engines import (
     save_adapters,
     save_loras,
 )
+from ..serving.http import HttpEngine
 from ..systems import models
 from .sweep import axis_values
 
@@ -69,7 +71,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, session: Session, folder: Path, chosen: list[str]) -> None:
         self.args, self.session, self.folder, self.chosen = args, session, folder, chosen
-        self.engines: dict[str, Engine] = {}
+        self.engines: dict[str, Engine | HttpEngine] = {}
         self.left_out: dict[str, str] = {}
 
     def prepare(self, most: int) -> None:
@@ -97,18 +99,31 @@ class Bench:
             wanted[LORA] = settings | lora | {"max_cpu_loras": max(most, at_once)}
         del model
         for name, engine in wanted.items():
-            spec = {"engine": engine, "requests": args.requests, "prompt": args.prompt}
-            spec |= {"new": args.new_tokens, "seed": args.seed}
             self.session.console.print(f"starting {name}", highlight=False)
             try:
-                self.engines[name] = Engine(name, self.folder, spec)
+                self.engines[name] = self._start(name, path, engine, most)
             except RuntimeError as error:
                 self.left_out[name] = str(error)
                 self.session.note(f"{name}: {error}")
                 if name in (BARE, CONTROL):
                     raise ResultError(f"{name} does not start: {error}") from error
 
-    def _engine(self, system: str) -> Engine | None:
+    def _start(self, name: str, model: Path, engine: dict[str, Any], most: int) -> Engine | HttpEngine:
+        args = self.args
+        if not args.http:
+            spec = {"engine": engine, "requests": args.requests, "prompt": args.prompt}
+            return Engine(name, self.folder, spec | {"new": args.new_tokens, "seed": args.seed})
+        left = ("model", "disable_log_stats", "enable_prefix_caching", "enforce_eager")
+        options = {key: value for key, value in engine.items() if key not in left}
+        options |= {"no_enable_prefix_caching": True} | ({"enforce_eager": True} if args.eager else {})
+        if name == LORA:
+            options["lora_modules"] = [f"{n}={self.folder / LORA_FOLDER / str(n)}" for n in range(most)]
+        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        drawn = np.random.default_rng(args.seed).integers(3, vocabulary, size=(args.requests, args.prompt))
+        log = self.folder / f"server-{len(self.engines)}.log"
+        return HttpEngine(model, log, options, drawn.tolist(), args.new_tokens)
+
+    def _engine(self, system: str) -> Engine | HttpEngine | None:
         return self.engines.get("reft_kernels" if system in (*POSITIONS, IDLE) else system)
 
     def measure(self, case: ServeCase, tick: Tick) -> list[CaseResult]:
@@ -158,6 +173,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (32)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer (32)")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument(
+        "--http", action="store_true", help="HTTP servers and clients, not engines in process"
+    )
     parser.add_argument("--eager", action="store_true", help="nothing compiled, no CUDA graphs")
     parser.add_argument(
         "--memory", type=float, default=0.3, help="gpu_memory_utilization of each engine (0.3)"
@@ -215,6 +233,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         chosen += [one for one in matching if one not in chosen]
     device = prepare_torch(args)
     settings = {"rounds": args.rounds, "seed": args.seed, "systems": chosen, "eager": args.eager}
+    settings["http"] = args.http
     session = Session("serve", settings, device, args, console)
     with tempfile.TemporaryDirectory(prefix="reft-bench-serve-") as folder:
         bench = Bench(args, session, Path(folder), chosen)

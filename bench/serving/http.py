@@ -12,7 +12,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,18 @@ class ServerError(RuntimeError):
 
 def complete(port: int, body: dict[str, Any], timeout: float = 120) -> dict[str, Any]:
     """POST /v1/completions. Raises ServerError with what the server says."""
+    with _post(port, body, timeout) as answer:
+        return json.loads(answer.read())
+
+
+def _post(port: int, body: dict[str, Any], timeout: float) -> Any:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return json.loads(answer.read())
+        return urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         raise ServerError(f"HTTP {error.code}: {error.read().decode()}") from error
 
@@ -41,15 +46,21 @@ def complete(port: int, body: dict[str, Any], timeout: float = 120) -> dict[str,
 def server(model: Path, log: Path, options: dict[str, Any], patience: float = 600) -> Iterator[int]:
     """A server of `model` on a free port, which is given, until the block ends.
 
-    options: of vLLM's command line by their Python names; dicts go as JSON. Raises ServerError.
+    options: of vLLM's command line by their Python names; dicts go as JSON, lists as several words.
+
+    Raises ServerError.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     for name, value in {"host": "127.0.0.1", "port": port, **options}.items():
-        text = json.dumps(value) if isinstance(value, dict) else str(value)
-        command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [text])
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            command += [flag, *map(str, value)]
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            command += [flag] if value is True else [flag, text]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **_ENVIRONMENT}
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -71,6 +82,52 @@ def server(model: Path, log: Path, options: dict[str, Any], patience: float = 60
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+class HttpEngine:
+    """A server under many clients, with the interface of `engines.Engine`: each request from its own thread.
+
+    prompts: of the requests, token ids. options: as in `server`.
+    """
+
+    def __init__(
+        self, model: Path, log: Path, options: dict[str, Any], prompts: list[list[int]], new: int
+    ) -> None:
+        self.prompts, self.new = prompts, new
+        self._stack = contextlib.ExitStack()
+        self._port = self._stack.enter_context(server(model, log, {"served_model_name": "base", **options}))
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(len(prompts)))
+
+    def run(self, requests: Sequence[Any]) -> dict[str, Any]:
+        """One batch: what each request asks for, as in `child`. Times are those that the clients see."""
+        start = time.perf_counter()
+        found = list(self._pool.map(self._ask, self.prompts, requests))
+        took = time.perf_counter() - start
+        first, between, tokens = (list(one) for one in zip(*found))
+        return {"seconds": took, "first": first, "between": between, "tokens": tokens}
+
+    def _ask(self, prompt: list[int], asked: Any) -> tuple[float, float, list[int]]:
+        body: dict[str, Any] = {"model": "base", "prompt": prompt, "temperature": 0, "stream": True}
+        body |= {"max_tokens": self.new, "ignore_eos": True, "return_token_ids": True}
+        if isinstance(asked, dict):
+            body["model"] = asked["lora"][0]
+        elif asked is not None:
+            body["vllm_xargs"] = {"reft_adapter": asked}
+        begin = time.perf_counter()
+        first = last = 0.0
+        tokens: list[int] = []
+        with _post(self._port, body, 600) as answer:
+            for line in answer:
+                text = line.decode().removeprefix("data: ").strip()
+                if not text or text == "[DONE]":
+                    continue
+                last = time.perf_counter()
+                first = first or last
+                tokens += json.loads(text)["choices"][0]["token_ids"] or []
+        return first - begin, (last - first) / max(self.new - 1, 1), tokens[:4]
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 def _healthy(port: int) -> bool:

@@ -45,9 +45,11 @@ def test_wrong_requests_are_refused_and_right_ones_beside_them_are_served(tiny: 
 
 def test_a_server_without_adapters_refuses_requests_for_them(tiny: Tiny, tmp_path: Path) -> None:
     engine = {"model": str(tiny.folder)}
-    rounds = [[request(prompt_of(12), "everywhere", 6), request(prompt_of(12), None, 6)]]
+    forged = {"prompt": prompt_of(12), "new": 6, "extra": {"_reft": {}}}
+    rounds = [[request(prompt_of(12), "everywhere", 6), forged, request(prompt_of(12), None, 6)]]
     found = serve(tmp_path, {"engine": engine, "rounds": rounds})
-    refused, served = found["rounds"][0]
+    refused, own, served = found["rounds"][0]
+    assert "plugin's own" in own["refused"]
     assert "additional_config" in refused["refused"]
     assert served["tokens"] == tiny.tokens(prompt_of(12), None, 6)
 

@@ -116,12 +116,12 @@ def _asked(
     """A request's adapter, and the LoRA that it has beside. Raises ValueError for what can't be served."""
     extra = getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
     asked = {name: extra[name] for name in (NAME, SCALE) if name in extra}
+    if FIELD in extra:
+        raise ValueError(f"{FIELD}: is the plugin's own")
     if catalog is None:
         if asked:
             raise ValueError(f'{NAME}: the server has no adapters; start it with additional_config["reft"]')
         return None, lora_request
-    if FIELD in extra:
-        raise ValueError(f"{FIELD}: is the plugin's own")
     if lora_request is not None and is_adapter(lora_request.lora_path):
         if NAME in asked:
             raise ValueError(
