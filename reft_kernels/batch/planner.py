@@ -38,6 +38,10 @@ class Planner:
             raise ValueError(f"adapter_names: must be a list with one name a row, was {given!r}")
         if len(given) != batch:
             raise ValueError(f"adapter_names: has {len(given)} names for a batch of {batch} rows")
+        if scale is None and set(map(type, given)) == {str}:
+            plain = tuple(None if name == BASE else name for name in given)
+            self._check_known(names_of(plain))
+            return plain
         rows = [self._names_of_row(row, entry) for row, entry in enumerate(given)]
         self._check_known([name for row in rows for name in row])
         names = with_scales(rows, scale)
@@ -94,7 +98,7 @@ class Planner:
             lists = read_lists(positions, _single(names), prompts, self.store.adapters.__getitem__)
         selection = select(names, prompts, self.store.groups, lists)
         selection.owners = {name: self.store.adapters[name] for name in listed}
-        selection.stacked = any(len(terms_of(row)) > 1 for row in names) or any(
+        selection.stacked = any(len(terms_of(row)) > 1 for row in set(names)) or any(
             adapter.overlapping for adapter in selection.owners.values()
         )
         return selection

@@ -182,10 +182,13 @@ def select(
     """
     segments: list[Segment] = []
     specs: dict[Positions, tuple[list[int], list[int]]] = {}  # rows, and the segment of each
-    rows_of: dict[Term, list[int]] = {}
+    alike: dict[RowNames, list[int]] = {}
     for row, taken in enumerate(names):
+        alike.setdefault(taken, []).append(row)
+    rows_of: dict[Term, list[int]] = {}
+    for taken, rows in alike.items():
         for term in terms_of(taken):
-            rows_of.setdefault(term, []).append(row)
+            rows_of[term] = sorted(rows_of.get(term, []) + rows)
     picked = [(_NOTHING, _NOTHING, _NOTHING)]
     told = lists or {}
     for term in sorted(rows_of):

@@ -48,7 +48,7 @@ def terms_of(row: RowNames) -> tuple[Term, ...]:
 
 def names_of(rows: Sequence[RowNames]) -> list[str]:
     """The adapters of all rows, each once."""
-    return list(dict.fromkeys(term.name for row in rows for term in terms_of(row)))
+    return list(dict.fromkeys(term.name for row in dict.fromkeys(rows) for term in terms_of(row)))
 
 
 def row_of(terms: Sequence[Term]) -> RowNames:
