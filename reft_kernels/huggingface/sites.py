@@ -28,6 +28,7 @@ class SiteForward(StandIn):
     norm: the norm that takes a block's output, where it is fused with the edit.
     key: for the short way (python_bindings/standin.cpp, which reads it and calls `after`): the one site,
         False where there is none, None where a call takes more than one edit of the whole output.
+    quick: the one site, where it is the whole output and may be edited in place with gradients, too.
     number: its name among the model's stand-ins, a number.
     """
 
@@ -40,12 +41,14 @@ class SiteForward(StandIn):
         self.norm: NextNorm | None = None
         self.number = ""
         self.key: SiteKey | bool | None = False
+        self.quick: SiteKey | None = None
 
     def use(self, inputs: tuple[SiteKey, ...], outputs: tuple[SiteKey, ...]) -> None:
         """Edits at these sites from now on."""
         self.inputs, self.outputs = inputs, outputs
         one = outputs[0] if len(outputs) == 1 and self._simple(outputs[0]) else None
         self.key = None if inputs else (one if outputs else False)
+        self.quick = one if one is not None and has_layers(one.site) and not self.places[one].kept else None
 
     def _simple(self, key: SiteKey) -> bool:
         """Whether a site is the whole of an output that is the module's own."""
@@ -76,8 +79,11 @@ class SiteForward(StandIn):
             self.runtime.fused.offer(norm, h, edit_and_norm(h, site, plan, norm))
             return output
         edited = h
-        for key in self.outputs:
-            edited = self._edit(edited, key, plan)
+        if self.quick is not None:
+            edited = edit(h, self.quick, plan, training)
+        else:
+            for key in self.outputs:
+                edited = self._edit(edited, key, plan)
         if edited is h:
             return output
         return (edited, *output[1:]) if isinstance(output, tuple) else edited

@@ -200,16 +200,45 @@ def test_a_module_by_its_path(path, same, tmp_path):
         assert not torch.equal(got, model(**batch, adapter_names=["__base__"]).logits)
 
 
+class Behind(torch.nn.Module):
+    """A norm behind a module that gives on what it gets: here the residual stream itself."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.same, self.norm = torch.nn.Identity(), norm
+
+    def forward(self, x):
+        return self.norm(self.same(x))
+
+
 def test_a_path_to_what_gives_its_input_on_is_copied():
-    """A dropout in evaluation gives back what it got, and that is the residual stream too."""
-    model, bare = model_of("gpt2"), model_of("gpt2")
-    config = rk.ReftConfig(r=2, site="*.mlp.dropout.output", layers=[1], positions="all")
-    adapter = random_adapter(config, WIDTH)
+    """The residual stream keeps what it had, as under a hook."""
+    model, bare = model_of("llama"), model_of("llama")
+    for one in (model, bare):
+        one.model.layers[1].mlp_norm = one.model.layers[1].post_attention_layernorm
+        one.model.layers[1].post_attention_layernorm = Behind(one.model.layers[1].mlp_norm)
+    site = "*.post_attention_layernorm.same.output"
+    adapter = random_adapter(rk.ReftConfig(r=2, site=site, layers=[1], positions="all"), WIDTH)
     rk.patch(model).add_adapter("a", adapter)
-    oracle.hook(bare, "gpt2", oracle.At("{}.mlp.dropout"), adapter.interventions[0], slice(None))
+    at = oracle.At("{}.post_attention_layernorm.same")
+    oracle.hook(bare, "llama", at, adapter.interventions[0], slice(None))
     batch = batch_of([5])
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, bare(**batch).logits, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 4, 2])], ids=["last", "three", "listed"])
+def test_the_heads_input_where_some_columns_are_kept(kept):
+    model, bare = model_of("llama"), model_of("llama")
+    adapter, _ = adapter_at(bare, "llama", "lm_head_input", positions="f2+l1")
+    rk.patch(model).add_adapter("a", adapter)
+    batch = batch_of([5, 5])
+    with torch.no_grad():
+        whole = model(**batch).logits
+        some = model(**batch, logits_to_keep=kept).logits
+        assert not torch.allclose(whole, model(**batch, adapter_names=["__base__"] * 2).logits, atol=1e-2)
+    index = slice(-kept, None) if isinstance(kept, int) else kept
+    torch.testing.assert_close(some, whole[:, index], atol=1e-5, rtol=1e-5)
 
 
 def test_synonyms():
