@@ -36,6 +36,8 @@ sums are float32 or wider; a row's result depends, to the bit, on that row and i
 (not on the tile it shares, nor on the order of rows), NaN and Inf in the row included, where the pool
 range is finite; rows that no tile names are not written; pool rows outside the named spans are never read.
 
+The elementwise edits h ← s ⊙ h + v have ops of their own, under the same rules: `ops.scale_shift`.
+
 `intervene_norm_` takes a plan that names every row of h exactly once (`reft_kernels.plan.cover` makes
 one). Beside it:
 
