@@ -36,6 +36,15 @@ const int32_t* int_data(const Tensor& tensor, const char* name, int64_t dim, int
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
+void set_plan(Checked* checked, const Tensor& rows, const Tensor& tiles, const Tensor& spans) {
+  checked->plan.rows = int_data(rows, "rows", 1, -1);
+  checked->plan.tiles = reinterpret_cast<const Tile*>(int_data(tiles, "tiles", 2, 3));
+  checked->plan.spans = reinterpret_cast<const Span*>(int_data(spans, "spans", 2, 2));
+  checked->positions = rows.size(0);
+  checked->tile_count = tiles.size(0);
+  checked->segments = spans.size(0);
+}
+
 void check_apart(const Rows& h, const Region& region) {
   if (h.count == 0 || region.bytes == 0) return;
   const char* first = static_cast<const char*>(h.matrix.data);
@@ -114,12 +123,7 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
   out.pool.bias = static_cast<const float*>(bias.const_data_ptr());
   out.pool.kind = int_data(kind, "kind", 1, out.pool_rows);
 
-  out.plan.rows = int_data(rows, "rows", 1, -1);
-  out.plan.tiles = reinterpret_cast<const Tile*>(int_data(tiles, "tiles", 2, 3));
-  out.plan.spans = reinterpret_cast<const Span*>(int_data(spans, "spans", 2, 2));
-  out.positions = rows.size(0);
-  out.tile_count = tiles.size(0);
-  out.segments = spans.size(0);
+  set_plan(&out, rows, tiles, spans);
 
   const int64_t pool_bytes = out.pool_rows * h.d * size_of(out.pool.dtype);
   const Region regions[] = {
@@ -129,6 +133,35 @@ Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& 
       {"spans", out.plan.spans, 8 * out.segments}};
   std::copy(std::begin(regions), std::end(regions), out.regions);
   check_values(&out, h);
+  return out;
+}
+
+CheckedScales check_scales_and_plan(const Tensor& scale_less_one, const Tensor& shift,
+                                    const Tensor& rows, const Tensor& tiles, const Tensor& spans,
+                                    const Rows& h) {
+  CheckedScales out{};
+  check_tensor(scale_less_one, "scale_less_one", 2, h.d);
+  check_tensor(shift, "shift", 2, h.d);
+  check_dtype(scale_less_one, "scale_less_one", ScalarType::Float);
+  check_dtype(shift, "shift", ScalarType::Float);
+  out.pool_rows = scale_less_one.size(0);
+  STD_TORCH_CHECK(shift.size(0) == out.pool_rows, "shift: must have the shape of scale_less_one ",
+                  shape_of(scale_less_one), ", was ", shape_of(shift));
+  out.scales = {static_cast<const float*>(scale_less_one.const_data_ptr()),
+                static_cast<const float*>(shift.const_data_ptr())};
+  set_plan(&out, rows, tiles, spans);
+  const int64_t pool_bytes = 4 * out.pool_rows * h.d;
+  const Region regions[] = {{"scale_less_one", out.scales.scale_less_one, pool_bytes},
+                            {"shift", out.scales.shift, pool_bytes},
+                            {"rows", out.plan.rows, 4 * out.positions},
+                            {"tiles", out.plan.tiles, 12 * out.tile_count},
+                            {"spans", out.plan.spans, 8 * out.segments}};
+  std::copy(std::begin(regions), std::end(regions), out.regions);
+  check_values(&out, h);
+  for (int64_t s = 0; s < out.segments; ++s) {
+    STD_TORCH_CHECK(out.plan.spans[s].rank <= 1, "spans: segment ", s, " has ",
+                    out.plan.spans[s].rank, " elementwise pool rows, allowed are 0 and 1");
+  }
   return out;
 }
 

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "intervene.h"
+#include "scale_shift.h"
 #include "tensors.h"
 
 namespace reft {
@@ -51,6 +52,15 @@ struct Checked {
 Checked check_pool_and_plan(const Tensor& down, const Tensor& up, const Tensor& bias,
                             const Tensor& kind, const Tensor& rows, const Tensor& tiles,
                             const Tensor& spans, const Rows& h);
+
+// The same of an elementwise pool [P, d], which is left in `scales`; `pool` is not filled. Spans
+// have rank 0 or 1.
+struct CheckedScales : Checked {
+  ScalePool scales;
+};
+CheckedScales check_scales_and_plan(const Tensor& scale_less_one, const Tensor& shift,
+                                    const Tensor& rows, const Tensor& tiles, const Tensor& spans,
+                                    const Rows& h);
 
 // The part of these checks that reads the plan; sets max_rank and work, from everything above them.
 void check_values(Checked* checked, const Rows& h);

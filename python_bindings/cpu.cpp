@@ -15,14 +15,12 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cpu_work.h"
 #include "launch.h"
 #include "weight_ranges.h"
 
 namespace reft {
 namespace {
-
-// Work (in products, see Checked::work) that is worth waking another thread for: some 20 µs.
-constexpr int64_t kThreadWork = int64_t{1} << 20;
 
 // What one element of a row's norm costs, in products.
 constexpr int64_t kNormWork = 4;
@@ -31,31 +29,6 @@ const Isa& isa() {
   const IsaChoice& choice = select_isa();
   STD_TORCH_CHECK(choice.isa != nullptr, choice.error);
   return *choice.isa;
-}
-
-// Runs body(item, scratch) for every item, on as many threads as the work is worth.
-template <class Body>
-void for_each(int64_t items, int64_t work, int64_t scratch, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, items * kThreadWork / std::max<int64_t>(work, 1));
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> buffer(new float[scratch]);
-    for (int64_t i = begin; i < end; ++i) body(i, buffer.get());
-  });
-}
-
-// By the C function and not by stable::new_empty, which looks its op up by name: a microsecond.
-Tensor contiguous_like(const Tensor& tensor) {
-  const int64_t dim = tensor.dim();
-  std::vector<int64_t> strides(dim, 1);
-  for (int64_t i = dim - 1; i > 0; --i) {
-    strides[i - 1] = strides[i] * std::max<int64_t>(tensor.size(i), 1);
-  }
-  int32_t dtype;
-  AtenTensorHandle out;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, tensor.sizes().data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
 }
 
 void run_forward(const Rows& h, const Checked& checked) {

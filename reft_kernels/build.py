@@ -56,8 +56,10 @@ def _cpu_library() -> Library:
         "csrc/cpu/select.cpp": [],
         "csrc/cpu/weight_ranges.cpp": [],
         "csrc/cpu/isa_scalar.cpp": [],
+        "csrc/cpu/scale_shift.cpp": [],
         "python_bindings/arguments.cpp": [],
         "python_bindings/cpu.cpp": [],
+        "python_bindings/cpu_scale_shift.cpp": [],
     }
     if platform.machine().lower() in ("x86_64", "amd64"):
         avx2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -72,7 +74,7 @@ def _cpu_library() -> Library:
 
 
 def _cuda_library() -> Library:
-    kernels = ("forward", "forward_norm", "forward_ways", "backward")
+    kernels = ("forward", "forward_norm", "forward_ways", "backward", "scale_shift")
     files: dict[str, list[str]] = {f"csrc/cuda/{name}.cu": [] for name in kernels}
     files["python_bindings/cuda.cpp"] = []
     flags = ["-Icsrc/cuda", "-DUSE_CUDA", "-fvisibility=hidden"]

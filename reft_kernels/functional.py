@@ -1,4 +1,4 @@
-"""The ops as functions: one adapter (`loreft`), or many through a pool and a plan (`intervene`).
+"""The ops as functions: one adapter (`loreft`, `scale_shift`), or many by a pool and a plan (`intervene`).
 
 `intervene_norm_` edits and returns the norm that follows, in one pass over h.
 
@@ -19,7 +19,7 @@ from .ops.checks import check_norm
 from .plan import Plan, check_pool, check_rows, one_segment
 from .pool import Pool
 
-__all__ = ["intervene", "intervene_", "intervene_norm_", "loreft"]
+__all__ = ["interchange", "intervene", "intervene_", "intervene_norm_", "loreft", "scale_shift"]
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +33,7 @@ def _check_dtype(h: Tensor) -> None:
 #: A complaint of the compiled library's about an argument, behind the function and line that made it.
 _COMPLAINT = re.compile(
     r".*?[\w./]*\.(?:cpp|cu|cuh|h):\d+[,:] *"
-    r"((?:h|down|up|bias|kind|rows|tiles|spans|offsets|grad|hs|weight|shift|eps|norm): .*)",
+    r"((?:h|down|up|bias|kind|rows|tiles|spans|offsets|grad|hs|weight|shift|eps|norm|scale_less_one): .*)",
     re.DOTALL,
 )
 
@@ -271,3 +271,116 @@ def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor | Sequence[i
         return op(h, *fold, *plan)
     except (RuntimeError, IndexError) as error:
         raise _explained(error) from None
+
+
+def _check_one(h: Tensor, rows: Tensor | Sequence[int] | None, **tensors: tuple[Tensor, list[int]]) -> int:
+    """Refuses what does not fit h [..., d]; tensors: (tensor, its shape) by name. Returns the rows of h."""
+    _check_dtype(h)
+    if h.dim() < 1 or h.shape[-1] < 1:
+        raise ValueError(f"h: must be [..., d] with d ≥ 1, shape was {list(h.shape)}")
+    for name, (tensor, shape) in tensors.items():
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name}: must be {shape} to fit h {list(h.shape)}, was {list(tensor.shape)}")
+        if tensor.device != h.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but h is on {h.device}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: must be floating, was {tensor.dtype}")
+    count = h.numel() // h.shape[-1]
+    if rows is not None and not torch.compiler.is_compiling():
+        check_rows(rows, count)
+    return count
+
+
+def scale_shift(
+    h: Tensor, scale: Tensor, shift: Tensor, rows: Tensor | Sequence[int] | None = None
+) -> Tensor:
+    """Elementwise on the rows of h: scale ⊙ h + shift (RED: Wu et al. 2024, arXiv 2402.15179, eq. 3).
+
+    >>> h = torch.tensor([[1.0, 2.0], [3.0, float("inf")]])
+    >>> scale_shift(h, torch.tensor([2.0, 0.0]), torch.tensor([0.0, 7.0]), rows=[1]).tolist()
+    [[1.0, 2.0], [6.0, 7.0]]
+
+    Args:
+        h: [..., d].
+        scale: [d]. What is 0 assigns the shift, also where h is Inf or NaN.
+        shift: [d]. Both of any floating dtype: they are taken in float32 at least, the scale as scale − 1.
+        rows: flat indices into h.reshape(-1, d), each at most once; None for all rows. Checked as those
+            of `loreft`.
+
+    Returns:
+        A new tensor like h; rows that are not named are copied to the bit. Differentiable in h, scale, shift.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't fit; rows out of range or named twice.
+    """
+    width = [h.shape[-1] if h.dim() else 0]
+    count = _check_one(h, rows, scale=(scale, width), shift=(shift, width))
+    dtype = torch.float64 if h.dtype is torch.float64 else torch.float32
+    pool = ops.ScaleRows((scale.to(dtype) - 1)[None].contiguous(), shift.to(dtype)[None].contiguous())
+    plan = one_segment(rows, count, 1, h.device)
+    op = ops.SCALE_SHIFT[ops.current_backend(h.device)]
+    try:
+        return op(h, *pool, *plan)
+    except (RuntimeError, IndexError) as error:
+        raise _explained(error) from None
+
+
+def interchange(
+    h: Tensor,
+    source: Tensor,
+    R: Tensor,
+    rows: Tensor | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Distributed interchange on the rows of h: h + Rᵀ m ⊙ (R source − R h).
+
+    What lies along R is taken from the source (Geiger et al. 2023, arXiv 2303.02536; with a mask, Boundless
+    DAS: Wu et al. 2023, arXiv 2305.08809).
+
+    >>> R = torch.tensor([[1.0, 0.0]])
+    >>> interchange(torch.ones(2, 2), torch.tensor([[5.0, 6.0]]), R, rows=[1]).tolist()
+    [[1.0, 1.0], [5.0, 1.0]]
+
+    By torch's own operations on every backend, with sums in float32 at least: the ops read one c for all rows
+    of a segment, and here each row has its own.
+
+    Args:
+        h: [..., d].
+        source: a source for each edited row, in the order of `rows`: states [n, d], or what R makes of
+            them, [n, r]. If r is d it is taken as states.
+        R: [r, d] with orthonormal rows (not checked: any R is computed with).
+        rows: flat indices into h.reshape(-1, d), each at most once; None for all rows, of which there are
+            n then. Checked as those of `loreft`, but one that is out of range is an error of the device's.
+        mask: [r], how much of each direction is taken, from 0 to 1 (not checked); None takes all of it.
+
+    Returns:
+        A new tensor like h; rows that are not named are copied to the bit. Differentiable in h, source, R
+        and mask.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't fit; rows out of range or named twice.
+    """
+    d = h.shape[-1] if h.dim() else 0
+    rank = R.shape[0] if R.dim() == 2 else 0
+    named = h.numel() // max(d, 1) if rows is None else len(rows)
+    width = d if source.dim() == 2 and source.shape[1] == d else rank
+    if list(source.shape) != [named, width]:
+        raise ValueError(
+            f"source: must be [{named}, {d}] or [{named}, {rank}], one for each edited row, was "
+            f"{list(source.shape)}"
+        )
+    shapes = {"R": (R, [rank, d]), "source": (source, [named, width])}
+    if mask is not None:
+        shapes["mask"] = (mask, [rank])
+    count = _check_one(h, rows, **shapes)
+    flat = h.reshape(count, d)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    index = None if rows is None else torch.as_tensor(rows, dtype=torch.int64, device=h.device)
+    x, basis, origin = (flat if index is None else flat[index]).to(wide), R.to(wide), source.to(wide)
+    # Of states the difference is taken first: near the source it would cancel behind the product.
+    change = (origin - x) @ basis.T if width == d else origin - x @ basis.T
+    if mask is not None:
+        change = change * mask.to(wide)
+    edited = (x + change @ basis).to(h.dtype)
+    out = edited if index is None else flat.index_copy(0, index, edited)
+    return out.reshape(h.shape).contiguous()

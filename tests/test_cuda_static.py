@@ -51,7 +51,11 @@ pytestmark = [
 
 def _cubin(source: str, arch: str) -> pathlib.Path:
     """Compiled as setup.py does it, and kept under build/ until a source changes."""
-    texts = [path.read_bytes() for path in sorted(FOLDER.iterdir()) + [ROOT / "csrc/cpu/intervene.h"]]
+    texts = [
+        path.read_bytes()
+        for path in sorted(FOLDER.iterdir())
+        + [ROOT / "csrc/cpu" / name for name in ("intervene.h", "scale_shift.h")]
+    ]
     version = subprocess.run([NVCC, "--version"], capture_output=True).stdout
     digest = hashlib.sha256(b"".join([version, *texts])).hexdigest()[:16]
     path = ROOT / "build" / "cuda-static" / f"{source}-{arch}-{digest}.cubin"
@@ -313,3 +317,21 @@ def test_machine_code_for_the_architectures_that_are_named(monkeypatch: pytest.M
         monkeypatch.setenv(variable, bad)
         with pytest.raises(SystemExit, match=f"{variable}: must be .*, was '{bad}'"):
             build.gencodes(NVCC)
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_elementwise_kernels(arch: str) -> None:
+    """Rows forward and of the gradient, and the sums, each in three dtypes: small, no spills, no atomics."""
+    cubin = _cubin("scale_shift", arch)
+
+    def dump(what: str) -> str:
+        return subprocess.run([CUOBJDUMP, what, cubin], check=True, capture_output=True, text=True).stdout
+
+    usage = re.findall(r"Function (\S+):\s+(.*)", dump("--dump-resource-usage"))
+    assert len(usage) == 9
+    for symbol, line in usage:
+        found = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+        assert found["STACK"] == found["LOCAL"] == 0, symbol
+        assert found["REG"] <= 64, symbol
+    code = dump("--dump-sass")
+    assert "LDG.E" in code and not re.search(r"\b(?:LDL|STL|ATOM|ATOMG|RED|REDG)\b", code)

@@ -1,8 +1,9 @@
 """The ops: schemas, backends, dispatch, autograd. Knows tensors only; adapters and models live above."""
 
-from . import autograd, reference  # noqa: F401  (they register their implementations)
+from . import autograd, reference, reference_scale_shift  # noqa: F401  (they register their implementations)
 from .autograd import InterveneInPlace
 from .dispatch import BackendUnavailable, backend, chosen_backend, current_backend, why_not
+from .scale_shift import SCALE_SHIFT, SCALE_SHIFT_, SCALE_SHIFT_BACKWARD, ScaleRows
 from .schema import (
     ACT_MASK,
     BACKENDS,
@@ -26,11 +27,15 @@ __all__ = [
     "INTERVENE_NORM_",
     "INTERVENE_SUM_",
     "NO_PRODUCT",
+    "SCALE_SHIFT",
+    "SCALE_SHIFT_",
+    "SCALE_SHIFT_BACKWARD",
     "TILE",
     "Act",
     "BackendUnavailable",
     "InterveneInPlace",
     "Norm",
+    "ScaleRows",
     "backend",
     "chosen_backend",
     "current_backend",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Plan, PoolRows
+from .scale_shift import ScaleRows
 from .schema import Norm
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -84,6 +85,37 @@ def _explain(h: Tensor, pool: PoolRows, plan: Plan, backend: str, name: str) -> 
         ("tiles", tiles, (n_tiles, 3), torch.int32),
         ("spans", spans, (n_segments, 2), torch.int32),
         ("offsets", offsets, (n_segments + 1,), torch.int32),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{label}: must be a contiguous {list(shape)} of {dtype} beside {name} {list(h.shape)}; was "
+                f"{list(tensor.shape)} of {tensor.dtype}, strides {tensor.stride()}"
+            )
+        if tensor.device != h.device:
+            raise ValueError(f"{label}: is on {tensor.device}, but {name} is on {h.device}")
+
+
+def check_scales(h: Tensor, pool: ScaleRows, plan: Plan, backend: str, name: str = "h") -> None:
+    """`check_tables` of an elementwise pool.
+
+    Raises ValueError that begins with the argument's name.
+    """
+    if h.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: the {backend} backend takes {', '.join(map(str, _DTYPES))}, was {h.dtype}"
+            + ("; the reference backend computes in float64" if h.dtype is torch.float64 else "")
+        )
+    d, count = h.shape[-1] if h.dim() else 0, pool.shift.shape[0] if pool.shift.dim() else 0
+    n_tiles, n_segments = (t.shape[0] if t.dim() else 0 for t in (plan.tiles, plan.spans))
+    for label, tensor, shape, dtype in (
+        ("scale_less_one", pool.scale_less_one, (count, d), torch.float32),
+        ("shift", pool.shift, (count, d), torch.float32),
+        ("rows", plan.rows, (plan.rows.numel(),), torch.int32),
+        ("tiles", plan.tiles, (n_tiles, 3), torch.int32),
+        ("spans", plan.spans, (n_segments, 2), torch.int32),
+        ("offsets", plan.offsets, (n_segments + 1,), torch.int32),
     ):
         if tensor is None:
             continue

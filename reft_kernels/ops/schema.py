@@ -42,6 +42,8 @@ follows. It takes `addend`, a tensor of h's shape and dtype. In rows that a segm
 becomes the edited sum, where the sum is rounded to h's dtype before the edit, and `addend` becomes 0. Other
 rows of both keep their bits.
 
+The elementwise edits h ← s ⊙ h + v have ops of their own, under the same rules: `ops.scale_shift`.
+
 `intervene_norm_` takes a plan that names every row of h exactly once (`reft_kernels.plan.cover` makes
 one). Beside it:
 

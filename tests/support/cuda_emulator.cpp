@@ -6,6 +6,8 @@
 #include <random>
 
 #include "async.cuh"
+#include "device.cuh"
+#include "scale_shift.h"
 
 namespace reft::cuda {
 
@@ -210,4 +212,41 @@ extern "C" int emulated_backward(const void* grad, int64_t stride, const void* h
   if (ddown != nullptr) launch_backward_pool(call, nullptr);
   invalid = fetestexcept(FE_INVALID) != 0;
   return launched_cluster;
+}
+
+// scale_less_one, shift: [P, d].
+static ScalePool scales_of(const Tables& t) {
+  return {static_cast<const float*>(t.down), static_cast<const float*>(t.up)};
+}
+
+// Of the tables, down and up are the elementwise pool.
+extern "C" void emulated_scale_shift(void* h, int64_t stride, int64_t rows, int64_t d,
+                                     int64_t dtype, const Tables* t) {
+  emulate(1);
+  ScaleShiftCall call;
+  static_cast<ScaleShift&>(call) = {
+      {h, stride}, d, static_cast<Dtype>(dtype), scales_of(*t), plan_of(*t)};
+  call.row_count = rows, call.tile_count = t->tile_count;
+  launch_scale_shift(call, nullptr);
+  invalid = fetestexcept(FE_INVALID) != 0;
+}
+
+extern "C" void emulated_scale_shift_backward(const void* grad, const void* hs, void* dh,
+                                              int64_t rows, int64_t d, int64_t dtype,
+                                              const Tables* t, float* ds, float* dv) {
+  emulate(1);
+  ScaleShiftBackwardCall call;
+  static_cast<ScaleShiftBackward&>(call) = {{const_cast<void*>(grad), d},
+                                            {const_cast<void*>(hs), d},
+                                            {dh, d},
+                                            d,
+                                            static_cast<Dtype>(dtype),
+                                            scales_of(*t),
+                                            plan_of(*t)};
+  call.row_count = rows, call.tile_count = t->tile_count, call.pool_rows = t->pool_rows;
+  call.segments = t->segments, call.offsets = t->offsets;
+  call.scale_grad = ds, call.shift_grad = dv;
+  if (dh != nullptr) launch_scale_shift_rows(call, nullptr);
+  if (ds != nullptr) launch_scale_shift_sums(call, nullptr);
+  invalid = fetestexcept(FE_INVALID) != 0;
 }

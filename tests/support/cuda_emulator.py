@@ -11,7 +11,10 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = (
-    *(f"csrc/cuda/{name}.cu" for name in ("forward", "forward_norm", "forward_ways", "backward")),
+    *(
+        f"csrc/cuda/{name}.cu"
+        for name in ("forward", "forward_norm", "forward_ways", "backward", "scale_shift")
+    ),
     "tests/support/cuda_emulator.cpp",
 )
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -127,4 +130,36 @@ class Emulated:
             *map(_pointer, (*kept, *pool)), self.multiprocessors,
         )  # fmt: skip
         results = zip((dh, *pool), (grad, down, up, bias))
+        return tuple(like.new_empty(0) if it is None else it for it, like in results)
+
+    @staticmethod
+    def _scale_tables(pool, rows, tiles, spans, offsets=None) -> Tables:
+        pointers = [_pointer(t) for t in (*pool, None, None, rows, tiles, spans, offsets)]
+        return Tables(*pointers, 0, len(pool[0]), len(tiles), len(spans), len(rows))
+
+    def scale_shift_(self, h, scale_less_one, shift, rows, tiles, spans) -> None:
+        tables = self._scale_tables((scale_less_one, shift), rows, tiles, spans)
+        flat = h.view(-1, h.shape[-1])
+        sizes = [ctypes.c_int64(n) for n in (flat.stride(0), *flat.shape, DTYPES[h.dtype])]
+        self._library.emulated_scale_shift(_pointer(h), *sizes, ctypes.byref(tables))
+
+    def scale_shift(self, h, scale_less_one, shift, rows, tiles, spans, offsets):
+        out = h.clone(memory_format=torch.contiguous_format)
+        self.scale_shift_(out, scale_less_one, shift, rows, tiles, spans)
+        return out
+
+    def scale_shift_backward(
+        self, grad, hs, scale_less_one, shift, rows, tiles, spans, offsets, need_h, need_pool
+    ):
+        d, pool = grad.shape[-1], (scale_less_one, shift)
+        grad = grad.contiguous()
+        dh = grad.clone() if need_h else None
+        # NaN: every element must be written.
+        sums = [torch.full_like(t, torch.nan) if need_pool else None for t in pool]
+        tables = self._scale_tables(pool, rows, tiles, spans, offsets)
+        sizes = [ctypes.c_int64(n) for n in (grad.numel() // d, d, DTYPES[grad.dtype])]
+        self._library.emulated_scale_shift_backward(
+            _pointer(grad), _pointer(hs), _pointer(dh), *sizes, ctypes.byref(tables), *map(_pointer, sums)
+        )
+        results = zip((dh, *sums), (grad, *pool))
         return tuple(like.new_empty(0) if it is None else it for it, like in results)

@@ -2,6 +2,7 @@
 
 kernels_forward    intervene_, in place, and intervene_sum_
 kernels_norm       intervene_norm_
+kernels_scale_shift  scale_shift_, its dh and the gradients of its pool
 kernels_backward   dh and the gradients of the pool
 activations        φ and φ′
 blocks             loads and products that both directions share
@@ -9,6 +10,7 @@ options            block sizes and compiler options
 checks             what arguments must be, beside `ops.checks`
 launcher           one kernel's launches: by Triton, then directly
 launch             the ops
+scale_shift        the elementwise ops
 
 This package imports without Triton; `why_not` then says what is missing. The interpreter
 (TRITON_INTERPRET=1, set before Python starts) runs the same kernels in numpy on CPU tensors: slow, for
@@ -17,10 +19,11 @@ tests.
 
 from __future__ import annotations
 
+from .. import scale_shift as elementwise
 from ..schema import implement
 
 try:
-    from . import launch
+    from . import launch, scale_shift
     from .blocks import INTERPRETING
 
     _missing = None
@@ -55,5 +58,14 @@ if _missing is None:
                 "intervene_norm_": launch.intervene_norm_,
                 "intervene": launch.intervene,
                 "intervene_backward": launch.intervene_backward,
+            },
+        )
+        elementwise.implement(
+            "triton",
+            _key,
+            {
+                "scale_shift_": scale_shift.scale_shift_,
+                "scale_shift": scale_shift.scale_shift,
+                "scale_shift_backward": scale_shift.scale_shift_backward,
             },
         )
