@@ -186,9 +186,9 @@ def select(
     for row, taken in enumerate(names):
         alike.setdefault(taken, []).append(row)
     rows_of: dict[Term, list[int]] = {}
-    for taken, rows in alike.items():
+    for taken, same in alike.items():
         for term in terms_of(taken):
-            rows_of[term] = sorted(rows_of.get(term, []) + rows)
+            rows_of[term] = sorted(rows_of.get(term, []) + same)
     picked = [(_NOTHING, _NOTHING, _NOTHING)]
     told = lists or {}
     for term in sorted(rows_of):
