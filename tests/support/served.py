@@ -45,6 +45,7 @@ def serve(folder: Path, spec: dict[str, Any], environment: dict[str, str] | None
     variables.pop("TRITON_INTERPRET", None)
     if spec.get("v2"):
         variables |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+        variables["PYTHONPATH"] = f"{TESTS}{os.pathsep}{TESTS / 'support' / 'triton_cpu'}"
     done = subprocess.run(
         [sys.executable, "-m", "support.served", str(file)],
         env=variables, capture_output=True, text=True, timeout=1800,
@@ -53,21 +54,6 @@ def serve(folder: Path, spec: dict[str, Any], environment: dict[str, str] | None
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     return {"error": done.stderr[-6000:]}
-
-
-def _stand_in_for_a_cpu_backend() -> None:
-    """Triton's interpreter has no backend, without which vLLM takes Triton for missing."""
-    import triton
-
-    class Driver:
-        @staticmethod
-        def is_active() -> bool:
-            return False
-
-    class Backend:
-        driver = Driver
-
-    triton.backends.backends["cpu"] = Backend
 
 
 def _sabotage(what: str) -> None:
@@ -101,8 +87,6 @@ def _sabotage(what: str) -> None:
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
-    if spec.get("v2"):
-        _stand_in_for_a_cpu_backend()
     if spec.get("sabotage"):
         _sabotage(spec["sabotage"])
     from vllm import LLM, SamplingParams

@@ -15,13 +15,15 @@ extension   what the engine asks of a worker
 
 from __future__ import annotations
 
+import logging
+
 _registered = False
 
 
 def register() -> None:
     """Hooks vLLM in this process. vLLM may call it several times.
 
-    Where that fails, a server that asks for adapters does not start: vLLM itself only logs a plugin's errors.
+    Where that fails, a server that asks for adapters does not start; others do.
     """
     global _registered
     if _registered:
@@ -34,5 +36,6 @@ def register() -> None:
 
         install.install()
     except Exception as error:
+        # Not raised: vLLM would then not start without adapters either.
+        logging.getLogger("vllm.reft_kernels").warning("reft: could not hook this vLLM", exc_info=True)
         guard.refuse(error)
-        raise
