@@ -9,6 +9,7 @@ from .ops import BackendUnavailable, backend, current_backend
 from .plan import Plan, make_plan
 from .pool import Fold, Pool, PoolFull, Span
 from .positions import Positions
+from .scale_pool import ScaleFold, ScalePool
 
 if TYPE_CHECKING:
     from .training import ReftCollator, ReftTrainer
@@ -29,6 +30,8 @@ __all__ = [
     "ReftCollator",
     "ReftConfig",
     "ReftTrainer",
+    "ScaleFold",
+    "ScalePool",
     "Span",
     "backend",
     "current_backend",

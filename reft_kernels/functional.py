@@ -18,6 +18,7 @@ from .ops.arguments import PoolRows
 from .ops.checks import check_norm
 from .plan import Plan, check_pool, check_rows, one_segment
 from .pool import Pool
+from .scale_pool import ScalePool
 
 __all__ = ["interchange", "intervene", "intervene_", "intervene_norm_", "loreft", "scale_shift"]
 
@@ -88,7 +89,7 @@ def _check(h: Tensor, pool: Pool, plan: Plan) -> None:
         raise ValueError(
             f"h: last dimension must be the pool's width {pool.width}, shape was {list(h.shape)}"
         )
-    if h.device != pool.rows.down.device or h.device != plan.rows.device:
+    if h.device != pool.rows[0].device or h.device != plan.rows.device:
         raise ValueError(
             "h, pool and plan must be on one device; they are on "
             f"{h.device}, {pool.device} and {plan.rows.device}"
@@ -110,7 +111,8 @@ def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
     Args:
         h: [..., d], float32, bfloat16 or float16 (float64 on the reference backend), last dimension
             contiguous. It is returned.
-        pool: folded adapters, on h's device, in h's dtype or float32.
+        pool: folded adapters, on h's device, in h's dtype or float32; of a `ScalePool` the rows become
+            s ⊙ h + v.
         plan: from `reft_kernels.make_plan`.
 
     Raises:
@@ -124,7 +126,8 @@ def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
         raise ValueError(
             "h: requires a gradient, which an in-place edit would lose; use intervene, or no_grad"
         )
-    op = ops.INTERVENE_[ops.current_backend(h.device)]
+    table = ops.SCALE_SHIFT_ if isinstance(pool, ScalePool) else ops.INTERVENE_
+    op = table[ops.current_backend(h.device)]
     try:
         op(h, *pool.rows, *plan[:-1])
     except (RuntimeError, IndexError) as error:
@@ -148,7 +151,8 @@ def intervene(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
     Shapes and errors as `intervene_`. Returns a new contiguous tensor of h's shape and dtype.
     """
     _check(h, pool, plan)
-    op = ops.INTERVENE[ops.current_backend(h.device)]
+    table = ops.SCALE_SHIFT if isinstance(pool, ScalePool) else ops.INTERVENE
+    op = table[ops.current_backend(h.device)]
     try:
         return op(h, *pool.rows, *plan)
     except (RuntimeError, IndexError) as error:
@@ -193,6 +197,8 @@ def intervene_norm_(
             accelerator the plan is not read back, and what is returned for a row that it lacks is
             undefined); or autograd would need h, weight or shift.
     """
+    if isinstance(pool, ScalePool):
+        raise ValueError("pool: intervene_norm_ takes no ScalePool; use intervene_ and the norm by itself")
     _check(h, pool, plan)
     _check_in_place(h)
     check_norm(h, weight, shift, eps, norm)

@@ -172,14 +172,17 @@ class Pool:
         self._free: list[_Range] = []
         self._size = 0
         self.book = Book()
-        bias_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-        self.rows = PoolRows(
-            down=torch.zeros(0, width, dtype=dtype, device=self.device),
-            up=torch.zeros(0, width, dtype=dtype, device=self.device),
+        self.rows = self._no_rows()
+        self._resize(capacity or 0)
+
+    def _no_rows(self) -> PoolRows:
+        bias_dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        return PoolRows(
+            down=torch.zeros(0, self.width, dtype=self.dtype, device=self.device),
+            up=torch.zeros(0, self.width, dtype=self.dtype, device=self.device),
             bias=torch.zeros(0, dtype=bias_dtype, device=self.device),
             kind=torch.zeros(0, dtype=torch.int32, device=self.device),
         )
-        self._resize(capacity or 0)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -216,7 +219,7 @@ class Pool:
 
     def __repr__(self) -> str:
         return (
-            f"Pool(width={self.width}, dtype={self.dtype}, device={str(self.device)!r}, "
+            f"{type(self).__name__}(width={self.width}, dtype={self.dtype}, device={str(self.device)!r}, "
             f"used={self.used}, capacity={self.capacity}{', fixed' if self.fixed else ''})"
         )
 
@@ -231,7 +234,7 @@ class Pool:
             # before every replay. If the pool grows, the graph is recorded anew.
             torch._dynamo.mark_static_address(grown)
             made.append(grown)
-        self.rows = PoolRows(*made)
+        self.rows = type(self.rows)(*made)
         self._size = size
         self._release(_Range(old, size - old))
 

@@ -141,6 +141,16 @@ def test_every_variant_compiles_without_spills(variant: Variant, slow: dict[Vari
     _check(variant, slow[variant])
 
 
+def test_elementwise_kernels_compile_without_spills() -> None:
+    kinds = itertools.product(("scale", "scale_sums"), ("bfloat16", "float16", "float32"), ARCHS)
+    for variant, made in _compiled(
+        [Variant(kernel, h, "float32", arch) for kernel, h, arch in kinds]
+    ).items():
+        assert made["local"] == made["stack"] == made["local_accesses"] == made["atomics"] == 0, variant
+        assert made["shared"] <= SHARED and made["loads_of_16_bytes"] > 0, variant
+        assert made["stores_of_16_bytes"] > 0 or variant.kernel == "scale_sums", variant
+
+
 def test_every_batch_launches_the_kernels_that_are_compiled_here() -> None:
     """One of each, whatever the sizes of the batch; with the arguments and options that the variants have."""
     command = [sys.executable, str(SUPPORT / "triton_launch.py")]

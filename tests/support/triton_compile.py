@@ -21,7 +21,9 @@ from unittest import mock
 class Variant:
     """One kernel as `launch` compiles it for tensors of these dtypes."""
 
-    kernel: str  # "forward", "norm", "layer_norm", "rows", "pool", "pool_parts" or "add"
+    kernel: (
+        str  # "forward", "norm", "layer_norm", "rows", "pool", "pool_parts", "add", "scale" or "scale_sums"
+    )
     h: str  # torch's names of dtypes
     pool: str
     arch: int  # compute capability, 90 for 9.0
@@ -52,8 +54,37 @@ def _old_triton(old: bool):
         yield
 
 
+def _scale_request(variant: Variant) -> tuple:
+    """`request` of the elementwise kernels, whose pool is float32."""
+    from reft_kernels.ops.triton_ops import kernels_scale_shift, scale_shift
+
+    of_h = dict.fromkeys(
+        ("source", "out", "grad", "hs"), f"*{variant.h.replace('float', 'fp').replace('bfp', 'bf')}"
+    )
+    of_pool = dict.fromkeys(("scale_less_one", "shift", "dscale", "dshift"), "*fp32")
+    tables = dict.fromkeys(("rows", "tiles", "spans", "offsets"), "*i32")
+    if variant.kernel == "scale":
+        kernel, block, constants = (
+            kernels_scale_shift.scale_rows_kernel,
+            scale_shift.ROWS_BLOCK,
+            {"SHIFTED": True},
+        )
+    else:
+        kernel, block, constants = kernels_scale_shift.scale_sums_kernel, scale_shift.SUMS_BLOCK, {}
+    constants |= {"D": variant.d, "BLOCK": block}
+    types = of_h | of_pool | tables
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
+    }
+    strides = ("source_stride", "out_stride", "grad_stride")
+    divisible = [name for name in signature if variant.aligned and (name in (*of_h, *of_pool, *strides))]
+    return kernel, signature, constants, divisible, {"num_warps": 4}
+
+
 def request(variant: Variant) -> tuple:
     """What is compiled: (kernel, signature, constants, arguments divisible by 16, options)."""
+    if variant.kernel.startswith("scale"):
+        return _scale_request(variant)
     import torch
 
     from reft_kernels.ops.triton_ops import kernels_backward, kernels_forward, kernels_norm

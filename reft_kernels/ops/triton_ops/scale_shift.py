@@ -13,6 +13,9 @@ from .checks import readable, row_stride
 from .kernels_scale_shift import scale_rows_kernel, scale_sums_kernel
 from .launcher import on
 
+#: Columns of a program, at most.
+ROWS_BLOCK, SUMS_BLOCK = 256, 128
+
 
 def _block(d: int, most: int) -> int:
     return min(triton.next_power_of_2(d), most)
@@ -23,7 +26,7 @@ def _scale_rows(source: Tensor, out: Tensor, pool: ScaleRows, plan: Plan, shifte
     d, n_tiles = out.shape[-1], plan.tiles.shape[0]
     if n_tiles == 0 or out.numel() == 0 or pool.shift.shape[0] == 0:
         return
-    block = _block(d, 256)
+    block = _block(d, ROWS_BLOCK)
     with on(out.device):
         scale_rows_kernel[n_tiles, triton.cdiv(d, block)](
             source, out, *pool, plan.rows, plan.tiles, plan.spans, out.numel() // d,
@@ -60,7 +63,7 @@ def scale_shift_backward(
     if need_h:
         _scale_rows(grad, dh, pool, plan, shifted=False)
     if need_pool and plan.tiles.shape[0] and grad.numel() and dshift.numel():
-        block = _block(d, 128)
+        block = _block(d, SUMS_BLOCK)
         with on(grad.device):
             scale_sums_kernel[dshift.shape[0], triton.cdiv(d, block)](
                 grad, hs, dscale, dshift, plan.rows, plan.spans, plan.offsets, grad.numel() // d,
