@@ -6,8 +6,8 @@ Most of them are computed and not trained, see `Adapter.from_tensors`. Sources o
   Zou et al. 2023, arXiv 2310.01405 (RepE, its operator linear_comb); Cao et al. 2024 (BiPO), which trains it
 - a vector for each attention head: Yin et al. 2024, arXiv 2406.01563 (LoFiT, its second step)
 - ablation, and ablation and addition: the package steering-vectors 0.12, `ablation_operator`
-- clamping a concept's direction: Wu et al. 2025, arXiv 2501.17148 (AxBench); replacing one concept by
-  another: the package EasySteer, `concept_replace`
+- clamping a concept's direction, or adding it below a threshold: Wu et al. 2025, arXiv 2501.17148 (AxBench);
+  replacing one concept by another: the package EasySteer, `concept_replace`
 - clamping a feature of a sparse autoencoder: AxBench, with a ReLU encoder as of SAELens
 """
 
@@ -26,11 +26,14 @@ from .orthonormal import orthonormal_rows, orthonormality_error
 
 
 class Vector(Method):
-    """h + Σᵢ coefficientᵢ vᵢ"""
+    """add: h + Σᵢ coefficientᵢ vᵢ; piecewise: h + Σᵢ coefficientᵢ sign(vᵢ h) vᵢ, where the sign of 0 is −1
+
+    piecewise is RepE's operator piecewise_linear, which leaves h alone where vᵢ h is 0 exactly.
+    """
 
     shapes = {"v": "rd", "coefficient": "r"}
     fixed = frozenset({"coefficient"})
-    options = {"coefficient": number(1.0)}
+    options = {"mode": word("add", "piecewise"), "coefficient": number(1.0)}
     rank = 1
 
     def init(
@@ -39,7 +42,11 @@ class Vector(Method):
         tensor.zero_()
 
     def fold(self, p: Parameters, act: Act, options: Options) -> Fold:
-        return self.rows(None, p["v"], p["coefficient"])
+        v, coefficient = p["v"], p["coefficient"]
+        if options["mode"] == "add":
+            return self.rows(None, v, coefficient)
+        twice = self.rows(v, 2 * coefficient[:, None] * v, torch.zeros_like(coefficient), Act.STEP)
+        return self.joined(twice, self.rows(None, v, -coefficient))
 
 
 class LoFiT(Method):
@@ -123,13 +130,14 @@ class Concept(Method):
     """Directions w of concepts, used as they are stored:
 
     clamp: h + Σᵢ (valueᵢ − relu(wᵢ h)) wᵢ; add: h + Σᵢ valueᵢ wᵢ (ReFT-r1's steering, value = its largest
-    activation times a factor); replace: h + Σᵢ (wᵢ h / ‖wᵢ‖²) (otherᵢ − wᵢ)
+    activation times a factor); replace: h + Σᵢ (wᵢ h / ‖wᵢ‖²) (otherᵢ − wᵢ); threshold: valueᵢ wᵢ is added
+    where wᵢ h < valueᵢ
     """
 
     shapes = {"w": "rd", "other": "rd", "value": "r"}
     optional = frozenset({"other", "value"})
     fixed = frozenset({"value"})
-    options = {"mode": word("clamp", "add", "replace"), "value": number(0.0)}
+    options = {"mode": word("clamp", "add", "replace", "threshold"), "value": number(0.0)}
     rank = 1
 
     def has(self, name: str, options: Options) -> bool:
@@ -139,10 +147,13 @@ class Concept(Method):
         w = p["w"]
         if options["mode"] == "replace":
             return self.rows(w / w.square().sum(1, keepdim=True), p["other"] - w, torch.zeros_like(w[:, 0]))
-        added = self.rows(None, w, p["value"])
+        value = p["value"]
+        if options["mode"] == "threshold":
+            return self.rows(-w, value[:, None] * w, value, Act.STEP)
+        added = self.rows(None, w, value)
         if options["mode"] == "add":
             return added
-        return self.joined(self.rows(w, -w, torch.zeros_like(p["value"]), Act.RELU), added)
+        return self.joined(self.rows(w, -w, torch.zeros_like(value), Act.RELU), added)
 
     def check(self, p: Parameters, act: Act, options: Options) -> None:
         mode = options["mode"]

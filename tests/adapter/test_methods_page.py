@@ -58,6 +58,7 @@ def test_merging(name: str) -> None:
     said = {
         "yes": {("", Act.NONE)},
         "without act_fn": {("", Act.NONE)},
+        "add": {("add", Act.NONE)},
         "add, replace": {("add", Act.NONE), ("replace", Act.NONE)},
         "no": set(),
         "if its parts do": set(),  # (these parameters have a GELU)

@@ -14,7 +14,8 @@ from reft_kernels.ops.schema import NO_PRODUCT, Act
 #: Options under which a method's formula is another one.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "sae": [{"mode": "clamp"}, {"mode": "minimum"}],
-    "concept": [{"mode": "clamp"}, {"mode": "add"}, {"mode": "replace"}],
+    "concept": [{"mode": "clamp"}, {"mode": "add"}, {"mode": "replace"}, {"mode": "threshold"}],
+    "vector": [{"mode": "add"}, {"mode": "piecewise"}],
 }
 
 
@@ -68,6 +69,8 @@ def _concept(p: Mapping[str, Tensor], h: Tensor, mode: str) -> Tensor:
         along = (h @ w)[:, None]
         if mode == "replace":
             out = out + along / (w @ w) * (p["other"][row] - w)
+        elif mode == "threshold":
+            out = out + torch.where(along < p["value"][row], p["value"][row], 0.0) * w
         else:
             out = out + p["value"][row] * w
             out = out - torch.relu(along) * w if mode == "clamp" else out
@@ -96,7 +99,8 @@ def written_out(
     if method == "nodireft":
         return h + act(h @ p["W1"].T + p["b1"]) @ p["W2"]
     if method == "vector":
-        return h + sum(c * v for c, v in zip(p["coefficient"], p["v"]))
+        signs = torch.sign(h @ p["v"].T) if mode == "piecewise" else torch.ones(len(h), len(p["v"])).to(h)
+        return h + sum(c * sign[:, None] * v for c, v, sign in zip(p["coefficient"], p["v"], signs.T))
     if method == "lofit":
         return h + p["v"].sum(0)
     if method == "ablation":
