@@ -41,9 +41,12 @@ class Vector(Method):
     ) -> None:
         tensor.zero_()
 
+    def stored(self, options: Options) -> dict:
+        return super().stored({name: value for name, value in options.items() if value != "add"})
+
     def fold(self, p: Parameters, act: Act, options: Options) -> Fold:
         v, coefficient = p["v"], p["coefficient"]
-        if options["mode"] == "add":
+        if options.get("mode", "add") == "add":
             return self.rows(None, v, coefficient)
         twice = self.rows(v, 2 * coefficient[:, None] * v, torch.zeros_like(coefficient), Act.STEP)
         return self.joined(twice, self.rows(None, v, -coefficient))

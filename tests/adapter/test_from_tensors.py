@@ -29,7 +29,7 @@ def test_what_was_given_wins_over_the_option() -> None:
     v = torch.ones(2, D)
     adapter = from_tensors("vector", {0: {"v": v, "coefficient": torch.tensor([3.0, 4.0])}})
     assert adapter.interventions[0].coefficient.tolist() == [3.0, 4.0]
-    assert adapter.interventions[0].options == {"mode": "add"}  # it is in the tensor, and nowhere else
+    assert adapter.interventions[0].options == {}  # it is in the tensor, and nowhere else
 
 
 def test_heads() -> None:
