@@ -20,11 +20,14 @@ def intervals_of(groups: Sequence[Positions], prompt_length: int) -> np.ndarray:
 
     Returns (group, first position, the one behind the last), int64 [n, 3], of each group in ascending order.
 
-    Raises ValueError: an empty prompt where positions need one, or an index that the prompt lacks.
+    Raises ValueError: an empty prompt where positions need one, an index that the prompt lacks, and positions
+    that this does not tell, as some of the generated tokens, or token ids.
     """
     found = []
     for group, positions in enumerate(groups):
-        if positions.needs_prompt and positions.word != "generated" and prompt_length == 0:
+        if positions.dynamic:
+            raise ValueError(f"positions: {str(positions)!r} are not known with the prompt's length")
+        if positions.needs_prompt and positions.edits_prompt and prompt_length == 0:
             raise ValueError(f"the prompt is empty, but the adapter edits {positions} of it")
         index = positions.resolve(prompt_length)
         if positions.generated:

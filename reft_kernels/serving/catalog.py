@@ -158,6 +158,16 @@ class Catalog:
                 f"{where}: takes {max(rows.values())} pool rows at one layer; the server was started with a "
                 f"max_rank of {self.config.max_rank}"
             )
+        if adapter.overlapping:
+            raise ValueError(
+                f"{where}: two interventions would edit the same token at one place, which is not served"
+            )
+        for positions in adapter.groups:
+            if positions.dynamic:
+                raise ValueError(
+                    f"{where}: positions {str(positions)!r} single out generated tokens, or go by their ids; "
+                    "served are those that are known with the prompt's length"
+                )
         many, together = len(adapter.groups), most_together(adapter.groups)
         if many > MOST_GROUPS or together > MOST_TOGETHER:
             raise ValueError(

@@ -147,6 +147,27 @@ def test_adapters_that_the_model_can_not_have_are_refused(tmp_path: Path) -> Non
     assert names.ticket({"reft_adapter": Path(save(tmp_path / "good")).name})
 
 
+@pytest.mark.parametrize("positions", ["generated[::2]", "generated[:4]", "token(5)", "all-token(5)"])
+def test_positions_that_each_step_must_ask_for_are_refused(tmp_path: Path, positions: str) -> None:
+    save(tmp_path / "a", positions=positions)
+    with pytest.raises(ValueError, match="known with the prompt's length"):
+        catalog({"adapters": {"a": str(tmp_path / "a")}}).ticket({"reft_adapter": "a"})
+    with pytest.raises(ValueError, match="not known with the prompt's length"):
+        intervals_of([Positions.parse(positions)], 9)
+
+
+def test_edits_that_meet_at_a_token_are_refused(tmp_path: Path) -> None:
+    """One op edits a row once: what adds up elsewhere would be two edits of one row here."""
+    adapters = {name: save(tmp_path / name, positions=spec) for name, spec in (("a", "f2+l2"), ("b", "all"))}
+    served = catalog({"adapters": adapters})
+    with pytest.raises(ValueError, match="would edit the same token at one place"):
+        served.ticket({"reft_adapter": ["a", "b"]})
+    both = rk.Adapter.compose([rk.Adapter.from_pretrained(path) for path in adapters.values()])
+    both.save_pretrained(tmp_path / "both")
+    with pytest.raises(ValueError, match="would edit the same token at one place"):
+        catalog({"adapters": {"both": str(tmp_path / "both")}}).ticket({"reft_adapter": "both"})
+
+
 def test_names_come_and_go(tmp_path: Path) -> None:
     names = catalog({})
     with pytest.raises(ValueError, match="known are none"):

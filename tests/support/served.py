@@ -50,7 +50,8 @@ def serve(folder: Path, spec: dict[str, Any], environment: dict[str, str] | None
         [sys.executable, "-m", "support.served", str(file)],
         env=variables, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
-    lines = done.stdout.strip().splitlines()
+    # Workers of their own may still log after the answer.
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"rounds"')]
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     return {"error": done.stderr[-6000:]}
