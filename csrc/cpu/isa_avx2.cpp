@@ -2,6 +2,7 @@
 // After the vector type that it is written for:
 #include "kernel.h"
 #include "norm.h"
+#include "sum.h"
 
 const reft::Isa reft::kAvx2 = {"avx2",        forward_tile, fold_tile,
                                backward_tile, norm_row,     weight_grad};

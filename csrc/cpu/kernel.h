@@ -7,8 +7,6 @@
 // on which block sizes its tile was cut into.
 #pragma once
 
-#include <string.h>
-
 #include "intervene.h"
 
 namespace reft {
@@ -227,24 +225,6 @@ void forward_typed(const Forward& a, const Tile& tile, float* z) {
   expand(rows, rows, count, up, every, span.rank, a.d, z);
 }
 
-template <class H>
-void fold_typed(const Forward& a, const Matrix& addend, const Tile& tile) {
-  for (int64_t i = tile.start; i < int64_t{tile.start} + tile.count; ++i) {
-    const int64_t row = a.plan.rows[i];
-    if (row < 0) continue;
-    H* const to = static_cast<H*>(a.h.data) + row * a.h.stride;
-    H* const from = static_cast<H*>(addend.data) + row * addend.stride;
-    int64_t j = 0;
-    for (; j + Vec::kLanes <= a.d; j += Vec::kLanes)
-      store(to + j, add(load(to + j), load(from + j)));
-    if (j < a.d) {
-      const int64_t n = a.d - j;
-      store_part(to + j, add(load_part(to + j, n), load_part(from + j, n)), n);
-    }
-    memset(from, 0, a.d * sizeof(H));
-  }
-}
-
 template <class H, class P>
 void backward_typed(const Backward& a, const Tile& tile, float* z) {
   const Span span = a.plan.spans[tile.segment];
@@ -391,17 +371,6 @@ void weight_typed(const Backward& a, const PoolGrad& out, const Range& range, in
 
 void forward_tile(const Forward& a, const Tile& tile, float* scratch) {
   REFT_BY_DTYPE(forward_typed, a.dtype, a.pool.dtype, a, tile, scratch)
-}
-
-void fold_tile(const Forward& a, const Matrix& addend, const Tile& tile) {
-  switch (a.dtype) {
-    case Dtype::f32:
-      return fold_typed<float>(a, addend, tile);
-    case Dtype::bf16:
-      return fold_typed<Bf16>(a, addend, tile);
-    case Dtype::f16:
-      return fold_typed<Half>(a, addend, tile);
-  }
 }
 
 void backward_tile(const Backward& a, const Tile& tile, float* scratch) {
