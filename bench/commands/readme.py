@@ -172,7 +172,7 @@ def paper(results: Results) -> str:
     )
 
 
-#: The sections of the page: (folder of the record, text).
+#: The sections of the page: (folder of the record, heading, text).
 _SECTIONS: tuple[tuple[str, str, Callable[[Results], str]], ...] = (
     ("overhead", "Whole models", overhead),
     ("paper-cpu", "The paper's axes", paper),

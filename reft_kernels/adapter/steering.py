@@ -42,7 +42,10 @@ class Vector(Method):
         tensor.zero_()
 
     def stored(self, options: Options) -> dict:
-        return super().stored({name: value for name, value in options.items() if value != "add"})
+        kept = super().stored(options)
+        if kept["mode"] == "add":  # what folders without a mode mean
+            del kept["mode"]
+        return kept
 
     def fold(self, p: Parameters, act: Act, options: Options) -> Fold:
         v, coefficient = p["v"], p["coefficient"]

@@ -67,11 +67,7 @@ def _explain(h: Tensor, pool: PoolRows, plan: Plan, backend: str, name: str) -> 
     rows, tiles, spans, offsets = plan
     d = h.shape[-1] if h.dim() else 0
     n_pool, n_tiles, n_segments = (t.shape[0] if t.dim() else 0 for t in (down, tiles, spans))
-    if h.dtype not in _DTYPES:
-        raise ValueError(
-            f"{name}: the {backend} backend takes {', '.join(map(str, _DTYPES))}, was {h.dtype}"
-            + ("; the reference backend computes in float64" if h.dtype is torch.float64 else "")
-        )
+    _check_dtype(h, backend, name)
     if down.dtype is not h.dtype and down.dtype is not torch.float32 or up.dtype is not down.dtype:
         raise ValueError(
             f"down, up: one dtype, {name}'s ({h.dtype}) or torch.float32; were {down.dtype} and {up.dtype}"
@@ -86,15 +82,30 @@ def _explain(h: Tensor, pool: PoolRows, plan: Plan, backend: str, name: str) -> 
         ("spans", spans, (n_segments, 2), torch.int32),
         ("offsets", offsets, (n_segments + 1,), torch.int32),
     ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"{label}: must be a contiguous {list(shape)} of {dtype} beside {name} {list(h.shape)}; was "
-                f"{list(tensor.shape)} of {tensor.dtype}, strides {tensor.stride()}"
-            )
-        if tensor.device != h.device:
-            raise ValueError(f"{label}: is on {tensor.device}, but {name} is on {h.device}")
+        _check_tensor(label, tensor, shape, dtype, h, name)
+
+
+def _check_dtype(h: Tensor, backend: str, name: str) -> None:
+    if h.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: the {backend} backend takes {', '.join(map(str, _DTYPES))}, was {h.dtype}"
+            + ("; the reference backend computes in float64" if h.dtype is torch.float64 else "")
+        )
+
+
+def _check_tensor(
+    label: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, h: Tensor, name: str
+) -> None:
+    """Refuses a tensor that is not this, beside h; None is what an op does not take."""
+    if tensor is None:
+        return
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"{label}: must be a contiguous {list(shape)} of {dtype} beside {name} {list(h.shape)}; was "
+            f"{list(tensor.shape)} of {tensor.dtype}, strides {tensor.stride()}"
+        )
+    if tensor.device != h.device:
+        raise ValueError(f"{label}: is on {tensor.device}, but {name} is on {h.device}")
 
 
 def check_scales(h: Tensor, pool: ScaleRows, plan: Plan, backend: str, name: str = "h") -> None:
@@ -102,11 +113,7 @@ def check_scales(h: Tensor, pool: ScaleRows, plan: Plan, backend: str, name: str
 
     Raises ValueError that begins with the argument's name.
     """
-    if h.dtype not in _DTYPES:
-        raise ValueError(
-            f"{name}: the {backend} backend takes {', '.join(map(str, _DTYPES))}, was {h.dtype}"
-            + ("; the reference backend computes in float64" if h.dtype is torch.float64 else "")
-        )
+    _check_dtype(h, backend, name)
     d, count = h.shape[-1] if h.dim() else 0, pool.shift.shape[0] if pool.shift.dim() else 0
     n_tiles, n_segments = (t.shape[0] if t.dim() else 0 for t in (plan.tiles, plan.spans))
     for label, tensor, shape, dtype in (
@@ -117,15 +124,7 @@ def check_scales(h: Tensor, pool: ScaleRows, plan: Plan, backend: str, name: str
         ("spans", plan.spans, (n_segments, 2), torch.int32),
         ("offsets", plan.offsets, (n_segments + 1,), torch.int32),
     ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"{label}: must be a contiguous {list(shape)} of {dtype} beside {name} {list(h.shape)}; was "
-                f"{list(tensor.shape)} of {tensor.dtype}, strides {tensor.stride()}"
-            )
-        if tensor.device != h.device:
-            raise ValueError(f"{label}: is on {tensor.device}, but {name} is on {h.device}")
+        _check_tensor(label, tensor, shape, dtype, h, name)
 
 
 def check_norm(h: Tensor, weight: Tensor, shift: Tensor | None, eps: float, norm: int) -> None:

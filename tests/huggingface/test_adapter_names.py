@@ -6,20 +6,13 @@ import copy
 
 import pytest
 import torch
-from support.adapters import patch_with_mixed, random_adapter
-from support.models import batch_of, make_model
+from support.adapters import random_adapter
+from support.models import batch_of
 
 import reft_kernels as rk
 
 pytestmark = pytest.mark.models
 WIDTH = 32
-
-
-@pytest.fixture
-def model():
-    model = make_model()
-    patch_with_mixed(model)
-    return model
 
 
 def logits(model, batch, **kwargs):

@@ -11,13 +11,6 @@ from support.models import batch_of, make_model, row_alone
 pytestmark = pytest.mark.models
 
 
-@pytest.fixture
-def model():
-    model = make_model()
-    patch_with_mixed(model)
-    return model
-
-
 def test_a_cache_goes_on_under_another_adapter(model):
     """Only the new tokens run under the new adapter; what is cached stays as it was made."""
     first = batch_of([6])

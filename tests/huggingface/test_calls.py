@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from support import model_oracle as oracle
-from support.adapters import patch_with_mixed, random_adapter
+from support.adapters import random_adapter
 from support.models import LAYERS, batch_of, make_model, row_alone
 
 import reft_kernels as rk
@@ -20,21 +20,9 @@ pytestmark = pytest.mark.models
 WIDTH = 32
 
 
-@pytest.fixture
-def model():
-    model = make_model()
-    patch_with_mixed(model)
-    return model
-
-
 @pytest.fixture(scope="module")
 def bare():
     return make_model()
-
-
-@pytest.fixture
-def batch():
-    return batch_of([6, 4])
 
 
 def logits(model, batch, **kwargs):

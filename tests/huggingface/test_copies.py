@@ -8,29 +8,12 @@ import pickle
 
 import pytest
 import torch
-from support.adapters import patch_with_mixed
 from support.models import batch_of, make_model
 
 import reft_kernels as rk
 
 pytestmark = pytest.mark.models
 NAMES = ["everywhere", "untied"]
-
-
-def patched(seed=0):
-    model = make_model(seed=seed)
-    patch_with_mixed(model)
-    return model
-
-
-@pytest.fixture
-def model():
-    return patched()
-
-
-@pytest.fixture
-def batch():
-    return batch_of([6, 4])
 
 
 def logits(model, batch, names=NAMES, **kwargs):

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.adapters import patch_with_mixed, random_adapter
-from support.models import batch_of, make_model
+from support.adapters import patch_with_mixed, patched, random_adapter
+from support.models import make_model
 
 import reft_kernels as rk
 
 pytestmark = pytest.mark.models
 NAMES = ["everywhere", "untied"]
 WIDTH = 32
-
-
-@pytest.fixture
-def model():
-    return patched()
-
-
-def patched(seed=0):
-    model = make_model(seed=seed)
-    patch_with_mixed(model)
-    return model
-
-
-@pytest.fixture
-def batch():
-    return batch_of([6, 4])
 
 
 def logits(model, batch, names=NAMES, **kwargs):

@@ -6,21 +6,10 @@ import threading
 
 import pytest
 import transformers
-from support.adapters import patch_with_mixed
-from support.models import batch_of, make_model, row_alone
+from support.adapters import patched
+from support.models import batch_of, row_alone
 
 pytestmark = pytest.mark.models
-
-
-@pytest.fixture
-def model():
-    return patched()
-
-
-def patched(seed=0):
-    model = make_model(seed=seed)
-    patch_with_mixed(model)
-    return model
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -48,11 +37,6 @@ def test_two_threads_generate_at_once(cache):
         for thread in threads:
             thread.join()
         assert got == want
-
-
-@pytest.fixture
-def batch():
-    return batch_of([6, 4])
 
 
 def test_a_streamer_in_another_thread(model, batch):

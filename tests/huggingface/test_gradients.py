@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support import model_oracle as oracle
-from support.adapters import patch_with_mixed, random_adapter
+from support.adapters import random_adapter
 from support.models import batch_of, make_model, row_alone
 
 import reft_kernels as rk
@@ -15,22 +15,6 @@ import reft_kernels as rk
 pytestmark = pytest.mark.models
 NAMES = ["everywhere", "untied"]
 WIDTH = 32
-
-
-def patched(seed=0):
-    model = make_model(seed=seed)
-    patch_with_mixed(model)
-    return model
-
-
-@pytest.fixture
-def model():
-    return patched()
-
-
-@pytest.fixture
-def batch():
-    return batch_of([6, 4])
 
 
 def training_model():

@@ -6,19 +6,12 @@ import copy
 
 import pytest
 import torch
-from support.adapters import patch_with_mixed, random_adapter
+from support.adapters import random_adapter
 from support.models import batch_of, make_model
 
 import reft_kernels as rk
 
 pytestmark = pytest.mark.models
-
-
-@pytest.fixture
-def model():
-    model = make_model()
-    patch_with_mixed(model)
-    return model
 
 
 @pytest.fixture(scope="module")

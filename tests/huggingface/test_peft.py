@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import model_oracle as oracle
-from support.adapters import mixed_adapters, patch_with_mixed
+from support.adapters import mixed_adapters, patch_with_mixed, patched
 from support.models import batch_of, make_model, row_alone
 
 import reft_kernels as rk
@@ -13,22 +13,6 @@ import reft_kernels as rk
 pytestmark = pytest.mark.models
 NAMES = ["everywhere", "untied"]
 WIDTH = 32
-
-
-@pytest.fixture
-def model():
-    return patched()
-
-
-def patched(seed=0):
-    model = make_model(seed=seed)
-    patch_with_mixed(model)
-    return model
-
-
-@pytest.fixture
-def batch():
-    return batch_of([6, 4])
 
 
 @pytest.mark.parametrize("order", ["patch first", "PEFT first"])

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.adapters import patch_with_mixed, random_adapter
-from support.models import batch_of, make_model
+from support.adapters import random_adapter
+from support.models import batch_of
 from transformers import GenerationConfig
 
 import reft_kernels as rk
 
 pytestmark = pytest.mark.models
 WIDTH = 32
-
-
-@pytest.fixture
-def model():
-    model = make_model()
-    patch_with_mixed(model)
-    return model
 
 
 def test_the_mask_is_inferred_with_another_generation_config(model):

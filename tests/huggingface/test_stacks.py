@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.adapters import patch_with_mixed
 from support.models import batch_of, make_model
 
 import reft_kernels as rk
 
 pytestmark = pytest.mark.models
-
-
-@pytest.fixture
-def model():
-    model = make_model()
-    patch_with_mixed(model)
-    return model
 
 
 def test_layers_are_patched_once():

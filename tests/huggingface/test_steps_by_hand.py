@@ -7,21 +7,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from support.adapters import patch_with_mixed
-from support.models import LAYERS, batch_of, make_model
+from support.models import LAYERS, batch_of
 
 import reft_kernels as rk
 
 pytestmark = pytest.mark.models
 
 SAME = ["untied", "generated"]
-
-
-@pytest.fixture
-def model():
-    model = make_model()
-    patch_with_mixed(model)
-    return model
 
 
 def steps(

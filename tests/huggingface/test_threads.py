@@ -17,13 +17,6 @@ pytestmark = pytest.mark.models
 STEPS = 6
 
 
-@pytest.fixture
-def model():
-    model = make_model()
-    patch_with_mixed(model)
-    return model
-
-
 def generate(model, name, at_step=None, **kwargs):
     """Greedy tokens of one prompt; at_step: called after the second step, in the middle of generate."""
 

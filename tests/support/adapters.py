@@ -6,6 +6,8 @@ import torch
 
 import reft_kernels as rk
 
+from .models import make_model
+
 
 def random_adapter(config: rk.ReftConfig, width: int, n_layers: int = 3, scale: float = 1.0, seed: int = 0):
     """An adapter that is not trained and whose edits are large."""
@@ -40,3 +42,10 @@ def patch_with_mixed(model: torch.nn.Module, **options: object) -> rk.Reft:
     for name, adapter in mixed_adapters(model.config.hidden_size).items():
         reft.add_adapter(name, adapter)
     return reft
+
+
+def patched(seed: int = 0) -> torch.nn.Module:
+    """A tiny Llama of random weights, patched, with `mixed_adapters` on it."""
+    model = make_model(seed=seed)
+    patch_with_mixed(model)
+    return model
