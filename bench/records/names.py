@@ -47,6 +47,10 @@ _TRAINING = {
 
 _HOST = {
     "bare": ("bare model", "the model as it was loaded. The baseline."),
+    "one torch op": (
+        "one torch op a layer",
+        "the least that torch can do behind a block: `h.add_(v)`, one vector for all rows, without a hook.",
+    ),
     "eager hooks": ("plain hooks, one adapter", "the same edit in plain PyTorch hooks; one adapter."),
     "eager hooks mixed": ("plain hooks, mixed", "the same, every row of the batch with its own adapter."),
     "PEFT LoRA": ("LoRA, one adapter", "PEFT's LoRA on the modules of its own choice, one adapter."),
