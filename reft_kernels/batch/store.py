@@ -54,14 +54,16 @@ class AdapterStore:
         self.places: dict[SiteKey, Place] = {}
         self.version = 0
         self._laid: dict[str, list[_Laid]] = {}
-        #: Equal specs are one object, so that a batch asks each of them once.
+        #: Equal specs are one object, so that a batch asks each of them once; so are equal tuples of them.
         self._specs: dict[Positions, Positions] = {}
+        self._spec_tuples: dict[tuple[Positions, ...], tuple[Positions, ...]] = {}
         self._groups: dict[str, tuple[Positions, ...]] = {}
         self.overlapping: set[str] = set()
         #: Sites have numbers, rows of `_ranges`: name → (first, rank) by position group and site.
         self._numbers: dict[SiteKey, int] = {}
         self._widths: dict[SiteKey, int] = {}
         self._ranges: dict[str, np.ndarray] = {}
+        self._segments: dict[str, tuple[Segment, ...]] = {}
         self._tables: dict[tuple[Segment, ...], Table] = {}
         #: What was laid for stacks, by the number of the site, and their ranges as in `_ranges`.
         self._stacks: dict[Stack, dict[int, _Laid]] = {}
@@ -104,7 +106,8 @@ class AdapterStore:
                 laid.append(_Laid(pool, pool.add(fold)))
         self.places = places
         self.adapters[name], self._laid[name] = adapter, laid
-        self._groups[name] = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
+        groups = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
+        self._groups[name] = self._spec_tuples.setdefault(groups, groups)
         if adapter.overlapping:
             self.overlapping.add(name)
         self._number(name)
@@ -116,7 +119,7 @@ class AdapterStore:
         self._forget_stacks(stack for stack in self._stacks if any(p.name == name for p in stack.parts))
         for pool, span in self._laid.pop(name):
             pool.remove(span)
-        del self._ranges[name], self._groups[name]
+        del self._ranges[name], self._segments[name], self._groups[name]
         self.overlapping.discard(name)
         self._changed()
         return adapter
@@ -182,6 +185,7 @@ class AdapterStore:
         for key, one, (_, span) in zip(keys, adapter.interventions, self._laid[name]):
             ranges[one.group, self._numbers[key]] = tuple(span)
         self._ranges[name] = ranges
+        self._segments[name] = tuple((name, group) for group in range(len(ranges)))
 
     def _changed(self) -> None:
         self.version += 1
@@ -215,11 +219,26 @@ class AdapterStore:
 
     def ranges(self, segments: tuple[Segment, ...]) -> np.ndarray:
         """(first pool row, rank) of each segment at each site, int32 [sites, S, 2]; rank 0 for nothing."""
-        ranges = np.zeros((len(self._numbers), len(segments), 2), dtype=np.int32)
-        for index, segment in enumerate(segments):
-            mine = self._range(segment)
-            ranges[: len(mine), index] = mine
-        return ranges
+        found: list[np.ndarray] = []  # [groups, sites, 2] each
+        at = 0
+        while at < len(segments):
+            segment = segments[at]
+            if isinstance(segment, Stack):
+                found.append(self._range(segment)[None])
+            else:
+                name, group = segment
+                mine = self._ranges[name]
+                # Mostly all groups of an adapter stand side by side.
+                together = group == 0 and segments[at : at + len(mine)] == self._segments[name]
+                found.append(mine if together else mine[group : group + 1])
+            at += len(found[-1])
+        sites = len(self._numbers)
+        # An adapter that came before others knows of fewer sites.
+        found = [_padded(one, sites) if one.shape[1] < sites else one for one in found]
+        by_segment = np.concatenate(found) if found else np.zeros((0, sites, 2), dtype=np.int32)
+        # (A pair is moved as one number.)
+        by_site = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)
+        return by_site[:, :, None].view(np.int32)
 
     # Stacks ----------------------------------------------------------------------------------------------
 
@@ -286,18 +305,20 @@ class AdapterStore:
     # No inference tensors: a table is kept, and may be trained through after a generate made it.
     @torch.inference_mode(False)
     def _make_table(self, segments: tuple[Segment, ...]) -> Table:
-        owners = {part.name: self.adapters[part.name] for it in segments for part in parts_of(it)}
+        names = [it[0] for it in segments if not isinstance(it, Stack)]
+        names += [part.name for it in segments if isinstance(it, Stack) for part in it.parts]
+        owners = {name: self.adapters[name] for name in names}
         ranges = self.ranges(segments)
         table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
-        copies: dict[torch.device, torch.Tensor] = {}
+        copies: dict[torch.device, tuple[torch.Tensor, ...]] = {}
         for key, number in self._numbers.items():
             if not busy[number]:
                 continue
             place = self.places[key]
             if place.device not in copies:
                 # The spans of all sites go to a device in one copy.
-                copies[place.device] = to_device(ranges, place.device)
+                copies[place.device] = to_device(ranges, place.device).unbind()
                 table.devices.append(place.device)
             who = functools.partial(_all_edits, table, key)
             table.sites[key] = SiteTable(
@@ -308,6 +329,11 @@ class AdapterStore:
                 who,
             )
         return table
+
+
+def _padded(ranges: np.ndarray, sites: int) -> np.ndarray:
+    """Ranges [groups, fewer sites, 2] with rank 0 at the sites that they do not know."""
+    return np.pad(ranges, ((0, 0), (0, sites - ranges.shape[1]), (0, 0)))
 
 
 def _edits(adapters: Mapping[str, Adapter], segment: Segment, key: SiteKey) -> Edits:

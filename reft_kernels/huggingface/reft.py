@@ -268,6 +268,8 @@ class Reft(Names, Merges, nn.Module):
         try:
             yield
         finally:
+            if before in self._store.merged:  # in the block: it is active again once it is unmerged
+                before, self._was_active = None, before
             self._runtime.active = before if before in self._store.adapters else None
 
     @named_as_in_peft
