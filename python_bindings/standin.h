@@ -56,7 +56,7 @@ struct State {
   PyObject *launch_type, *rows_type;
   PyObject *runtime, *plan, *original, *key, *norm, *sites, *launch, *launch_rows, *call, *after;
   PyObject *fused, *offered, *how, *weights, *weight, *bias, *module, *training;
-  PyObject *pool, *spans, *slot, *place, *dtype, *rows;
+  PyObject *pool, *spans, *slot, *place, *dtype, *rows, *low_rank;
 };
 extern State state;
 
@@ -115,8 +115,8 @@ const char* unlocked(int64_t elements, const Body& body) {
   return result;
 }
 
-// A new Launch for a SiteTable; null where its tensors are not what the kernels take, or with an
-// error.
+// A new Launch for a SiteTable; null where its stages or tensors are not what the kernels take, or
+// with an error.
 PyObject* make_launch(PyObject* site);
 
 bool prepare_state();

@@ -135,6 +135,9 @@ bool as_rows(const DLTensor& view, ReftHidden* out) {
 }
 
 PyObject* make_launch(PyObject* site) {
+  // Not of a site with several stages, nor of one whose edits are no pool of the low-rank form's.
+  const Ref low_rank(PyObject_GetAttr(site, state.low_rank));
+  if (low_rank.get() != Py_True) return nullptr;
   Launch* const launch = new_record<Launch>(state.launch_type);
   Ref holder(reinterpret_cast<PyObject*>(launch));
   if (launch == nullptr) return nullptr;
@@ -234,7 +237,8 @@ bool prepare_state() {
       {&state.module, "module"},     {&state.training, "training"},
       {&state.pool, "pool"},         {&state.spans, "spans"},
       {&state.slot, "slot"},         {&state.place, "place"},
-      {&state.dtype, "dtype"},       {&state.rows, "rows"}};
+      {&state.dtype, "dtype"},       {&state.rows, "rows"},
+      {&state.low_rank, "low_rank"}};
   for (const auto& [slot, name] : names) {
     if ((*slot = PyUnicode_InternFromString(name)) == nullptr) return false;
   }

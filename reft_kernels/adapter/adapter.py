@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import AdapterRecord, BaseModel, CheckpointError, native, read
-from ..pool import Fold
 from ..positions import LastPosition, Positions
+from ..scale_pool import AnyFold
 from .compose import check_together, check_weights, common_base, summed, with_rows
 from .config import ReftConfig
 from .construct import Where, from_tensors
@@ -140,7 +140,7 @@ class Adapter(nn.Module):
         self.saved_modules.requires_grad_(True)
         self._trainable = True
 
-    def folds(self) -> list[Fold]:
+    def folds(self) -> list[AnyFold]:
         """The fold of every intervention, in order; the same values as `intervention.fold()` one by one.
 
         While the adapter is trainable, R is made orthonormal in one batch for all interventions of a shape.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, InterventionRecord
 from ..ops.schema import Act
-from ..pool import Fold
 from ..positions import Positions
+from ..scale_pool import AnyFold
 from ..sites import canonical, takes_heads
 from .config import check_dropout
 from .methods import METHODS, Method, activation
@@ -25,7 +25,7 @@ _ORTHONORMAL = 1e-3
 
 
 class Intervention(nn.Module):
-    """A low-rank edit of the hidden states at one place.
+    """An edit of the hidden states at one place.
 
     Args:
         method: a name of `METHODS`.
@@ -73,7 +73,7 @@ class Intervention(nn.Module):
         self.spec.check(tensors, activation(act_fn), self.options)
         self.scale = self.spec.check_scale(scale)
         self.names = tuple(name for name in self.spec.shapes if name in tensors)
-        self._pool_rows: int | None = None
+        self._folded_to: tuple[int, str] | None = None
         for name in self.names:
             if name in self.spec.fixed:
                 self.register_buffer(name, tensors[name].detach())
@@ -142,11 +142,21 @@ class Intervention(nn.Module):
 
     @property
     def pool_rows(self) -> int:
-        """Pool rows that the fold takes: r, or more where an edit is a sum of several."""
-        if self._pool_rows is None:
+        """Pool rows that the fold takes: r, or more where an edit is a sum of several; 1 if elementwise."""
+        return self._fold_shape[0]
+
+    @property
+    def form(self) -> str:
+        """What the fold is: "low_rank" (`Fold`) or "elementwise" (`ScaleFold`)."""
+        return self._fold_shape[1]
+
+    @property
+    def _fold_shape(self) -> tuple[int, str]:
+        if self._folded_to is None:
             with torch.no_grad():  # as it is: only the shape counts
-                self._pool_rows = self.fold({name: getattr(self, name) for name in self.names}).rank
-        return self._pool_rows
+                fold = self.fold({name: getattr(self, name) for name in self.names})
+            self._folded_to = fold.rank, fold.form
+        return self._folded_to
 
     @property
     def wants_grad(self) -> bool:
@@ -169,9 +179,9 @@ class Intervention(nn.Module):
             orthonormal = {name: orthonormal_rows(tensors[name]) for name in self.trains_orthonormal}
         return tensors | dict(orthonormal)
 
-    def fold(self, orthonormal: Mapping[str, Tensor] | None = None) -> Fold:
-        """The one form h + Uᵀ φ(D h + c): `pool_rows` rows, in the widest of the parameters' dtypes and
-        float32. Differentiable in the parameters; sums and differences are taken in that dtype.
+    def fold(self, orthonormal: Mapping[str, Tensor] | None = None) -> AnyFold:
+        """The one form h + Uᵀ φ(D h + c), or s ⊙ h + v: `pool_rows` rows, in the widest of the parameters'
+        dtypes and float32. Differentiable in the parameters; sums and differences are taken in that dtype.
 
         Args:
             orthonormal: as in `materialized`.
@@ -191,11 +201,9 @@ class Intervention(nn.Module):
                 wide = torch.promote_types(wide, tensor.dtype)
         return {name: t.to(wide) if t.is_floating_point() else t for name, t in tensors.items()}
 
-    def _folded(self, tensors: dict[str, Tensor]) -> Fold:
-        fold = self.spec.fold(tensors, activation(self.act_fn), self.options)
-        if self.scale != 1:
-            fold = fold._replace(up=fold.up * self.scale)
-        return Fold(*(tensor.contiguous() for tensor in fold))
+    def _folded(self, tensors: dict[str, Tensor]) -> AnyFold:
+        fold = self.spec.fold(tensors, activation(self.act_fn), self.options).times(self.scale)
+        return type(fold)(*(tensor.contiguous() for tensor in fold))
 
     def widen_orthonormal(self) -> None:
         """Makes R float32 at least, as half precision can't hold orthonormal rows; warns if they are not."""

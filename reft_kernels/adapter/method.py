@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops.schema import NO_PRODUCT, Act
 from ..pool import Fold
+from ..scale_pool import AnyFold
 from ..sites import SITES
 
 #: Names of activations (transformers' ACT2FN) → codes of the kernels.
@@ -126,8 +127,9 @@ class Method:
 
     # What a method of one's own says -----------------------------------------------------------------
 
-    def fold(self, p: Parameters, act: Act, options: Options) -> Fold:
-        """The edit in the one form, differentiable in the parameters; `rows` and `joined` make it.
+    def fold(self, p: Parameters, act: Act, options: Options) -> AnyFold:
+        """The edit in the one form, differentiable in the parameters; `rows` and `joined` make it. Or s ⊙ h +
+        v, a `ScaleFold`. A method has one of the two forms, whatever its options.
 
         p: in one dtype, float32 at least. act: the code of the act_fn. options: all of them.
         """

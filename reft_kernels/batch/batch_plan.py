@@ -12,8 +12,9 @@ import torch
 from .. import ops
 from ..ops import launch
 from ..plan import Rows, SegmentRows, cover, pack_rows
-from ..pool import Fold
-from .tables import Place, SiteKey, SiteTable, Table
+from ..scale_pool import AnyFold
+from .stages import SiteKey
+from .tables import Place, SiteTable, Table
 
 if TYPE_CHECKING:
     from ..adapter import Intervention
@@ -79,7 +80,7 @@ class BatchPlan:
         self.head_rows_by_key: dict[tuple[int, int, int], Rows] = {}
         self.covers: dict[tuple[torch.device, bool], Rows] = {}
         self.recomputing = False
-        self.folds: dict[Intervention, Fold] = {}
+        self.folds: dict[Intervention, AnyFold] = {}
         self.stale = table.trainable
         self.launch_rows: tuple[Any, ...] | None = None
         self.workspace: DecodeWorkspace | None = None
@@ -111,7 +112,9 @@ class BatchPlan:
 
     def trains(self, site: SiteTable) -> bool:
         """Whether something at the site wants a gradient."""
-        return bool(self.folds) and any(one in self.folds for edits in site.edits for one, _ in edits)
+        return bool(self.folds) and any(
+            one in self.folds for stage in site.stages for edits in stage.edits for one, _ in edits
+        )
 
     def renew(self) -> None:
         """Makes the pools what the parameters are now."""
@@ -130,12 +133,12 @@ class BatchPlan:
         return self.sites[key]
 
     def row_spans(self) -> np.ndarray:
-        """The pool range that each row of h takes at each site, int32 [sites, tokens, 2]; rank 0 for none."""
+        """The pool range that each row of h takes at each stage, int32 [stages, tokens, 2]; else rank 0."""
         ranges = self.store.ranges(self.table.segments)
         rows, counts = self.by_segment
         spans = np.zeros((len(ranges), self.tokens, 2), dtype=np.int32)
         mine = ranges[:, np.repeat(np.arange(len(counts)), counts)]
-        # Added, as a row may be in two segments, of which one alone does something at a site.
+        # Added, as a row may be in two segments, of which one alone does something at a stage.
         np.add.at(spans.transpose(1, 0, 2), rows, mine.transpose(1, 0, 2))
         return spans
 

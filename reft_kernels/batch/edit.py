@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import ops
 from ..plan import Rows
 from .batch_plan import BatchPlan
-from .tables import Place, SiteKey, SiteTable
+from .stages import FORMS, SiteKey
+from .tables import Place, SiteTable
 
 
 def site_of(h: Tensor, key: SiteKey, plan: BatchPlan) -> SiteTable | None:
@@ -56,9 +57,18 @@ def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: boo
         return _edit_differentiable(h, site, rows, plan, backend, training)
     if plan.stale:
         plan.renew()  # what was trained since the last look
-    down, up, bias, kind = site.pool.rows  # by name: a star would cost more, at every site
-    ops.INTERVENE_[backend](h, down, up, bias, kind, rows.rows, rows.tiles, site.spans)
+    if site.low_rank:
+        down, up, bias, kind = site.pool.rows  # by name: a star would cost more, at every site
+        ops.INTERVENE_[backend](h, down, up, bias, kind, rows.rows, rows.tiles, site.spans)
+    else:
+        apply_(h, site, rows, backend)
     return h
+
+
+def apply_(h: Tensor, site: SiteTable, rows: Rows, backend: str) -> None:
+    """All stages of a site, in place; its pools are renewed."""
+    for stage in site.stages:
+        FORMS[stage.form].edit_[backend](h, *stage.pool.rows, rows.rows, rows.tiles, stage.spans)
 
 
 def _edit_differentiable(
@@ -67,21 +77,25 @@ def _edit_differentiable(
     # Never the pool itself, not for frozen adapters either: it may be renewed or grown before backward runs.
     # Under reentrant checkpointing each block has a backward of its own, so folds can't be shared there.
     shared = {} if plan.recomputing else plan.folds
-    live, spans = site.live_pool(shared, torch.promote_types(h.dtype, torch.float32))
-    arguments = (h, *live, rows.rows, rows.tiles, spans, rows.offsets)
-    # A view can't be edited in place under reentrant checkpointing, nor a leaf that wants a gradient at all;
-    # a compiler makes its own choice of buffers.
-    if h._is_view() or (h.is_leaf and h.requires_grad) or torch.compiler.is_compiling():
-        out = ops.INTERVENE[backend](*arguments)
-    else:
-        out = ops.InterveneInPlace.apply(*arguments, backend)
+    dtype, out = torch.promote_types(h.dtype, torch.float32), h
+    for stage in site.stages:
+        form = FORMS[stage.form]
+        live, spans = stage.live_pool(shared, site.place.device, dtype)
+        arguments = (out, *live, rows.rows, rows.tiles, spans, rows.offsets)
+        # A view can't be edited in place under reentrant checkpointing, nor a leaf that wants a gradient at
+        # all; a compiler makes its own choice of buffers.
+        if out._is_view() or (out.is_leaf and out.requires_grad) or torch.compiler.is_compiling():
+            out = form.edit[backend](*arguments)
+        else:
+            out = form.training.apply(*arguments, backend)
     return _dropout(out, site, rows) if training else out
 
 
 def _dropout(out: Tensor, site: SiteTable, rows: Rows) -> Tensor:
     """pyreft's dropout: it falls on the whole edited hidden state of the rows that an adapter edits."""
     # Of several adapters at a token each drops what the others left.
-    rates = [1 - math.prod(1 - one.dropout for one, _ in edits) for edits in site.edits]
+    by_segment = zip(*(stage.edits for stage in site.stages))
+    rates = [1 - math.prod(1 - one.dropout for edits in stages for one, _ in edits) for stages in by_segment]
     if not any(rates):
         return out
     counts = rows.offsets.diff()

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..ops.schema import TILE
 from ..plan import _tiles
 from .intervals import intervals_of
+from .stages import LOW_RANK, SiteKey
 from .store import AdapterStore
-from .tables import SiteKey
 
 
 class StepTables:
@@ -91,8 +91,9 @@ class StepTables:
         segments = self._segments[name]
         ranges = self.store.ranges(tuple((name, group) for group in range(len(segments))))
         spans = np.zeros((len(self.sites), len(segments), 2), dtype=np.int32)
-        for key, number in self.store.numbers.items():
-            spans[self.sites[key]] = ranges[number]
+        for stage, number in self.store.numbers.items():
+            if stage.form == LOW_RANK:
+                spans[self.sites[stage.site]] = ranges[number]
         self.spans[:, segments] = torch.from_numpy(spans).to(self.device)
 
     # Requests ----------------------------------------------------------------------------------------------

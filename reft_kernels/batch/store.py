@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from ..plan import to_device
-from ..pool import Fold, Pool, PoolFull, Span
+from ..pool import Pool, PoolFull, Span
+from ..scale_pool import AnyFold
 from .stacks import Part, Segment, Stack, parts_of
-from .tables import Edits, Place, SiteKey, SiteTable, Table, scaled
+from .stages import FORMS, LOW_RANK, Edits, SiteKey, Stage, StageKey, in_turn
+from .tables import Place, SiteTable, Table
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -32,7 +34,7 @@ class _Laid(NamedTuple):
 
 
 class AdapterStore:
-    """Adapters, laid into pools: one for each device, dtype and width.
+    """Adapters, laid into pools: one for each device, dtype, width and form.
 
     Args:
         capacity: pool rows of each pool, fixed, so that addresses stay; None: pools grow.
@@ -50,7 +52,7 @@ class AdapterStore:
         self.capacity, self.pool_dtype = capacity, pool_dtype
         self.adapters: dict[str, Adapter] = {}
         self.merged: set[str] = set()
-        self.pools: dict[tuple[torch.device, torch.dtype, int], Pool] = {}
+        self.pools: dict[tuple[torch.device, torch.dtype, int, str], Pool] = {}
         self.places: dict[SiteKey, Place] = {}
         self.version = 0
         self._laid: dict[str, list[_Laid]] = {}
@@ -59,13 +61,13 @@ class AdapterStore:
         self._spec_tuples: dict[tuple[Positions, ...], tuple[Positions, ...]] = {}
         self._groups: dict[str, tuple[Positions, ...]] = {}
         self.overlapping: set[str] = set()
-        #: Sites have numbers, rows of `_ranges`: name → (first, rank) by position group and site.
-        self._numbers: dict[SiteKey, int] = {}
+        #: Stages of sites have numbers, rows of `_ranges`: name → (first, rank) by position group and stage.
+        self._numbers: dict[StageKey, int] = {}
         self._widths: dict[SiteKey, int] = {}
         self._ranges: dict[str, np.ndarray] = {}
         self._segments: dict[str, tuple[Segment, ...]] = {}
         self._tables: dict[tuple[Segment, ...], Table] = {}
-        #: What was laid for stacks, by the number of the site, and their ranges as in `_ranges`.
+        #: What was laid for stacks, by the number of the stage, and their ranges as in `_ranges`.
         self._stacks: dict[Stack, dict[int, _Laid]] = {}
         self._stack_ranges: dict[Stack, np.ndarray] = {}
 
@@ -102,7 +104,7 @@ class AdapterStore:
         laid: list[_Laid] = []
         with torch.no_grad():
             for one, fold in zip(adapter.interventions, adapter.folds()):
-                pool = self._pool(places[SiteKey.of(one)], one.width)
+                pool = self._pool(places[SiteKey.of(one)], one.width, one.form)
                 laid.append(_Laid(pool, pool.add(fold)))
         self.places = places
         self.adapters[name], self._laid[name] = adapter, laid
@@ -148,24 +150,26 @@ class AdapterStore:
             for index, one in enumerate(adapter.interventions):
                 if SiteKey.of(one) == key:
                     pool, span = self._laid[name][index]
-                    new = self._pool(place, one.width)
+                    new = self._pool(place, one.width, one.form)
                     if new is not pool:
                         self._laid[name][index] = _Laid(new, new.add(one.fold()))
                         pool.remove(span)
             self._number(name)
         self._changed()
 
-    def _pool(self, place: Place, width: int) -> Pool:
+    def _pool(self, place: Place, width: int, form: str = LOW_RANK) -> Pool:
         dtype = self.pool_dtype or place.dtype
-        key = (place.device, dtype, width)
+        if FORMS[form].wide:
+            dtype = torch.promote_types(dtype, torch.float32)
+        key = (place.device, dtype, width, form)
         if key not in self.pools:
-            self.pools[key] = Pool(width, dtype, place.device, self.capacity)
+            self.pools[key] = FORMS[form].pool(width, dtype, place.device, self.capacity)
         return self.pools[key]
 
     def _check_room(self, adapter: Adapter, places: dict[SiteKey, Place]) -> None:
         ranks: dict[int, tuple[Pool, list[int]]] = {}
         for one in adapter.interventions:
-            pool = self._pool(places[SiteKey.of(one)], one.width)
+            pool = self._pool(places[SiteKey.of(one)], one.width, one.form)
             ranks.setdefault(id(pool), (pool, []))[1].append(one.pool_rows)
         for pool, wanted in ranks.values():
             if pool.fixed and not pool.room_for(wanted):
@@ -175,12 +179,12 @@ class AdapterStore:
                 )
 
     def _number(self, name: str) -> None:
-        """Notes an adapter's ranges by site, as tables are made of them."""
+        """Notes an adapter's ranges by stage, as tables are made of them."""
         adapter = self.adapters[name]
-        keys = [SiteKey.of(one) for one in adapter.interventions]
+        keys = [StageKey.of(one) for one in adapter.interventions]
         for key, one in zip(keys, adapter.interventions):
             self._numbers.setdefault(key, len(self._numbers))
-            self._widths.setdefault(key, one.width)
+            self._widths.setdefault(key.site, one.width)
         ranges = np.zeros((len(adapter.groups), len(self._numbers), 2), dtype=np.int32)
         for key, one, (_, span) in zip(keys, adapter.interventions, self._laid[name]):
             ranges[one.group, self._numbers[key]] = tuple(span)
@@ -205,21 +209,26 @@ class AdapterStore:
         return table
 
     @property
-    def numbers(self) -> dict[SiteKey, int]:
-        """The sites that adapters were laid for, and their numbers: rows of tables of all sites."""
+    def numbers(self) -> dict[StageKey, int]:
+        """The stages that adapters were laid for, and their numbers: rows of tables of all stages."""
         return self._numbers
 
     @property
-    def n_sites(self) -> int:
+    def n_stages(self) -> int:
         return len(self._numbers)
 
-    def pool_of(self, key: SiteKey) -> Pool:
-        """The pool in which a site's interventions lie."""
-        return self._pool(self.places[key], self._widths[key])
+    @property
+    def forms(self) -> set[str]:
+        """Those of the adapters that were ever laid."""
+        return {key.form for key in self._numbers}
+
+    def pool_of(self, key: SiteKey, form: str = LOW_RANK) -> Pool:
+        """The pool in which a site's interventions of a form lie."""
+        return self._pool(self.places[key], self._widths[key], form)
 
     def ranges(self, segments: tuple[Segment, ...]) -> np.ndarray:
-        """(first pool row, rank) of each segment at each site, int32 [sites, S, 2]; rank 0 for nothing."""
-        found: list[np.ndarray] = []  # [groups, sites, 2] each
+        """(first pool row, rank) of each segment at each stage, int32 [stages, S, 2]; rank 0 for nothing."""
+        found: list[np.ndarray] = []  # [groups, stages, 2] each
         at = 0
         while at < len(segments):
             segment = segments[at]
@@ -232,18 +241,18 @@ class AdapterStore:
                 together = group == 0 and segments[at : at + len(mine)] == self._segments[name]
                 found.append(mine if together else mine[group : group + 1])
             at += len(found[-1])
-        sites = len(self._numbers)
-        # An adapter that came before others knows of fewer sites.
-        found = [_padded(one, sites) if one.shape[1] < sites else one for one in found]
-        by_segment = np.concatenate(found) if found else np.zeros((0, sites, 2), dtype=np.int32)
+        stages = len(self._numbers)
+        # An adapter that came before others knows of fewer stages.
+        found = [_padded(one, stages) if one.shape[1] < stages else one for one in found]
+        by_segment = np.concatenate(found) if found else np.zeros((0, stages, 2), dtype=np.int32)
         # (A pair is moved as one number.)
-        by_site = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)
-        return by_site[:, :, None].view(np.int32)
+        by_stage = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)
+        return by_stage[:, :, None].view(np.int32)
 
     # Stacks ----------------------------------------------------------------------------------------------
 
     def _range(self, segment: Segment) -> np.ndarray:
-        """(first pool row, rank) of a segment by the number of the site, int32 [sites, 2]."""
+        """(first pool row, rank) of a segment by the number of the stage, int32 [stages, 2]."""
         if not isinstance(segment, Stack):
             name, group = segment
             return self._ranges[name][group]
@@ -252,7 +261,7 @@ class AdapterStore:
         return self._stack_ranges[segment]
 
     def meet(self, one: Segment, other: Segment) -> bool:
-        """Whether two segments edit at a common site."""
+        """Whether two segments edit at a common stage."""
         mine, theirs = (
             {int(n) for p in parts_of(it) for n in np.flatnonzero(self._ranges[p.name][p.group][:, 1])}
             for it in (one, other)
@@ -260,8 +269,8 @@ class AdapterStore:
         return not mine.isdisjoint(theirs)
 
     def _lay(self, stack: Stack) -> None:
-        """Finds the ranges of a stack: a part's own, where it alone edits at a site, and as it is; elsewhere
-        the folds of all lie one behind the other, in room of their own.
+        """Finds the ranges of a stack: a part's own, where it alone edits at a stage, and as it is; elsewhere
+        the folds of all lie one behind the other (or summed, as their form says), in room of their own.
 
         Raises PoolFull where it does not fit a fixed capacity.
         """
@@ -272,7 +281,7 @@ class AdapterStore:
             if len(mine) == 1 and mine[0].scale == 1:
                 ranges[number] = self._ranges[mine[0].name][mine[0].group][number]
             elif mine:
-                pool = self.pool_of(key)
+                pool = self.pool_of(*key)
                 try:
                     laid[number] = _Laid(pool, pool.add(self._stack_fold(stack, key)))
                 except PoolFull:
@@ -287,9 +296,10 @@ class AdapterStore:
         return int(ranges[number, 1]) if number < len(ranges) else 0
 
     @torch.no_grad()
-    def _stack_fold(self, stack: Stack, key: SiteKey) -> Fold:
-        folds = [scaled(one.fold(), scale) for one, scale in _edits(self.adapters, stack, key)]
-        return Fold(*(torch.cat(parts) for parts in zip(*folds)))
+    def _stack_fold(self, stack: Stack, key: StageKey) -> AnyFold:
+        made = FORMS[key.form].fold
+        folds = made.meeting([one.fold().times(scale) for one, scale in _edits(self.adapters, stack, key)])
+        return made(*(torch.cat(parts) for parts in zip(*folds)))
 
     def _drop_stacks(self, but: tuple[Segment, ...]) -> None:
         """Frees the room of all stacks but those among some segments."""
@@ -312,40 +322,40 @@ class AdapterStore:
         table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
         copies: dict[torch.device, tuple[torch.Tensor, ...]] = {}
-        for key, number in self._numbers.items():
+        stages: dict[SiteKey, list[Stage]] = {}
+        for key in sorted(self._numbers, key=in_turn):
+            number = self._numbers[key]
             if not busy[number]:
                 continue
-            place = self.places[key]
-            if place.device not in copies:
-                # The spans of all sites go to a device in one copy.
-                copies[place.device] = to_device(ranges, place.device).unbind()
-                table.devices.append(place.device)
+            device = self.places[key.site].device
+            if device not in copies:
+                # The spans of all stages go to a device in one copy.
+                copies[device] = to_device(ranges, device).unbind()
+                table.devices.append(device)
             who = functools.partial(_all_edits, table, key)
-            table.sites[key] = SiteTable(
-                self._pool(place, self._widths[key]),
-                copies[place.device][number],
-                table.devices.index(place.device),
-                place,
-                who,
-            )
+            stage = Stage(key.form, self.pool_of(*key), copies[device][number], who)
+            stages.setdefault(key.site, []).append(stage)
+        for site, listed in stages.items():
+            place = self.places[site]
+            table.sites[site] = SiteTable(tuple(listed), table.devices.index(place.device), place)
         return table
 
 
-def _padded(ranges: np.ndarray, sites: int) -> np.ndarray:
-    """Ranges [groups, fewer sites, 2] with rank 0 at the sites that they do not know."""
-    return np.pad(ranges, ((0, 0), (0, sites - ranges.shape[1]), (0, 0)))
+def _padded(ranges: np.ndarray, stages: int) -> np.ndarray:
+    """Ranges [groups, fewer stages, 2] with rank 0 at the stages that they do not know."""
+    return np.pad(ranges, ((0, 0), (0, stages - ranges.shape[1]), (0, 0)))
 
 
-def _edits(adapters: Mapping[str, Adapter], segment: Segment, key: SiteKey) -> Edits:
-    """What a segment does at a site."""
+def _edits(adapters: Mapping[str, Adapter], segment: Segment, key: StageKey) -> Edits:
+    """What a segment does at a stage."""
     return tuple(
         (one, part.scale)
         for part in parts_of(segment)
         for one in adapters[part.name].interventions
-        if one.group == part.group and SiteKey.of(one) == key
+        if one.group == part.group and StageKey.of(one) == key
     )
 
 
-def _all_edits(table: Table, key: SiteKey) -> list[Edits]:
-    """What each segment of a table does at a site."""
+def _all_edits(table: Table, key: StageKey) -> list[Edits]:
+    """What each segment of a table does at a stage."""
     return [_edits(table.adapters, segment, key) for segment in table.segments]

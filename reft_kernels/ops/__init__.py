@@ -3,7 +3,7 @@
 from . import autograd, reference, reference_scale_shift  # noqa: F401  (they register their implementations)
 from .autograd import InterveneInPlace
 from .dispatch import BackendUnavailable, backend, chosen_backend, current_backend, why_not
-from .scale_shift import SCALE_SHIFT, SCALE_SHIFT_, SCALE_SHIFT_BACKWARD, ScaleRows
+from .scale_shift import SCALE_SHIFT, SCALE_SHIFT_, SCALE_SHIFT_BACKWARD, ScaleRows, ScaleShiftInPlace
 from .schema import (
     ACT_MASK,
     BACKENDS,
@@ -36,6 +36,7 @@ __all__ = [
     "InterveneInPlace",
     "Norm",
     "ScaleRows",
+    "ScaleShiftInPlace",
     "backend",
     "chosen_backend",
     "current_backend",

@@ -150,6 +150,11 @@ class Catalog:
         for one in adapter.interventions:
             if one.site != "block_output":
                 raise ValueError(f"{where}: edits {one.site!r}; served is 'block_output'")
+            if one.form != "low_rank":
+                raise ValueError(
+                    f"{where}: {one.method} edits element by element, which is not served; of low rank are "
+                    "LoReFT and its kin, vectors, ablations and bottleneck adapters"
+                )
             if one.layer >= model.layers:
                 raise ValueError(f"{where}: edits layer {one.layer}, the model has {model.layers}")
             rows[one.layer] = rows.get(one.layer, 0) + one.pool_rows

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter, Intervention
+from ..adapter import Adapter
+from ..adapter.compose import folded
 from ..positions import Positions
 from .config import Source
 
@@ -101,8 +102,6 @@ def combined(adapters: Sequence[Adapter], scale: float) -> Adapter:
     adapter = adapters[0] if len(adapters) == 1 else Adapter.compose(adapters)
     if scale == 1:
         return adapter
-    scaled = []
-    for one, fold in zip(adapter.interventions, adapter.folds()):
-        tensors = {**fold._asdict(), "up": fold.up * scale}
-        scaled.append(Intervention("folded", one.layer, one.site, one.positions, tensors, head=one.head))
+    parts = zip(adapter.interventions, adapter.folds())
+    scaled = [folded(one, [fold.times(scale)]) for one, fold in parts]
     return Adapter(scaled, n_layers=adapter.n_layers, base=adapter.base)

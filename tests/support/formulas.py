@@ -109,6 +109,10 @@ def written_out(
         return _sae(p, h, mode)
     if method == "concept":
         return _concept(p, h, mode)
+    if method == "red":
+        return h + sum((s * h + b) - h for s, b in zip(p["scaling"], p["bias"]))
+    if method == "folded_scale":
+        return h + sum(less * h + v for less, v in zip(p["scale_less_one"], p["shift"]))
     if method == "adapter":
         return h + act(h @ p["W_down"].T + p.get("b_down", 0)) @ p["W_up"] + p.get("b_up", 0)
     raise NotImplementedError(method)
