@@ -20,6 +20,7 @@ _MODELS = {
         "merged LoRA",
         "PEFT's LoRA, merged into the weights: it costs what the bare model does. The baseline.",
     ),
+    "bare model": ("bare model", "the model as it was loaded, without PEFT ever on it."),
     "eager hooks": ("ReFT in plain hooks", "the same edit in plain PyTorch hooks, adapter by adapter."),
     "pyreft": (
         "pyreft, one adapter",
@@ -163,6 +164,9 @@ _WHOLE = {
 #: Parameters of a case that are named where they differ between the cases of a run.
 _VARYING = ("model", "dtype", "batch", "prompt", "completion", "rank", "layers")
 
+#: What the edit is: named where it is not the usual one. Records of before the choice don't say it.
+_USUAL = {"method": "loreft", "site": "block_output", "heads": None}
+
 
 def positions_text(positions: str) -> str:
     """ "f3+l3" → "first 3 and last 3 prompt tokens"."""
@@ -205,13 +209,23 @@ def case_text(params: dict[str, Any], differing: Iterable[str] = _VARYING) -> st
                 parts.append(f"{_count(params[name], 'token')} with a loss")
             else:
                 parts.append(f"{params[name]}" if name in ("model", "dtype") else f"{name} {params[name]}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *unusual(params, differing)])
+
+
+def unusual(params: dict[str, Any], differing: Iterable[str] = ()) -> list[str]:
+    """Method, site and heads of a case, where they are not the usual ones or are `differing`."""
+    parts = []
+    for name, usual in _USUAL.items():
+        value = params.get(name, usual)
+        if value is not None and (value != usual or name in differing):
+            parts.append({"method": f"{value}", "site": f"at {value}"}.get(name) or _count(value, "head"))
+    return parts
 
 
 def differing(many: Iterable[dict[str, Any]]) -> list[str]:
     """Which parameters have more than one value among these."""
     values: dict[str, set[Any]] = {}
     for params in many:
-        for name in _VARYING:
-            values.setdefault(name, set()).add(params.get(name))
+        for name in (*_VARYING, *_USUAL):
+            values.setdefault(name, set()).add(params.get(name, _USUAL.get(name)))
     return [name for name, found in values.items() if len(found) > 1]

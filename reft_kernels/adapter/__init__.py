@@ -2,6 +2,7 @@
 
 from ..checkpoint import BaseModel
 from .adapter import Adapter
+from .autoencoder import sae_features
 from .config import ReftConfig
 from .convert import convert
 from .intervention import Intervention
@@ -18,5 +19,6 @@ __all__ = [
     "SavedModules",
     "convert",
     "register_method",
+    "sae_features",
     "unregister_method",
 ]
