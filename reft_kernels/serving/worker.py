@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from .. import ops
 from ..adapter import Adapter
@@ -61,6 +62,9 @@ class Worker:
         # Made now, so that the engine's measurement of free memory sees it.
         self.pool = self.store._pool(place, width)
         self.residents = Residents(max_adapters)
+        #: The ops' arguments of a step, by layer, and the `tables.used` that they are of.
+        self._arguments: dict[int, tuple[Tensor, ...]] = {}
+        self._arguments_of: tuple[int, int] | None = None
         backend = ops.current_backend(place.device)
         self.edit, self.edit_sum = ops.INTERVENE_[backend], ops.INTERVENE_SUM_[backend]
         #: Requests that have an adapter, and their rows in the tables; the last row is everyone else's.
@@ -219,7 +223,24 @@ class Worker:
             find, bare = self._rows.get, self._bare
             rows = np.fromiter((find(one, bare) for one in batch), dtype=np.int64, count=len(batch))
             self._batch = (list(batch), rows)
-        self.tables.fill(self._batch[1], starts.astype(np.int64), counts.astype(np.int64))
+        self.tables.fill(
+            self._batch[1], starts.astype(np.int64, copy=False), counts.astype(np.int64, copy=False)
+        )
+
+    def arguments(self, tokens: int, captured: bool = False) -> dict[int, tuple[Tensor, ...]]:
+        """What the ops take in the forward to come, by layer: of the pool, rows, tiles, spans.
+
+        tokens: rows of hidden states. captured: for a graph, whose tables have sizes that follow from it.
+        """
+        tables, pool = self.tables, self.pool
+        if captured or tables.used is not self._arguments_of:
+            rows, tiles = tables.tables(tokens, captured)
+            before = (pool.down, pool.up, pool.bias, pool.kind, rows, tiles)
+            found = {layer: (*before, tables.spans[site]) for layer, site in self.sites.items()}
+            if captured:
+                return found
+            self._arguments, self._arguments_of = found, tables.used
+        return self._arguments
 
     def idle(self) -> None:
         """The next forward is nobody's: a warm-up, or a measurement."""
