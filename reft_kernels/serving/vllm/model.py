@@ -84,6 +84,7 @@ def attach(model: nn.Module, vllm_config: Any) -> Worker:
     )
     for number, layer in layers.modules.items():
         layer.register_forward_hook(_Edit(number, layers.summed))
+    worker.stage_first(list(config.adapters.values()))
     model.__dict__["reft_worker"] = worker
     use(worker)
     return worker
