@@ -7,6 +7,7 @@ data, so that every engine's own messages can carry it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ class Ticket:
     scale: float
     groups: tuple[Positions, ...]
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Equal for equal edits, whatever they are called and wherever they lie."""
         text = "+".join(part.content for part in self.parts)
@@ -76,6 +77,11 @@ class Ticket:
                 )
             adapters.append(adapter)
         return combined(adapters, self.scale)
+
+
+def ticket_of(source: Source, adapter: Adapter) -> Ticket:
+    """The ticket of an adapter that was read from there, alone and unscaled."""
+    return Ticket((Part(source, content_of(adapter)),), 1.0, adapter.groups)
 
 
 def read(source: Source) -> Adapter:
