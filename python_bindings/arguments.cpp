@@ -165,6 +165,27 @@ CheckedScales check_scales_and_plan(const Tensor& scale_less_one, const Tensor& 
   return out;
 }
 
+Checked check_plan(const Tensor& rows, const Tensor& tiles, const Tensor& spans, const Rows& h,
+                   const Tensor* norms) {
+  Checked out{};
+  set_plan(&out, rows, tiles, spans);
+  // Any pool rows will do, as none are read.
+  out.pool_rows = int64_t{1} << 32;
+  const void* data = nullptr;
+  if (norms != nullptr) {
+    check_tensor(*norms, "norms", 1, out.positions);
+    check_dtype(*norms, "norms", ScalarType::Float);
+    data = norms->const_data_ptr();
+  }
+  const Region regions[] = {{"norms", data, norms != nullptr ? 4 * out.positions : 0},
+                            {"rows", out.plan.rows, 4 * out.positions},
+                            {"tiles", out.plan.tiles, 12 * out.tile_count},
+                            {"spans", out.plan.spans, 8 * out.segments}};
+  std::copy(std::begin(regions), std::end(regions), out.regions);
+  check_values(&out, h);
+  return out;
+}
+
 void check_values(Checked* checked, const Rows& h) {
   Checked& out = *checked;
   int64_t highest = -1;

@@ -3,6 +3,7 @@
 kernels_forward    intervene_, in place, and intervene_sum_
 kernels_norm       intervene_norm_
 kernels_scale_shift  scale_shift_, its dh and the gradients of its pool
+kernels_keep_norm  row_norms, restore_norms_ and its gradients
 kernels_backward   dh and the gradients of the pool
 activations        φ and φ′
 blocks             loads and products that both directions share
@@ -11,6 +12,7 @@ checks             what arguments must be, beside `ops.checks`
 launcher           one kernel's launches: by Triton, then directly
 launch             the ops
 scale_shift        the elementwise ops
+keep_norm          the ops that keep norms
 
 This package imports without Triton; `why_not` then says what is missing. The interpreter
 (TRITON_INTERPRET=1, set before Python starts) runs the same kernels in numpy on CPU tensors: slow, for
@@ -19,11 +21,12 @@ tests.
 
 from __future__ import annotations
 
+from .. import keep_norm as norms
 from .. import scale_shift as elementwise
 from ..schema import implement
 
 try:
-    from . import launch, scale_shift
+    from . import keep_norm, launch, scale_shift
     from .blocks import INTERPRETING
 
     _missing = None
@@ -69,3 +72,14 @@ if _missing is None:
                 "scale_shift_backward": scale_shift.scale_shift_backward,
             },
         )
+
+    _KEEP_NORM = {
+        "row_norms": keep_norm.row_norms,
+        "restore_norms_": keep_norm.restore_norms_,
+        "restore_norms": keep_norm.restore_norms,
+        "restore_norms_backward": keep_norm.restore_norms_backward,
+    }
+    for _key in ("CUDA", "CPU") if INTERPRETING else ("CUDA",):
+        norms.implement("triton", _key, _KEEP_NORM)
+    # They are bound by memory: a form in CUDA C++ would gain nothing, so `native` takes these on a GPU.
+    norms.implement("native", "CUDA", _KEEP_NORM)
