@@ -186,6 +186,17 @@ Checked check_plan(const Tensor& rows, const Tensor& tiles, const Tensor& spans,
   return out;
 }
 
+Source check_source(const Tensor& source, const Checked& checked, const Rows* h) {
+  check_tensor(source, "source", 2, -1);
+  check_dtype(source, "source", ScalarType::Float);
+  STD_TORCH_CHECK(source.size(0) == checked.positions && source.size(1) >= checked.max_rank,
+                  "source: must be [", checked.positions, ", s] with s of at least ",
+                  checked.max_rank, ", the largest rank of the plan, was ", shape_of(source));
+  const Source out{static_cast<const float*>(source.const_data_ptr()), source.size(1)};
+  if (h != nullptr) check_apart(*h, {"source", out.data, 4 * source.numel()});
+  return out;
+}
+
 void check_values(Checked* checked, const Rows& h) {
   Checked& out = *checked;
   int64_t highest = -1;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.cases import DTYPES, same_bits
@@ -12,6 +15,14 @@ import reft_kernels as rk
 from reft_kernels import functional
 
 ROWS = [[4, 0, 3], None, torch.tensor([1, 5]), []]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that takes `backend` runs on it."""
+    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
+    with rk.backend(name) if name else contextlib.nullcontext():
+        yield
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)

@@ -21,7 +21,8 @@ def check_dtype(h: Tensor) -> None:
 #: A complaint of the compiled library's about an argument, behind the function and line that made it.
 _COMPLAINT = re.compile(
     r".*?[\w./]*\.(?:cpp|cu|cuh|h):\d+[,:] *"
-    r"((?:h|down|up|bias|kind|rows|tiles|spans|offsets|grad|hs|weight|shift|eps|norms?|scale_less_one): .*)",
+    r"((?:h|down|up|bias|kind|rows|tiles|spans|offsets|grad|hs|weight|shift|eps|norms?|source|scale_less_one)"
+    r": .*)",
     re.DOTALL,
 )
 

@@ -34,7 +34,12 @@ def _check(h: Tensor, pool: Pool, plan: Plan) -> None:
         raise ValueError(f"pool: its dtype must be h's ({h.dtype}) or torch.float32, was {pool.dtype}")
 
 
-def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
+def _check_source(pool: Pool) -> None:
+    if isinstance(pool, ScalePool):
+        raise ValueError("source: a ScalePool takes none; s ⊙ h + v has no c")
+
+
+def intervene_(h: Tensor, pool: Pool, plan: Plan, source: Tensor | None = None) -> Tensor:
     """Edits the rows of h that the plan names, in place: h ← h + Uᵀ φ(D h + c). For inference.
 
     >>> import reft_kernels as rk
@@ -50,6 +55,8 @@ def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
         pool: folded adapters, on h's device, in h's dtype or float32; of a `ScalePool` the rows become
             s ⊙ h + v.
         plan: from `reft_kernels.make_plan`.
+        source: [n, s] in the dtype of the pool's c, added to D h + c: row i for the plan's i-th row, column j
+            for the j-th pool row of its span; s is at least the largest rank. None adds nothing.
 
     Raises:
         ValueError: h does not fit the pool or plan, its rows don't lie in memory as said above, or autograd
@@ -62,17 +69,21 @@ def intervene_(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
         raise ValueError(
             "h: requires a gradient, which an in-place edit would lose; use intervene, or no_grad"
         )
-    table = ops.SCALE_SHIFT_ if isinstance(pool, ScalePool) else ops.INTERVENE_
-    op = table[ops.current_backend(h.device)]
+    backend = ops.current_backend(h.device)
     try:
-        op(h, *pool.rows, *plan[:-1])
+        if source is not None:
+            _check_source(pool)
+            ops.INTERVENE_SOURCE_[backend](h, source, *pool.rows, *plan[:-1])
+            return h
+        table = ops.SCALE_SHIFT_ if isinstance(pool, ScalePool) else ops.INTERVENE_
+        table[backend](h, *pool.rows, *plan[:-1])
     except (RuntimeError, IndexError) as error:
         raise explained(error) from None
     return h
 
 
-def intervene(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
-    """`intervene_` out of place, differentiable in h (a pool's own tensors are constants).
+def intervene(h: Tensor, pool: Pool, plan: Plan, source: Tensor | None = None) -> Tensor:
+    """`intervene_` out of place, differentiable in h and source (a pool's own tensors are constants).
 
     >>> import reft_kernels as rk
     >>> pool, h = rk.Pool(width=2), torch.ones(3, 2, requires_grad=True)
@@ -87,10 +98,13 @@ def intervene(h: Tensor, pool: Pool, plan: Plan) -> Tensor:
     Shapes and errors as `intervene_`. Returns a new contiguous tensor of h's shape and dtype.
     """
     _check(h, pool, plan)
-    table = ops.SCALE_SHIFT if isinstance(pool, ScalePool) else ops.INTERVENE
-    op = table[ops.current_backend(h.device)]
+    backend = ops.current_backend(h.device)
     try:
-        return op(h, *pool.rows, *plan)
+        if source is not None:
+            _check_source(pool)
+            return ops.INTERVENE_SOURCE[backend](h, source, *pool.rows, *plan)
+        table = ops.SCALE_SHIFT if isinstance(pool, ScalePool) else ops.INTERVENE
+        return table[backend](h, *pool.rows, *plan)
     except (RuntimeError, IndexError) as error:
         raise explained(error) from None
 

@@ -134,8 +134,7 @@ def interchange(
     >>> interchange(torch.ones(2, 2), torch.tensor([[5.0, 6.0]]), R, rows=[1]).tolist()
     [[1.0, 1.0], [5.0, 1.0]]
 
-    By torch's own operations on every backend, with sums in float32 at least: the ops read one c for all rows
-    of a segment, and here each row has its own.
+    R source is one product, and the rest one op, which reads a source of its own for each row.
 
     Args:
         h: [..., d].
@@ -143,7 +142,7 @@ def interchange(
             them, [n, r]. If r is d it is taken as states.
         R: [r, d] with orthonormal rows (not checked: any R is computed with).
         rows: flat indices into h.reshape(-1, d), each at most once; None for all rows, of which there are
-            n then. Checked as those of `loreft`, but one that is out of range is an error of the device's.
+            n then. Checked as those of `loreft`.
         mask: [r], how much of each direction is taken, from 0 to 1 (not checked); None takes all of it.
 
     Returns:
@@ -166,14 +165,20 @@ def interchange(
     if mask is not None:
         shapes["mask"] = (mask, [rank])
     count = _check_one(h, rows, **shapes)
-    flat = h.reshape(count, d)
     wide = torch.promote_types(h.dtype, torch.float32)
-    index = None if rows is None else torch.as_tensor(rows, dtype=torch.int64, device=h.device)
-    x, basis, origin = (flat if index is None else flat[index]).to(wide), R.to(wide), source.to(wide)
-    # Of states the difference is taken first: near the source it would cancel behind the product.
-    change = (origin - x) @ basis.T if width == d else origin - x @ basis.T
-    if mask is not None:
-        change = change * mask.to(wide)
-    edited = (x + change @ basis).to(h.dtype)
-    out = edited if index is None else flat.index_copy(0, index, edited)
-    return out.reshape(h.shape).contiguous()
+    # As it is R may stay in h's dtype; with a mask it would be rounded anew.
+    up = R if R.dtype is h.dtype and mask is None else R.to(wide)
+    down = -R.to(wide) if mask is None else -mask.to(wide)[:, None] * R.to(wide)
+    target = source.to(wide) @ R.to(wide).T if width == d else source.to(wide)
+    fold = PoolRows(
+        down=down.to(up.dtype).contiguous(),
+        up=up.contiguous(),
+        bias=torch.zeros(rank, dtype=wide, device=h.device),
+        kind=torch.zeros(rank, dtype=torch.int32, device=h.device),
+    )
+    plan = one_segment(rows, count, rank, h.device)
+    op = ops.INTERVENE_SOURCE[ops.current_backend(h.device)]
+    try:
+        return op(h, (target if mask is None else target * mask.to(wide)).contiguous(), *fold, *plan)
+    except (RuntimeError, IndexError) as error:
+        raise explained(error) from None

@@ -1,6 +1,6 @@
 """The ops: schemas, backends, dispatch, autograd. Knows tensors only; adapters and models live above."""
 
-from . import autograd, reference, reference_keep_norm, reference_scale_shift  # noqa: F401  (they register themselves)
+from . import autograd, reference, reference_keep_norm, reference_scale_shift, reference_source  # noqa: F401  (they register themselves)
 from .autograd import InterveneInPlace
 from .dispatch import BackendUnavailable, backend, chosen_backend, current_backend, why_not
 from .keep_norm import (
@@ -24,6 +24,7 @@ from .schema import (
     Act,
     Norm,
 )
+from .source import INTERVENE_SOURCE, INTERVENE_SOURCE_, INTERVENE_SOURCE_BACKWARD
 
 __all__ = [
     "ACT_MASK",
@@ -32,6 +33,9 @@ __all__ = [
     "INTERVENE_",
     "INTERVENE_BACKWARD",
     "INTERVENE_NORM_",
+    "INTERVENE_SOURCE",
+    "INTERVENE_SOURCE_",
+    "INTERVENE_SOURCE_BACKWARD",
     "INTERVENE_SUM_",
     "NO_PRODUCT",
     "RESTORE_NORMS",

@@ -127,6 +127,18 @@ def check_scales(h: Tensor, pool: ScaleRows, plan: Plan, backend: str, name: str
         _check_tensor(label, tensor, shape, dtype, h, name)
 
 
+def check_source(source: Tensor, pool: PoolRows, plan: Plan) -> None:
+    """Refuses a source that does not lie beside the plan's rows as `ops.source` says. Ranks are not read."""
+    n, dtype, device = plan.rows.numel(), pool.bias.dtype, pool.bias.device
+    if source.dim() != 2 or source.shape[0] != n or source.dtype is not dtype or not source.is_contiguous():
+        raise ValueError(
+            f"source: must be a contiguous [{n}, s] of {dtype}, was {list(source.shape)} of {source.dtype}, "
+            f"strides {source.stride()}"
+        )
+    if source.device != device:
+        raise ValueError(f"source: is on {source.device}, but the pool is on {device}")
+
+
 def check_norms(h: Tensor, norms: Tensor, plan: Plan, backend: str | None = None, name: str = "h") -> None:
     """`check_tables` of a plan without a pool, and of the norms [n] of its rows.
 
