@@ -175,9 +175,9 @@ class Adapter(nn.Module):
     def penalty(self) -> Tensor:
         """What the methods add to the loss in training, a scalar; 0 where they add nothing.
 
-        Differentiable; `loss + adapter.penalty()` is what a step of training then minimises.
+        Differentiable; `ReftTrainer` adds it to the loss of a step, and so does a loop of your own.
         """
-        found = [penalty for one in self.interventions if (penalty := one.penalty()) is not None]
+        found = [it for one in self.interventions if (it := one.penalty()) is not None]
         if not found:
             return torch.zeros((), device=next(self.parameters()).device)
         return torch.stack(found).sum()

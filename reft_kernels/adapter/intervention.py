@@ -188,9 +188,14 @@ class Intervention(nn.Module):
         """
         return self._folded(self._widened(orthonormal))
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the method has one."""
+        return type(self.spec).penalty is not Method.penalty
+
     def penalty(self) -> Tensor | None:
         """What the method adds to the loss in training, a scalar; None for nothing."""
-        return self.spec.penalty(self._widened(), self.options)
+        return self.spec.penalty(self._widened(), self.options) if self.has_penalty else None
 
     def _widened(self, orthonormal: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """`materialized` in one dtype: the widest of the parameters' and float32."""
