@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import launch
 from ..ops.arguments import PoolRows
 from ..plan import pack_spans
 from ..pool import Fold, Pool, Span
@@ -45,6 +46,11 @@ def keys_of(adapter: Adapter) -> Iterable[SiteKey]:
     return dict.fromkeys(SiteKey.of(intervention) for intervention in adapter.interventions)
 
 
+def numbers_of(places: Mapping[SiteKey, Place]) -> dict[SiteKey, int]:
+    """The numbers by which the short way knows a store's sites. Those that come later change none."""
+    return {key: number for number, key in enumerate(places)}
+
+
 def scaled(fold: Fold, scale: float) -> Fold:
     """The fold whose edit is this one's times a number."""
     return fold if scale == 1 else fold._replace(up=fold.up * scale)
@@ -54,11 +60,10 @@ class SiteTable:
     """One site under one set of segments.
 
     pool: where its interventions lie. spans: each segment's range there, [S, 2] int32 on the pool's device.
-    slot: index into a plan's rows (one for each device). place: of its hidden states. launch: pool and spans
-    by address, for the short way, which makes it (python_bindings/standin.cpp); a copy has none.
+    slot: index into a plan's rows (one for each device). place: of its hidden states.
     """
 
-    __slots__ = ("_edits", "_live", "_who", "launch", "place", "pool", "slot", "spans")
+    __slots__ = ("_edits", "_live", "_who", "place", "pool", "slot", "spans")
 
     def __init__(
         self,
@@ -69,10 +74,14 @@ class SiteTable:
         who: Callable[[], list[Edits]],
     ) -> None:
         self.pool, self.spans, self.slot, self.place = pool, spans, slot, place
-        self.launch: Any = None
         self._who = who
         self._edits: list[Edits] | None = None
         self._live: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether what is done here is one edit of the low-rank form: what the short way takes."""
+        return True
 
     @property
     def edits(self) -> list[Edits]:
@@ -107,15 +116,29 @@ class SiteTable:
 class Table:
     """The sites of one set of segments; changes only when the set of adapters does.
 
-    adapters: those of the segments, by name. devices: of the sites' hidden states.
+    adapters: those of the segments, by name. devices: of the sites' hidden states. launches: the sites by
+    address, once they were asked for (`by_address`); a copy has none.
     """
 
-    __slots__ = ("adapters", "devices", "segments", "sites", "version")
+    __slots__ = ("adapters", "devices", "launches", "segments", "sites", "version")
 
     def __init__(self, segments: tuple[Segment, ...], adapters: dict[str, Adapter], version: int) -> None:
         self.segments, self.adapters, self.version = segments, adapters, version
         self.sites: dict[SiteKey, SiteTable] = {}
         self.devices: list[torch.device] = []
+        self.launches: Any = None
+
+    def by_address(self, places: Mapping[SiteKey, Place]) -> Any:
+        """The sites by address, for the short way (python_bindings/standin.cpp), each by its number: where it
+        stands among the store's places."""
+        if self.launches is None:
+            numbers = numbers_of(places)
+            sites = []
+            for key, site in self.sites.items():
+                pool = site.pool if site.low_rank else None
+                sites.append((numbers[key], pool, site.spans, site.slot, site.place.dtype))
+            self.launches = launch.table(len(numbers), sites)
+        return self.launches
 
     @property
     def trainable(self) -> bool:
