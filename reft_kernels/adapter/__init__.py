@@ -4,13 +4,14 @@ from ..checkpoint import BaseModel
 from .adapter import Adapter
 from .config import ReftConfig
 from .convert import convert
-from .intervention import Intervention
+from .intervention import Drawn, Intervention
 from .method import Method, Option, register_method, unregister_method
 from .saved_modules import SavedModules
 
 __all__ = [
     "Adapter",
     "BaseModel",
+    "Drawn",
     "Intervention",
     "Method",
     "Option",
