@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..ops import launch
@@ -38,8 +39,10 @@ class BatchPlan:
         sites: the table's. rows: for each device of the table. backends: of each device.
         recomputing: whether a block is being run again under reentrant checkpointing.
         folds: with autograd, the folds of adapters that want a gradient, made once a forward for all layers.
-        stale: whether the pools may hold trainable adapters as they were. A step with autograd reads no pool,
-            so they are renewed only once something does.
+        drawn: the random numbers of this forward, where it is one of training: its folds are of them, whoever
+            makes them and when.
+        stale: whether the pools may hold adapters that train as they were. A step with autograd reads no
+            pool, so they are renewed only once something does.
         launches: the plan by address, or None, where all ops are called by name: see docs/architecture.md,
             the short way.
         workspace: what compiled code reads in the plan's place, or None.
@@ -50,6 +53,7 @@ class BatchPlan:
         "backends",
         "by_segment",
         "covers",
+        "drawn",
         "folds",
         "head_rows_by_key",
         "launches",
@@ -81,7 +85,8 @@ class BatchPlan:
         self.covers: dict[tuple[torch.device, bool], Rows] = {}
         self.recomputing = False
         self.folds: dict[Intervention, AnyFold] = {}
-        self.stale = table.trainable
+        self.drawn: dict[Intervention, dict[str, Tensor]] = {}
+        self.stale = store.stale(table.adapters)
         self.launches: Any = None
         self.workspace: DecodeWorkspace | None = None
 
@@ -100,7 +105,11 @@ class BatchPlan:
         # Asked each time, as PEFT and users freeze as they go.
         for adapter in self.table.adapters.values():
             if any(one.wants_grad for one in adapter.interventions):
-                self.folds.update(zip(adapter.interventions, adapter.folds()))
+                if adapter.training:
+                    self.drawn.update(
+                        (one, numbers) for one in adapter.interventions if (numbers := one.draw())
+                    )
+                self.folds.update(zip(adapter.interventions, adapter.folds(self.drawn)))
 
     def _open_short_way(self) -> None:
         """For the CPU's native kernels, under a plan that no gradient comes through."""
@@ -116,7 +125,7 @@ class BatchPlan:
 
     def renew(self) -> None:
         """Makes the pools what the parameters are now."""
-        self.store.refresh(self.table.adapters)
+        self.store.refresh(self.table.adapters, self.drawn)
         self.stale = False
 
     def move(self, key: SiteKey, place: Place) -> SiteTable:

@@ -80,7 +80,7 @@ def _edit_differentiable(
     dtype, out = torch.promote_types(h.dtype, torch.float32), h
     for stage in site.stages:
         form = FORMS[stage.form]
-        live, spans = stage.live_pool(shared, site.place.device, dtype)
+        live, spans = stage.live_pool(shared, plan.drawn, site.place.device, dtype)
         arguments = (out, *live, rows.rows, rows.tiles, spans, rows.offsets)
         # A view can't be edited in place under reentrant checkpointing, nor a leaf that wants a gradient at
         # all; a compiler makes its own choice of buffers.
