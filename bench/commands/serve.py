@@ -27,7 +27,6 @@ from ..records.serve_costs import BARE, CONTROL, IDLE, LORA
 from ..serving.engines import (
     FOLDERS,
     LORA_FOLDER,
-    PASSIVE,
     POSITIONS,
     Engine,
     arguments,
@@ -103,7 +102,7 @@ class Engines:
         vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
         drawn = np.random.default_rng(args.seed).integers(3, vocabulary, size=(args.requests, args.prompt))
         log = bench.folder / f"server-{len(self.running)}.log"
-        environment = {**PASSIVE, "VLLM_CACHE_ROOT": str(bench.folder / "cache")}
+        environment = {"VLLM_CACHE_ROOT": str(bench.folder / "cache")}
         return HttpEngine(model, log, options, drawn.tolist(), args.new_tokens, environment)
 
     @staticmethod
@@ -228,8 +227,12 @@ def shown(results: record.Results) -> list[Table]:
     return found
 
 
+def has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
 def run(args: argparse.Namespace, console: Console) -> int:
-    if importlib.util.find_spec("vllm") is None:
+    if not has_vllm():
         raise ResultError("vLLM is not installed here; make test-serving makes an environment that has it")
     cases = cases_of(args)
     chosen = [BARE, CONTROL]

@@ -21,15 +21,11 @@ from ..records.serve_costs import BARE, CONTROL, IDLE, LORA, PROMPT_ONLY, REFT
 #: Positions of the adapters of a system.
 POSITIONS = {REFT: "all", PROMPT_ONLY: "f3+l3"}
 
-#: Engines that wait for their turn must not keep the cores.
-PASSIVE = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    **PASSIVE,
 }
 
 

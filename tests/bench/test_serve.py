@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from pathlib import Path
 
 import pytest
 from reft_bench.commands import readme, report, serve, serve_cases
@@ -133,3 +134,100 @@ def test_a_record_gives_the_readme_its_rows_and_the_page_its_table(results: Resu
     page = readme.serve(results)
     assert "vLLM 0.32.0" in page and page.count("| 64 | vLLM |") == 2
     assert not questions.rows({})
+
+
+# A run, with engines that only pretend ---------------------------------------------------------------------
+
+
+class Pretended:
+    """Engines that answer at once: of each what started it, and what was asked of it."""
+
+    started: list[str] = []
+    slow = ()
+
+    def __init__(self, name: str, folder, spec) -> None:
+        self.name, self.spec, self.used = name, spec, set()
+        self.started.append(name)
+        reft = spec["engine"].get("additional_config", {}).get("reft")
+        self.adapters = None if reft is None else Path(reft["directory"])
+
+    def run(self, requests) -> dict:
+        asked = {str(one) for one in requests if one is not None}
+        if self.adapters is not None:
+            assert all((self.adapters / one / "reft_config.json").exists() for one in asked)
+        if self.name in self.slow and self.started.count("interrupt"):
+            raise KeyboardInterrupt
+        fresh = len(asked - self.used)
+        self.used |= asked
+        seconds = 1.0 + 0.01 * len(asked) + 0.1 * fresh
+        tokens = [[hash(str(one)) % 97, 1] for one in requests]
+        count = len(requests)
+        return {
+            "seconds": seconds,
+            "first": [seconds / 4] * count,
+            "between": [0.01] * count,
+            "tokens": tokens,
+        }
+
+    def close(self) -> None:
+        self.started.append(f"closed {self.name}")
+
+
+class PretendedServer(Pretended):
+    def __init__(self, model, log, options, prompts, new, environment) -> None:
+        assert len(prompts) == 4 and "VLLM_CACHE_ROOT" in environment
+        super().__init__(log.stem, None, {"engine": options})
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(serve, "Engine", Pretended)
+    monkeypatch.setattr(serve, "HttpEngine", PretendedServer)
+    monkeypatch.setattr(serve, "has_vllm", lambda: True)
+    monkeypatch.setattr(Pretended, "started", [])
+    return Pretended.started
+
+
+WORDS = ("serve", "--model", "tiny", "--requests", 4, "--adapters", "0,1,4", "--http", 4, "--rounds", 2)
+
+
+def test_a_run_measures_both_ways_and_what_is_cold(pretended, bench, tmp_path):
+    status, text = bench(*WORDS, "--out", tmp_path)
+    assert status == 0, text
+    found = record.load(tmp_path)
+    assert [(c.params["through"], c.params["adapters"]) for c in found.cases] == [
+        ("engine", 0), ("engine", 1), ("engine", 4), ("http", 4),
+    ]  # fmt: skip
+    assert set(found.cases[0].systems) == {BARE, CONTROL, IDLE}
+    for one in found.cases[2:]:
+        assert set(one.systems) == {BARE, CONTROL, REFT, PROMPT_ONLY, LORA}
+        extra = one.systems[REFT].extra
+        assert extra["cold_adapters"] == 4
+        assert (extra["cold_s"], extra["warm_s"]) == (pytest.approx(1.44), pytest.approx(1.04))
+        assert one.systems[REFT].samples == [pytest.approx(1.04)] * 2
+        assert extra["first_s"] == pytest.approx(0.26) and len(extra["first_samples"]) == 2
+    assert "cold_s" not in found.cases[1].systems[REFT].extra
+    kinds = [BARE, CONTROL, "reft_kernels", LORA]
+    servers = [f"server-{n}" for n in range(4)]
+    closed = [[f"closed {name}" for name in names] for names in (kinds, servers)]
+    assert pretended == [*kinds, *closed[0], *servers, *closed[1]]
+
+
+def test_a_run_that_was_interrupted_starts_what_is_left(pretended, bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pretended, "slow", ("server-2",))
+    pretended.append("interrupt")
+    status, _ = bench(*WORDS, "--out", tmp_path)
+    assert status == 130 and len(record.load(tmp_path).cases) == 3
+    pretended.clear()
+    status, _ = bench(*WORDS, "--out", tmp_path, "--resume")
+    assert status == 0 and len(record.load(tmp_path).cases) == 4
+    assert BARE not in pretended and "server-0" in pretended
+
+
+def test_an_engine_whose_adapters_do_nothing_is_an_error(pretended, bench, tmp_path, monkeypatch):
+    run = Pretended.run
+    monkeypatch.setattr(
+        Pretended, "run", lambda self, asked: {**run(self, asked), "tokens": [[1]] * len(asked)}
+    )
+    status, text = bench(*WORDS, "--out", tmp_path)
+    assert status == 2 and "its adapters do nothing" in text
