@@ -11,6 +11,7 @@ import torch
 
 from ..plan import to_device
 from ..pool import Fold, Pool, PoolFull, Span
+from .snapshots import Snapshot, snapshot_of
 from .stacks import Part, Segment, Stack, parts_of
 from .tables import Edits, Place, SiteKey, SiteTable, Table, scaled
 
@@ -58,6 +59,8 @@ class AdapterStore:
         self._specs: dict[Positions, Positions] = {}
         self._spec_tuples: dict[tuple[Positions, ...], tuple[Positions, ...]] = {}
         self._groups: dict[str, tuple[Positions, ...]] = {}
+        #: Of the parameters that trainable adapters had when they were laid last.
+        self._snapshots: dict[str, Snapshot] = {}
         self.overlapping: set[str] = set()
         #: Sites have numbers, rows of `_ranges`: name → (first, rank) by position group and site.
         self._numbers: dict[SiteKey, int] = {}
@@ -120,22 +123,27 @@ class AdapterStore:
         for pool, span in self._laid.pop(name):
             pool.remove(span)
         del self._ranges[name], self._segments[name], self._groups[name]
+        self._snapshots.pop(name, None)
         self.overlapping.discard(name)
         self._changed()
         return adapter
 
     def refresh(self, adapters: dict[str, Adapter]) -> None:
-        """Renews the folds of trainable adapters, whose parameters may have changed since they were laid.
-
-        Nothing tells whether they did: fused optimizers and sharding don't count a tensor's versions up.
-        """
+        """Renews the folds of trainable adapters, unless their parameters are known to be as they were."""
+        renewed = set()
         for name, adapter in adapters.items():
-            if adapter.trainable:
+            if not adapter.trainable:
+                continue
+            now = snapshot_of(adapter)
+            if now is None or not now.same(self._snapshots.pop(name, None)):
                 with torch.no_grad():
                     for (pool, span), fold in zip(self._laid[name], adapter.folds()):
                         pool.write(span, fold)
+                renewed.add(name)
+            if now is not None:
+                self._snapshots[name] = now
         for stack, laid in self._stacks.items():
-            if any(part.name in adapters and adapters[part.name].trainable for part in stack.parts):
+            if any(part.name in renewed for part in stack.parts):
                 for key, number in self._numbers.items():
                     if number in laid:
                         laid[number].pool.write(laid[number].span, self._stack_fold(stack, key))
@@ -143,6 +151,7 @@ class AdapterStore:
     def move(self, key: SiteKey, place: Place) -> None:
         """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
         self.places[key] = place
+        self._snapshots.clear()
         self._forget_stacks(self._stacks)
         for name, adapter in self.adapters.items():
             for index, one in enumerate(adapter.interventions):
@@ -281,6 +290,8 @@ class AdapterStore:
                     raise
                 ranges[number] = tuple(laid[number].span)
         self._stacks[stack], self._stack_ranges[stack] = laid, ranges
+        for part in stack.parts:  # whose own folds may be of other parameters than these
+            self._snapshots.pop(part.name, None)
 
     def _rank(self, part: Part, number: int) -> int:
         ranges = self._ranges[part.name][part.group]
