@@ -12,6 +12,7 @@ import torch
 from ..plan import to_device
 from ..pool import Pool, PoolFull, Span
 from ..scale_pool import AnyFold
+from .snapshots import Snapshot, snapshot_of
 from .stacks import Part, Segment, Stack, parts_of
 from .stages import FORMS, LOW_RANK, Edits, SiteKey, Stage, StageKey, in_turn
 from .tables import Place, SiteTable, Table
@@ -60,6 +61,8 @@ class AdapterStore:
         self._specs: dict[Positions, Positions] = {}
         self._spec_tuples: dict[tuple[Positions, ...], tuple[Positions, ...]] = {}
         self._groups: dict[str, tuple[Positions, ...]] = {}
+        #: Of the parameters that trainable adapters had when they were laid last.
+        self._snapshots: dict[str, Snapshot] = {}
         self.overlapping: set[str] = set()
         #: Stages of sites have numbers, rows of `_ranges`: name → (first, rank) by position group and stage.
         self._numbers: dict[StageKey, int] = {}
@@ -125,6 +128,7 @@ class AdapterStore:
         for pool, span in self._laid.pop(name):
             pool.remove(span)
         del self._ranges[name], self._segments[name], self._groups[name]
+        self._snapshots.pop(name, None)
         self.overlapping.discard(name)
         self._trained.discard(name)
         self._changed()
@@ -138,20 +142,27 @@ class AdapterStore:
         return bool(trained) and not trained.isdisjoint(adapters)
 
     def refresh(self, adapters: dict[str, Adapter], drawn: Drawn) -> None:
-        """Renews the folds of adapters that `stale` found.
+        """Renews the folds of adapters that `stale` found, unless they are known to be as they were.
 
         drawn: the random numbers of a forward in training, of the interventions that drew any.
-        Nothing tells whether they did: fused optimizers and sharding don't count a tensor's versions up.
         """
-        moved = {name for name in adapters if name in self._trained}
-        for name in moved:
-            with torch.no_grad():
-                for (pool, span), fold in zip(self._laid[name], adapters[name].folds(drawn)):
-                    pool.write(span, fold)
-            if not adapters[name].trainable:
+        renewed = set()
+        for name in self._trained.intersection(adapters):
+            adapter = adapters[name]
+            # Folds of random numbers are of this forward alone.
+            now = None if any(one in drawn for one in adapter.interventions) else snapshot_of(adapter)
+            before = self._snapshots.pop(name, None)
+            if now is None or not now.same(before):
+                with torch.no_grad():
+                    for (pool, span), fold in zip(self._laid[name], adapter.folds(drawn)):
+                        pool.write(span, fold)
+                renewed.add(name)
+            if not adapter.trainable:
                 self._trained.discard(name)
+            elif now is not None:
+                self._snapshots[name] = now
         for stack, laid in self._stacks.items():
-            if any(part.name in moved for part in stack.parts):
+            if any(part.name in renewed for part in stack.parts):
                 for key, number in self._numbers.items():
                     if number in laid:
                         laid[number].pool.write(laid[number].span, self._stack_fold(stack, key, drawn))
@@ -159,6 +170,7 @@ class AdapterStore:
     def move(self, key: SiteKey, place: Place) -> None:
         """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
         self.places[key] = place
+        self._snapshots.clear()
         self._forget_stacks(self._stacks)
         for name, adapter in self.adapters.items():
             for index, one in enumerate(adapter.interventions):
@@ -304,6 +316,8 @@ class AdapterStore:
                     raise
                 ranges[number] = tuple(laid[number].span)
         self._stacks[stack], self._stack_ranges[stack] = laid, ranges
+        for part in stack.parts:  # whose own folds may be of other parameters than these
+            self._snapshots.pop(part.name, None)
 
     def _rank(self, part: Part, number: int) -> int:
         ranges = self._ranges[part.name][part.group]
