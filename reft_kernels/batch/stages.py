@@ -104,7 +104,7 @@ def in_turn(key: StageKey) -> int:
 
 
 def stages_of(intervention: Intervention) -> tuple[StageKey, ...]:
-    """Where an intervention takes part: in the stage that its fold is for, and in the norm if it keeps one."""
+    """Where an intervention takes part: in the stage of its fold's form, and in the norm where it keeps it."""
     key = StageKey.of(intervention)
     return (key, key._replace(form=KEEP_NORM)) if intervention.keeps_norm else (key,)
 
