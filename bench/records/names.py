@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from . import serve_costs
+
 #: What marks the control: the baseline, measured once more beside itself.
 AGAIN = " (A/A)"
 
@@ -96,7 +98,13 @@ _KERNELS = {
     "vllm": ("vLLM", "vLLM's own LoRA kernels."),
 }
 
-_KNOWN = {"overhead": _MODELS, "host": _HOST, "train": _TRAINING, "kernels": _KERNELS}
+_KNOWN = {
+    "overhead": _MODELS,
+    "host": _HOST,
+    "train": _TRAINING,
+    "kernels": _KERNELS,
+    "serve": serve_costs.EXPLAINED,
+}
 
 
 def _ours(command: str, name: str) -> tuple[str, str] | None:
@@ -110,6 +118,8 @@ def _ours(command: str, name: str) -> tuple[str, str] | None:
             f"ReFT, {match[2]}{', norms fused' * bool(match[1])}",
             f"this package, {HOST_BATCHES[match[2]]}.{fused}",
         )
+    if command == "serve":
+        return serve_costs.EXPLAINED[name] if name.startswith("reft_kernels") else None
     match = re.fullmatch(r"(reft_kernels )?(\w+)( fused)?", name)
     if match is None or match[2] not in _BACKENDS or bool(match[1]) == (command == "kernels"):
         return None

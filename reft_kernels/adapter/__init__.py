@@ -5,13 +5,14 @@ from .adapter import Adapter
 from .autoencoder import sae_features
 from .config import ReftConfig
 from .convert import convert
-from .intervention import Intervention
+from .intervention import Drawn, Intervention
 from .method import Method, Option, register_method, unregister_method
 from .saved_modules import SavedModules
 
 __all__ = [
     "Adapter",
     "BaseModel",
+    "Drawn",
     "Intervention",
     "Method",
     "Option",

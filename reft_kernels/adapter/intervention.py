@@ -24,6 +24,10 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ORTHONORMAL = 1e-3
 
 
+#: The random numbers of one forward in training, of the interventions that drew any.
+Drawn = Mapping["Intervention", Mapping[str, Tensor]]
+
+
 class Intervention(nn.Module):
     """An edit of the hidden states at one place.
 
@@ -184,18 +188,33 @@ class Intervention(nn.Module):
             orthonormal = {name: orthonormal_rows(tensors[name]) for name in self.trains_orthonormal}
         return tensors | dict(orthonormal)
 
-    def fold(self, orthonormal: Mapping[str, Tensor] | None = None) -> AnyFold:
+    def fold(
+        self, orthonormal: Mapping[str, Tensor] | None = None, drawn: Mapping[str, Tensor] | None = None
+    ) -> AnyFold:
         """The one form h + Uᵀ φ(D h + c), or s ⊙ h + v: `pool_rows` rows, in the widest of the parameters'
         dtypes and float32. Differentiable in the parameters; sums and differences are taken in that dtype.
 
         Args:
             orthonormal: as in `materialized`.
+            drawn: what `draw` gave, for a forward in training.
         """
-        return self._folded(self._widened(orthonormal))
+        return self._folded(self._widened(orthonormal) | dict(drawn or {}))
+
+    @torch.no_grad()
+    def draw(self) -> dict[str, Tensor]:
+        """The random numbers of one forward in training; none for nearly all methods."""
+        if type(self.spec).draw is Method.draw:
+            return {}
+        return self.spec.draw({name: getattr(self, name) for name in self.names}, self.options)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the method has one."""
+        return type(self.spec).penalty is not Method.penalty
 
     def penalty(self) -> Tensor | None:
         """What the method adds to the loss in training, a scalar; None for nothing."""
-        return self.spec.penalty(self._widened(), self.options)
+        return self.spec.penalty(self._widened(), self.options) if self.has_penalty else None
 
     def _widened(self, orthonormal: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """`materialized` in one dtype: the widest of the parameters' and float32."""

@@ -140,6 +140,11 @@ class Method:
         """
         raise NotImplementedError(f"method {self.name!r} has no fold")
 
+    def draw(self, p: Parameters, options: Options) -> dict[str, Tensor]:
+        """The random numbers of one forward in training, by names that no parameter has: `fold` finds them
+        among p there, and does not elsewhere. Drawn once a forward, whatever checkpointing runs again."""
+        return {}
+
     def init(
         self, name: str, tensor: Tensor, width: int, options: Options, generator: torch.Generator | None
     ) -> None:

@@ -88,7 +88,7 @@ def _edit_differentiable(
     norms = None if keeping is None else ops.ROW_NORMS[backend](h, *keeping)
     for stage in site.stages:
         form = FORMS[stage.form]
-        live, spans = stage.live_pool(shared, site.place.device, dtype)
+        live, spans = stage.live_pool(shared, plan.drawn, site.place.device, dtype)
         arguments = (out, *live, rows.rows, rows.tiles, spans, rows.offsets)
         out = (form.edit[backend] if _apart(out) else _in_place(form.training, backend))(*arguments)
     if keeping is not None:

@@ -38,7 +38,7 @@ from ..pool import Fold, Pool, Span
 from ..scale_pool import AnyFold, ScaleFold, ScalePool
 
 if TYPE_CHECKING:
-    from ..adapter import Intervention
+    from ..adapter import Drawn, Intervention
 
 #: What a segment does at a site: interventions, each times a number. Several add up, each of the unedited h.
 Edits = tuple[tuple["Intervention", float], ...]
@@ -104,7 +104,7 @@ def in_turn(key: StageKey) -> int:
 
 
 def stages_of(intervention: Intervention) -> tuple[StageKey, ...]:
-    """Where an intervention takes part: in the stage of its fold's form, and in the norm where it keeps it."""
+    """Where an intervention takes part: in the stage of its fold's form, and in the norm that it keeps."""
     key = StageKey.of(intervention)
     return (key, key._replace(form=KEEP_NORM)) if intervention.keeps_norm else (key,)
 
@@ -132,16 +132,23 @@ class Stage:
         return self._edits
 
     def live_pool(
-        self, shared: Mapping[Intervention, AnyFold], device: torch.device, dtype: torch.dtype
+        self,
+        shared: Mapping[Intervention, AnyFold],
+        drawn: Drawn,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Pool rows of this stage's interventions alone, in segment order, that autograd sees through, and
         the spans [S, 2] into them.
 
-        shared: folds that were made already. dtype: of all that is floating.
+        shared: folds that were made already. drawn: the forward's random numbers, for the others. dtype: of
+        all that is floating.
         """
         meeting = FORMS[self.form].fold.meeting
         by_segment = [
-            meeting([(shared.get(one) or one.fold()).times(scale) for one, scale in edits])
+            meeting(
+                [(shared.get(one) or one.fold(drawn=drawn.get(one))).times(scale) for one, scale in edits]
+            )
             for edits in self.edits
         ]
         folds = [fold for mine in by_segment for fold in mine]

@@ -17,7 +17,7 @@ from .stages import FORMS, KEEP_NORM, LOW_RANK, Edits, SiteKey, Stage, StageKey,
 from .tables import Place, SiteTable, Table
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..adapter import Adapter, Drawn
     from ..positions import Positions
 
 #: Tables that are kept: sets of segments that come again are served from here.
@@ -67,6 +67,8 @@ class AdapterStore:
         self._ranges: dict[str, np.ndarray] = {}
         self._segments: dict[str, tuple[Segment, ...]] = {}
         self._tables: dict[tuple[Segment, ...], Table] = {}
+        #: Those that trained since they were last renewed for good.
+        self._trained: set[str] = set()
         #: What was laid for stacks, by the number of the stage, and their ranges as in `_ranges`.
         self._stacks: dict[Stack, dict[int, _Laid]] = {}
         self._stack_ranges: dict[Stack, np.ndarray] = {}
@@ -108,6 +110,7 @@ class AdapterStore:
                 laid.append(_Laid(pool, pool.add(fold)))
         self.places = places
         self.adapters[name], self._laid[name] = adapter, laid
+        self.stale({name: adapter})
         groups = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
         self._groups[name] = self._spec_tuples.setdefault(groups, groups)
         if adapter.overlapping:
@@ -123,24 +126,35 @@ class AdapterStore:
             pool.remove(span)
         del self._ranges[name], self._segments[name], self._groups[name]
         self.overlapping.discard(name)
+        self._trained.discard(name)
         self._changed()
         return adapter
 
-    def refresh(self, adapters: dict[str, Adapter]) -> None:
-        """Renews the folds of trainable adapters, whose parameters may have changed since they were laid.
+    def stale(self, adapters: dict[str, Adapter]) -> bool:
+        """Whether the pools may hold some of these as they were: those that train, and those that have been
+        frozen since they were renewed."""
+        trained = self._trained
+        trained.update(name for name, adapter in adapters.items() if adapter.trainable)
+        return bool(trained) and not trained.isdisjoint(adapters)
 
+    def refresh(self, adapters: dict[str, Adapter], drawn: Drawn) -> None:
+        """Renews the folds of adapters that `stale` found.
+
+        drawn: the random numbers of a forward in training, of the interventions that drew any.
         Nothing tells whether they did: fused optimizers and sharding don't count a tensor's versions up.
         """
-        for name, adapter in adapters.items():
-            if adapter.trainable:
-                with torch.no_grad():
-                    for (pool, span), fold in zip(self._laid[name], adapter.folds()):
-                        pool.write(span, fold)
+        moved = {name for name in adapters if name in self._trained}
+        for name in moved:
+            with torch.no_grad():
+                for (pool, span), fold in zip(self._laid[name], adapters[name].folds(drawn)):
+                    pool.write(span, fold)
+            if not adapters[name].trainable:
+                self._trained.discard(name)
         for stack, laid in self._stacks.items():
-            if any(part.name in adapters and adapters[part.name].trainable for part in stack.parts):
+            if any(part.name in moved for part in stack.parts):
                 for key, number in self._numbers.items():
                     if number in laid:
-                        laid[number].pool.write(laid[number].span, self._stack_fold(stack, key))
+                        laid[number].pool.write(laid[number].span, self._stack_fold(stack, key, drawn))
 
     def move(self, key: SiteKey, place: Place) -> None:
         """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
@@ -301,9 +315,9 @@ class AdapterStore:
         return int(ranges[number, 1]) if number < len(ranges) else 0
 
     @torch.no_grad()
-    def _stack_fold(self, stack: Stack, key: StageKey) -> AnyFold:
-        made = FORMS[key.form].fold
-        folds = made.meeting([one.fold().times(scale) for one, scale in _edits(self.adapters, stack, key)])
+    def _stack_fold(self, stack: Stack, key: StageKey, drawn: Drawn | None = None) -> AnyFold:
+        made, edits = FORMS[key.form].fold, _edits(self.adapters, stack, key)
+        folds = made.meeting([one.fold(None, (drawn or {}).get(one)).times(scale) for one, scale in edits])
         return made(*(torch.cat(parts) for parts in zip(*folds)))
 
     def _drop_stacks(self, but: tuple[Segment, ...]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops import launch
 from .stacks import Segment
 from .stages import LOW_RANK, SiteKey, Stage
 
@@ -27,17 +28,21 @@ def keys_of(adapter: Adapter) -> Iterable[SiteKey]:
     return dict.fromkeys(SiteKey.of(intervention) for intervention in adapter.interventions)
 
 
+def numbers_of(places: Mapping[SiteKey, Place]) -> dict[SiteKey, int]:
+    """The numbers by which the short way knows a store's sites. Those that come later change none."""
+    return {key: number for number, key in enumerate(places)}
+
+
 class SiteTable:
     """One site under one set of segments.
 
     stages: in their order. norms: which segments keep the norm of their rows, spans [S, 2] as a stage's; None
     where none does. pool, spans: of the first stage. low_rank: whether that is all there is, and of the
     low-rank form: what the short way and fused norms take. slot: index into a plan's rows (one for each
-    device). place: of its hidden states. launch: pool and spans by address, for the short way, which makes it
-    (python_bindings/standin.cpp); a copy has none.
+    device). place: of its hidden states.
     """
 
-    __slots__ = ("launch", "low_rank", "norms", "place", "pool", "slot", "spans", "stages")
+    __slots__ = ("low_rank", "norms", "place", "pool", "slot", "spans", "stages")
 
     def __init__(
         self, stages: tuple[Stage, ...], slot: int, place: Place, norms: Tensor | None = None
@@ -45,21 +50,34 @@ class SiteTable:
         self.stages, self.slot, self.place, self.norms = stages, slot, place, norms
         self.pool, self.spans = stages[0].pool, stages[0].spans
         self.low_rank = len(stages) == 1 and stages[0].form == LOW_RANK and norms is None
-        self.launch: Any = None
 
 
 class Table:
     """The sites of one set of segments; changes only when the set of adapters does.
 
-    adapters: those of the segments, by name. devices: of the sites' hidden states.
+    adapters: those of the segments, by name. devices: of the sites' hidden states. launches: the sites by
+    address, once they were asked for (`by_address`); a copy has none.
     """
 
-    __slots__ = ("adapters", "devices", "segments", "sites", "version")
+    __slots__ = ("adapters", "devices", "launches", "segments", "sites", "version")
 
     def __init__(self, segments: tuple[Segment, ...], adapters: dict[str, Adapter], version: int) -> None:
         self.segments, self.adapters, self.version = segments, adapters, version
         self.sites: dict[SiteKey, SiteTable] = {}
         self.devices: list[torch.device] = []
+        self.launches: Any = None
+
+    def by_address(self, places: Mapping[SiteKey, Place]) -> Any:
+        """The sites by address, for the short way (python_bindings/standin.cpp), each by its number: where it
+        stands among the store's places."""
+        if self.launches is None:
+            numbers = numbers_of(places)
+            sites = []
+            for key, site in self.sites.items():
+                pool = site.pool if site.low_rank else None
+                sites.append((numbers[key], pool, site.spans, site.slot, site.place.dtype))
+            self.launches = launch.table(len(numbers), sites)
+        return self.launches
 
     @property
     def trainable(self) -> bool:

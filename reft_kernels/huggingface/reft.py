@@ -205,7 +205,7 @@ class Reft(Names, Merges, nn.Module):
                 raise ValueError(
                     f"pool_dtype: must be the model's ({place.dtype}) or torch.float32, was {wanted}"
                 )
-            adapter.to(place.device)
+            adapter.to(place.device).train(self.model.training)
             adapter.saved_modules.meet(self.model, adapter.trainable)
             self._store.add(name, adapter, self._place_of)
             self._modules_of[_module_key(name, self._modules_of)] = adapter

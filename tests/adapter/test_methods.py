@@ -124,7 +124,7 @@ def test_the_difference_is_taken_in_float32(dtype: torch.dtype) -> None:
     ("method", "act_fn"),
     [("loreft", None), ("loreft", "gelu"), ("direft", None), ("direft", "silu"), ("noreft", "tanh"),
      ("consreft", None), ("lobireft", None), ("nodireft", "sigmoid"), ("vector", None), ("lofit", None),
-     ("ablation", None), ("concept", None), ("adapter", "gelu"), ("red", None)],
+     ("ablation", None), ("concept", None), ("adapter", "gelu"), ("red", None), ("jola", None)],
 )  # fmt: skip
 def test_gradients(method: str, act_fn: str | None) -> None:
     one = intervention(method, parameters(method), act_fn).requires_grad_(True)

@@ -38,7 +38,8 @@ def patched(dtype: torch.dtype = torch.float32, **options):
 
 
 @torch.no_grad()
-def logits(model, names=NAMES, lengths=LENGTHS):
+def logits(model, names=NAMES, lengths=None):
+    lengths = lengths or LENGTHS[: len(names or LENGTHS)]
     return model(**batch_of(lengths), adapter_names=names).logits
 
 
@@ -176,6 +177,26 @@ def test_what_was_trained_since_is_seen_and_an_idle_row_has_no_gradient():
     assert not torch.equal(before[1], after[1]) and torch.equal(before[0], after[0])
     model(**batch_of([4, 4]), adapter_names=["everywhere", "late"]).logits.sum()
     assert all(p.grad is None for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("name", ["red", "everywhere"])
+def test_what_was_trained_and_then_frozen_is_seen(name):
+    """Steps with autograd leave the pool as it was, and nobody looked before it was frozen."""
+    model = patched()
+    adapter = model.reft.adapters[name]
+    adapter.trainable = True
+    before = logits(model, [name])
+    with torch.no_grad():
+        for one in adapter.interventions:
+            one.get_parameter(one.names[-1]).add_(1.0)
+    adapter.trainable = False
+    after = logits(model, [name])
+    assert not torch.equal(before, after)
+    fresh = patched()
+    fresh.reft.delete_adapter(name)
+    fresh.reft.add_adapter(name, copy.deepcopy(adapter))
+    assert torch.equal(after, logits(fresh, [name]))
+    assert not model.reft._store.stale({name: adapter})
 
 
 def test_both_forms_on_a_token_are_refused_before_anything_runs():

@@ -113,6 +113,9 @@ def written_out(
         return _concept(p, h, mode)
     if method == "red":
         return h + sum((s * h + b) - h for s, b in zip(p["scaling"], p["bias"]))
+    if method == "jola":
+        gates = [torch.clamp(torch.sigmoid(p[f"log_g{i}"]) * (1.1 - -0.1) + -0.1, 0, 1) for i in (1, 2)]
+        return h + sum(g2 * A * h + g1 * v for A, v, g1, g2 in zip(p["A"], p["v"], *gates))
     if method == "folded_scale":
         return h + sum(less * h + v for less, v in zip(p["scale_less_one"], p["shift"]))
     if method == "adapter":
