@@ -44,6 +44,7 @@ class Intervention(nn.Module):
         scale: what the edit is multiplied by.
 
     Attributes:
+        keeps_norm: whether an edited token gets the norm back that it had before the edit.
         group: index of `positions` among the adapter's position groups (set by the adapter).
         orthonormalize: whether the fold takes the parameters named in the method's `orthonormal` through
             `orthonormal_rows` (set by the adapter while it is trainable).
@@ -72,7 +73,11 @@ class Intervention(nn.Module):
         self.positions, self.act_fn, self.dropout = positions, act_fn, float(dropout)
         self.group = 0
         self.orthonormalize = False
-        self.options = self.spec.stored(self.spec.resolve(options))
+        resolved = self.spec.resolve(options)
+        self.options = self.spec.stored(resolved)
+        self.keeps_norm = bool(resolved.get("keep_norm"))
+        if self.keeps_norm:  # what folders without it mean is not written
+            self.options["keep_norm"] = True
         _check_tensors(self.spec, tensors)
         self.spec.check(tensors, activation(act_fn), self.options)
         self.scale = self.spec.check_scale(scale)
@@ -240,9 +245,10 @@ class Intervention(nn.Module):
     def extra_repr(self) -> str:
         head = "" if self.head is None else f", head={self.head}"
         act = "" if self.act_fn is None else f", act_fn={self.act_fn!r}"
+        norm = ", keep_norm=True" if self.keeps_norm else ""
         return (
             f"{self.method}, r={self.rank}, width={self.width}, layer={self.layer}, site={self.site!r}{head}"
-            f", positions={str(self.positions)!r}{act}"
+            f", positions={str(self.positions)!r}{act}{norm}"
         )
 
 

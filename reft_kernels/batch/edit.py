@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +69,12 @@ def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: boo
 
 def apply_(h: Tensor, site: SiteTable, rows: Rows, backend: str) -> None:
     """All stages of a site, in place; its pools are renewed."""
+    keeping = None if site.norms is None else (rows.rows, rows.tiles, site.norms)
+    norms = None if keeping is None else ops.ROW_NORMS[backend](h, *keeping)
     for stage in site.stages:
         FORMS[stage.form].edit_[backend](h, *stage.pool.rows, rows.rows, rows.tiles, stage.spans)
+    if keeping is not None:
+        ops.RESTORE_NORMS_[backend](h, norms, *keeping)
 
 
 def _edit_differentiable(
@@ -78,17 +84,31 @@ def _edit_differentiable(
     # Under reentrant checkpointing each block has a backward of its own, so folds can't be shared there.
     shared = {} if plan.recomputing else plan.folds
     dtype, out = torch.promote_types(h.dtype, torch.float32), h
+    keeping = None if site.norms is None else (rows.rows, rows.tiles, site.norms)
+    norms = None if keeping is None else ops.ROW_NORMS[backend](h, *keeping)
     for stage in site.stages:
         form = FORMS[stage.form]
         live, spans = stage.live_pool(shared, plan.drawn, site.place.device, dtype)
         arguments = (out, *live, rows.rows, rows.tiles, spans, rows.offsets)
-        # A view can't be edited in place under reentrant checkpointing, nor a leaf that wants a gradient at
-        # all; a compiler makes its own choice of buffers.
-        if out._is_view() or (out.is_leaf and out.requires_grad) or torch.compiler.is_compiling():
-            out = form.edit[backend](*arguments)
-        else:
-            out = form.training.apply(*arguments, backend)
+        out = (form.edit[backend] if _apart(out) else _in_place(form.training, backend))(*arguments)
+    if keeping is not None:
+        restore = ops.RESTORE_NORMS[backend] if _apart(out) else _in_place(ops.RestoreNormsInPlace, backend)
+        out = restore(out, norms, *keeping)
     return _dropout(out, site, rows) if training else out
+
+
+def _apart(h: Tensor) -> bool:
+    """Whether an edit that autograd sees must leave h alone.
+
+    A view can't be edited in place under reentrant checkpointing, nor a leaf that wants a gradient at all; a
+    compiler makes its own choice of buffers.
+    """
+    return h._is_view() or (h.is_leaf and h.requires_grad) or torch.compiler.is_compiling()
+
+
+def _in_place(function: Any, backend: str) -> Callable[..., Tensor]:
+    """A `torch.autograd.Function` that edits its first argument, on a backend."""
+    return lambda *arguments: function.apply(*arguments, backend)
 
 
 def _dropout(out: Tensor, site: SiteTable, rows: Rows) -> Tensor:

@@ -12,8 +12,12 @@ To add another kind of stage:
 2. The op, in place and differentiable, with the arguments (h, *pool rows, rows, tiles, spans[, offsets]), and
    an entry in `FORMS` here. Its place there is its turn at a site. `AdapterStore` then lays what folds to it,
    tables and workspaces list it, and compiled steps run it.
-3. What must see h as it came (a norm to be kept, say) is asked in `edit.apply_` and its differentiable twin
-   before their loops over the stages.
+3. What must see h as it came is asked in `edit.apply_` and its differentiable twin before their loops over
+   the stages.
+
+A norm that is kept stands around the stages: it is read before the first, and restored behind the last. What
+says so is a table of spans as a stage has one, numbered by the store as the form `KEEP_NORM`. It has no pool
+and is in no `SiteTable.stages`.
 
 A second stage of a form that is there (adapters that follow one another) needs a number in `StageKey`, by
 which the store numbers its ranges, and by which stages are sorted. All else follows from the key.
@@ -88,10 +92,21 @@ FORMS: dict[str, Form] = {
 }
 LOW_RANK = Fold.form
 
+#: What stands in a `StageKey` for rows that get the norm back that they had before a site's stages. A span
+#: (0, 1) says that a segment's do.
+KEEP_NORM = "keep_norm"
+_TURNS = (*FORMS, KEEP_NORM)
+
 
 def in_turn(key: StageKey) -> int:
     """Sorts the stages of a site."""
-    return list(FORMS).index(key.form)
+    return _TURNS.index(key.form)
+
+
+def stages_of(intervention: Intervention) -> tuple[StageKey, ...]:
+    """Where an intervention takes part: in the stage of its fold's form, and in the norm that it keeps."""
+    key = StageKey.of(intervention)
+    return (key, key._replace(form=KEEP_NORM)) if intervention.keeps_norm else (key,)
 
 
 class Stage:

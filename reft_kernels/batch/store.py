@@ -14,7 +14,7 @@ from ..pool import Pool, PoolFull, Span
 from ..scale_pool import AnyFold
 from .snapshots import Snapshot, snapshot_of
 from .stacks import Part, Segment, Stack, parts_of
-from .stages import FORMS, LOW_RANK, Edits, SiteKey, Stage, StageKey, in_turn
+from .stages import FORMS, KEEP_NORM, LOW_RANK, Edits, SiteKey, Stage, StageKey, in_turn, stages_of
 from .tables import Place, SiteTable, Table
 
 if TYPE_CHECKING:
@@ -207,13 +207,16 @@ class AdapterStore:
     def _number(self, name: str) -> None:
         """Notes an adapter's ranges by stage, as tables are made of them."""
         adapter = self.adapters[name]
-        keys = [StageKey.of(one) for one in adapter.interventions]
-        for key, one in zip(keys, adapter.interventions):
-            self._numbers.setdefault(key, len(self._numbers))
+        keys = [stages_of(one) for one in adapter.interventions]
+        for (key, *more), one in zip(keys, adapter.interventions):
+            for stage in (key, *more):
+                self._numbers.setdefault(stage, len(self._numbers))
             self._widths.setdefault(key.site, one.width)
         ranges = np.zeros((len(adapter.groups), len(self._numbers), 2), dtype=np.int32)
-        for key, one, (_, span) in zip(keys, adapter.interventions, self._laid[name]):
+        for (key, *more), one, (_, span) in zip(keys, adapter.interventions, self._laid[name]):
             ranges[one.group, self._numbers[key]] = tuple(span)
+            for norm in more:
+                ranges[one.group, self._numbers[norm]] = (0, 1)
         self._ranges[name] = ranges
         self._segments[name] = tuple((name, group) for group in range(len(ranges)))
 
@@ -246,7 +249,7 @@ class AdapterStore:
     @property
     def forms(self) -> set[str]:
         """Those of the adapters that were ever laid."""
-        return {key.form for key in self._numbers}
+        return {key.form for key in self._numbers} - {KEEP_NORM}
 
     def pool_of(self, key: SiteKey, form: str = LOW_RANK) -> Pool:
         """The pool in which a site's interventions of a form lie."""
@@ -304,7 +307,9 @@ class AdapterStore:
         laid: dict[int, _Laid] = {}
         for key, number in self._numbers.items():
             mine = [part for part in stack.parts if self._rank(part, number)]
-            if len(mine) == 1 and mine[0].scale == 1:
+            if mine and key.form == KEEP_NORM:
+                ranges[number] = (0, 1)  # whoever of them keeps it, the sum does
+            elif len(mine) == 1 and mine[0].scale == 1:
                 ranges[number] = self._ranges[mine[0].name][mine[0].group][number]
             elif mine:
                 pool = self.pool_of(*key)
@@ -351,6 +356,7 @@ class AdapterStore:
         busy = (ranges[:, :, 1] != 0).any(axis=1)
         copies: dict[torch.device, tuple[torch.Tensor, ...]] = {}
         stages: dict[SiteKey, list[Stage]] = {}
+        norms: dict[SiteKey, torch.Tensor] = {}
         for key in sorted(self._numbers, key=in_turn):
             number = self._numbers[key]
             if not busy[number]:
@@ -360,12 +366,17 @@ class AdapterStore:
                 # The spans of all stages go to a device in one copy.
                 copies[device] = to_device(ranges, device).unbind()
                 table.devices.append(device)
+            if key.form == KEEP_NORM:
+                norms[key.site] = copies[device][number]
+                continue
             who = functools.partial(_all_edits, table, key)
             stage = Stage(key.form, self.pool_of(*key), copies[device][number], who)
             stages.setdefault(key.site, []).append(stage)
         for site, listed in stages.items():
             place = self.places[site]
-            table.sites[site] = SiteTable(tuple(listed), table.devices.index(place.device), place)
+            table.sites[site] = SiteTable(
+                tuple(listed), table.devices.index(place.device), place, norms.get(site)
+            )
         return table
 
 

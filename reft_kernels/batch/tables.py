@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..ops import launch
 from .stacks import Segment
@@ -35,17 +36,20 @@ def numbers_of(places: Mapping[SiteKey, Place]) -> dict[SiteKey, int]:
 class SiteTable:
     """One site under one set of segments.
 
-    stages: in their order. pool, spans: of the first. low_rank: whether it is the only one, and of the
+    stages: in their order. norms: which segments keep the norm of their rows, spans [S, 2] as a stage's; None
+    where none does. pool, spans: of the first stage. low_rank: whether that is all there is, and of the
     low-rank form: what the short way and fused norms take. slot: index into a plan's rows (one for each
     device). place: of its hidden states.
     """
 
-    __slots__ = ("low_rank", "place", "pool", "slot", "spans", "stages")
+    __slots__ = ("low_rank", "norms", "place", "pool", "slot", "spans", "stages")
 
-    def __init__(self, stages: tuple[Stage, ...], slot: int, place: Place) -> None:
-        self.stages, self.slot, self.place = stages, slot, place
+    def __init__(
+        self, stages: tuple[Stage, ...], slot: int, place: Place, norms: Tensor | None = None
+    ) -> None:
+        self.stages, self.slot, self.place, self.norms = stages, slot, place, norms
         self.pool, self.spans = stages[0].pool, stages[0].spans
-        self.low_rank = len(stages) == 1 and stages[0].form == LOW_RANK
+        self.low_rank = len(stages) == 1 and stages[0].form == LOW_RANK and norms is None
 
 
 class Table:

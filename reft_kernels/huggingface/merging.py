@@ -183,6 +183,8 @@ def _check_exact(one: Intervention, fold: AnyFold) -> None:
         raise ValueError(
             f"positions: {what} edits {str(one.positions)!r}; only edits of all tokens can be merged"
         )
+    if one.keeps_norm:
+        raise ValueError(f"options: {what} keeps the norm of each token, so weights can't hold it")
     if not is_linear(fold):
         raise ValueError(f"act_fn: {what} is not linear in h, so weights can't hold it")
 

@@ -164,6 +164,8 @@ class Catalog:
                     f"{where}: {one.method} edits element by element, which is not served; of low rank are "
                     "LoReFT and its kin, vectors, ablations and bottleneck adapters"
                 )
+            if one.keeps_norm:
+                raise ValueError(f"{where}: {one.method} keeps the norm of each token, which is not served")
             if one.layer >= model.layers:
                 raise ValueError(f"{where}: edits layer {one.layer}, the model has {model.layers}")
             rows[one.layer] = rows.get(one.layer, 0) + one.pool_rows

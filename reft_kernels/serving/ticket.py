@@ -109,5 +109,5 @@ def combined(adapters: Sequence[Adapter], scale: float) -> Adapter:
     if scale == 1:
         return adapter
     parts = zip(adapter.interventions, adapter.folds())
-    scaled = [folded(one, [fold.times(scale)]) for one, fold in parts]
+    scaled = [folded(one, [fold.times(scale)], one.keeps_norm) for one, fold in parts]
     return Adapter(scaled, n_layers=adapter.n_layers, base=adapter.base)

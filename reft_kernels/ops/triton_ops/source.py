@@ -21,7 +21,7 @@ _CHUNK = 16  # pool rows of a program
 def _options(of: Any, h: Tensor, pool: PoolRows, *names: str) -> dict[str, Any]:
     """Those of another kernel's meta-parameters that are asked for."""
     known = of(h.dtype, pool.down.dtype, h.shape[-1])
-    return {name: known[name] for name in ("D", "FULL", "num_warps", *names)}
+    return {name: known[name] for name in ("D", "FULL", "num_warps", "enable_fp_fusion", *names)}
 
 
 def _grid(plan: Plan, many: int, block: int) -> tuple[int, int]:
