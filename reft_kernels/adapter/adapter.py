@@ -288,9 +288,9 @@ class Adapter(nn.Module):
         """Reads an adapter from a folder, or from the Hugging Face hub by its "organisation/name".
 
         Args:
-            path: a folder that `save_pretrained` wrote, or one that pyreft's `save` wrote.
+            path: a folder that `save_pretrained` wrote, pyreft's `save`, or RED's code (delta_vector.pth).
             positions, act_fn, dropout, last_position: for a folder of pyreft's only, which does not hold
-                them; positions is required there. The others default to None, 0.0 and "length".
+                them; positions is required there, and of RED. The others: None, 0.0 and "length".
             scale: what its edits are multiplied by; by default what the file says.
 
         Returns:

@@ -165,6 +165,7 @@ def test_adapters_that_the_model_can_not_have_are_refused(tmp_path: Path) -> Non
         save(tmp_path / "rank", r=9, positions="f1+l1"): "18 pool rows at one layer",
         save(tmp_path / "site", site="mlp_output"): "'mlp_output'",
         save(tmp_path / "norm", options={"keep_norm": True}): "keeps the norm of each token, which is not",
+        save(tmp_path / "scales", method="red", r=1): "red edits element by element, which is not served",
         str(tmp_path / "nothing"): "nothing",
     }
     for path, text in cases.items():
