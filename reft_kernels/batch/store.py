@@ -11,6 +11,7 @@ import torch
 
 from ..plan import to_device
 from ..pool import Fold, Pool, PoolFull, Span
+from .named import Names
 from .stacks import Part, Segment, Stack, parts_of
 from .tables import Edits, Place, SiteKey, SiteTable, Table, scaled
 
@@ -31,7 +32,7 @@ class _Laid(NamedTuple):
     span: Span
 
 
-class AdapterStore:
+class AdapterStore(Names):
     """Adapters, laid into pools: one for each device, dtype and width.
 
     Args:
@@ -40,6 +41,8 @@ class AdapterStore:
 
     Attributes:
         adapters: name → Adapter.
+        subspaces: "adapter/subspace" → `Subspace`. It lies in its adapter's ranges; where its rows don't lie
+            side by side there, in room of its own, as a stack.
         places: what hidden states look like at each site that an adapter was laid for.
         overlapping: the names of those whose own interventions may share a token.
         merged: names of adapters that are part of the model's weights, and so of no plan.
@@ -47,8 +50,8 @@ class AdapterStore:
     """
 
     def __init__(self, capacity: int | None = None, pool_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
         self.capacity, self.pool_dtype = capacity, pool_dtype
-        self.adapters: dict[str, Adapter] = {}
         self.merged: set[str] = set()
         self.pools: dict[tuple[torch.device, torch.dtype, int], Pool] = {}
         self.places: dict[SiteKey, Place] = {}
@@ -83,9 +86,10 @@ class AdapterStore:
 
         place_of: what hidden states at a site look like, asked for sites that are new.
 
-        Raises PoolFull where it does not fit a fixed capacity, and ValueError where a site has another width.
-        Nothing is changed then.
+        Raises PoolFull where it does not fit a fixed capacity, and ValueError where a site has another width
+        or a name is taken. Nothing is changed then.
         """
+        self.check_name(name, adapter)
         places = dict(self.places)
         for one in adapter.interventions:
             key = SiteKey.of(one)
@@ -104,20 +108,25 @@ class AdapterStore:
                 laid.append(_Laid(pool, pool.add(fold)))
         self.places = places
         self.adapters[name], self._laid[name] = adapter, laid
-        self._groups[name] = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
-        if adapter.overlapping:
-            self.overlapping.add(name)
+        self.subspaces |= adapter.named_subspaces(name)
+        groups = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
+        for known in (name, *self.subspaces_of(name)):
+            self._groups[known] = groups
+            if adapter.overlapping:
+                self.overlapping.add(known)
         self._number(name)
         self._changed()
 
     def remove(self, name: str) -> Adapter:
         """Frees an adapter's room and returns the adapter."""
-        adapter = self.adapters.pop(name)
-        self._forget_stacks(stack for stack in self._stacks if any(p.name == name for p in stack.parts))
+        adapter, names = self.adapters.pop(name), (name, *self.subspaces_of(name))
+        self._forget_stacks(stack for stack in self._stacks if any(p.name in names for p in stack.parts))
         for pool, span in self._laid.pop(name):
             pool.remove(span)
-        del self._ranges[name], self._groups[name]
-        self.overlapping.discard(name)
+        for known in names:
+            del self._ranges[known], self._groups[known]
+            self.overlapping.discard(known)
+            self.subspaces.pop(known, None)
         self._changed()
         return adapter
 
@@ -126,11 +135,11 @@ class AdapterStore:
 
         Nothing tells whether they did: fused optimizers and sharding don't count a tensor's versions up.
         """
-        for name, adapter in adapters.items():
-            if adapter.trainable:
-                with torch.no_grad():
-                    for (pool, span), fold in zip(self._laid[name], adapter.folds()):
-                        pool.write(span, fold)
+        trained = (self.owner(name) for name, adapter in adapters.items() if adapter.trainable)
+        for name in dict.fromkeys(trained):
+            with torch.no_grad():
+                for (pool, span), fold in zip(self._laid[name], self.adapters[name].folds()):
+                    pool.write(span, fold)
         for stack, laid in self._stacks.items():
             if any(part.name in adapters and adapters[part.name].trainable for part in stack.parts):
                 for key, number in self._numbers.items():
@@ -182,6 +191,13 @@ class AdapterStore:
         for key, one, (_, span) in zip(keys, adapter.interventions, self._laid[name]):
             ranges[one.group, self._numbers[key]] = tuple(span)
         self._ranges[name] = ranges
+        for known in self.subspaces_of(name):
+            part = ranges.copy()
+            for key, mine in zip(keys, self.subspaces[known].interventions):
+                first, rank = mine.stretch or (0, mine.pool_rows)
+                part[mine.group, self._numbers[key]] += (first, 0)
+                part[mine.group, self._numbers[key], 1] = rank
+            self._ranges[known] = part
 
     def _changed(self) -> None:
         self.version += 1
@@ -227,7 +243,9 @@ class AdapterStore:
         """(first pool row, rank) of a segment by the number of the site, int32 [sites, 2]."""
         if not isinstance(segment, Stack):
             name, group = segment
-            return self._ranges[name][group]
+            if not self.lies_apart(name):
+                return self._ranges[name][group]
+            segment = Stack((Part(name, group),))
         if segment not in self._stack_ranges:
             self._lay(segment)
         return self._stack_ranges[segment]
@@ -250,7 +268,7 @@ class AdapterStore:
         laid: dict[int, _Laid] = {}
         for key, number in self._numbers.items():
             mine = [part for part in stack.parts if self._rank(part, number)]
-            if len(mine) == 1 and mine[0].scale == 1:
+            if len(mine) == 1 and mine[0].scale == 1 and not self.lies_apart(mine[0].name):
                 ranges[number] = self._ranges[mine[0].name][mine[0].group][number]
             elif mine:
                 pool = self.pool_of(key)
@@ -269,7 +287,8 @@ class AdapterStore:
 
     @torch.no_grad()
     def _stack_fold(self, stack: Stack, key: SiteKey) -> Fold:
-        folds = [scaled(one.fold(), scale) for one, scale in _edits(self.adapters, stack, key)]
+        adapters = {part.name: self.find(part.name) for part in stack.parts}
+        folds = [scaled(one.fold(), scale) for one, scale in _edits(adapters, stack, key)]
         return Fold(*(torch.cat(parts) for parts in zip(*folds)))
 
     def _drop_stacks(self, but: tuple[Segment, ...]) -> None:
@@ -286,7 +305,7 @@ class AdapterStore:
     # No inference tensors: a table is kept, and may be trained through after a generate made it.
     @torch.inference_mode(False)
     def _make_table(self, segments: tuple[Segment, ...]) -> Table:
-        owners = {part.name: self.adapters[part.name] for it in segments for part in parts_of(it)}
+        owners = {part.name: self.find(part.name) for it in segments for part in parts_of(it)}
         ranges = self.ranges(segments)
         table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)

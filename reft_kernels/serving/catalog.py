@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapter import Adapter
+from ..adapter import SUBSPACE_MARK, Adapter
 from ..batch import intervals_of
 from ..batch.names import unknown
 from ..batch.steps import most_together
 from ..positions import Positions
-from .config import ServingConfig, Source, check_name, check_scale
+from .config import SUBSPACE, ServingConfig, Source, check_name, check_scale
 from .ticket import Part, Ticket, combined, content_of, read
 
 #: Position groups of one adapter, and how many of them may name one token.
@@ -81,7 +82,8 @@ class Catalog:
                 raise ValueError(f"name: {unknown(name, self.names, 'known are')}")
 
     def source(self, name: Any) -> Source:
-        """Raises ValueError for an unknown name."""
+        """name: an adapter's, or "adapter/subspace". Raises ValueError for an unknown one."""
+        name, mark, subspace = name.partition(SUBSPACE_MARK) if isinstance(name, str) else (name, "", "")
         check_name(name, NAME)
         found = self._sources.get(name)
         if found is None and self.config.directory is not None:
@@ -89,7 +91,11 @@ class Catalog:
             found = Source(str(folder)) if folder.is_dir() else None
         if found is None:
             raise ValueError(f"{NAME}: {unknown(name, self.names, 'known are')}")
-        return found
+        if not mark:
+            return found
+        if SUBSPACE in found.options:
+            raise ValueError(f"{NAME}: {name!r} is a subspace already, and has no {subspace!r}")
+        return dataclasses.replace(found, options={**found.options, SUBSPACE: subspace})
 
     def ticket(self, arguments: Mapping[str, Any], prompt_length: int | None = None) -> Ticket | None:
         """What a request's arguments ask for; None for the bare model. A name may also be a `Source`.
