@@ -10,7 +10,7 @@ import numpy as np
 from ..plan import SegmentRows
 from .batch_plan import BatchPlan
 from .lists import read_lists
-from .names import POSITIONS, unknown
+from .names import BASE, POSITIONS
 from .prompts import Prompts
 from .selection import Selection, select
 from .stacks import Mix, RowNames, joined, names_of, terms_of, with_scales
@@ -19,9 +19,6 @@ from .store import AdapterStore
 
 if TYPE_CHECKING:
     from ..adapter import Intervention
-
-#: The name of the bare model in a list of adapter names, as in PEFT.
-BASE = "__base__"
 
 #: What a list of adapter names mostly holds.
 _PLAIN = {str, type(None)}
@@ -72,7 +69,9 @@ class Planner:
         adapters = self.store.adapters
         for name in names:
             if name not in adapters:
-                raise ValueError(f"adapter_names: {unknown(name, [*adapters, BASE], 'known are')}")
+                if name not in self.store.subspaces:
+                    raise ValueError(f"adapter_names: {self.store.unknown(name)}")
+                name = self.store.owner(name)
             if name in self.store.merged:
                 raise ValueError(
                     f"adapter_names: {name!r} is merged into the weights, so every row has it; "
@@ -81,7 +80,7 @@ class Planner:
 
     def _check_scales(self, names: Sequence[RowNames]) -> None:
         for term in dict.fromkeys(term for row in names for term in terms_of(row)):
-            self.store.adapters[term.name].check_scale(term.scale)
+            self.store.find(term.name).check_scale(term.scale)
 
     def needs_prompt(self, names: Sequence[RowNames]) -> bool:
         """Whether what these adapters edit depends on which tokens are prompt."""
@@ -102,9 +101,9 @@ class Planner:
         self._check_known(listed)
         lists = None
         if positions is not None:
-            lists = read_lists(positions, _single(names), prompts, self.store.adapters.__getitem__)
+            lists = read_lists(positions, _single(names), prompts, self.store.find)
         selection = select(names, prompts, self.store.groups, lists)
-        selection.owners = {name: self.store.adapters[name] for name in listed}
+        selection.owners = {name: self.store.find(name) for name in listed}
         several = [row for row in dict.fromkeys(names) if isinstance(row, Mix) and len(row.terms) > 1]
         if len(self.store.forms) > 1:
             for row in several:
@@ -117,7 +116,7 @@ class Planner:
         sum."""
         seen: dict[SiteKey, list[tuple[str, Intervention]]] = {}
         for name in (term.name for term in row.terms):
-            for one in self.store.adapters[name].interventions:
+            for one in self.store.find(name).interventions:
                 for other, theirs in seen.get(SiteKey.of(one), ()):
                     if theirs.form != one.form and theirs.positions.overlaps(one.positions):
                         raise ValueError(
@@ -194,8 +193,9 @@ class Planner:
                 return None
             nothing = np.zeros(0, dtype=np.int64)
             by_segment = SegmentRows(nothing, np.zeros(len(selection.segments), dtype=np.int64))
+        adapters, subspaces = self.store.adapters, self.store.subspaces
         for name, adapter in selection.owners.items():
-            if self.store.adapters.get(name) is not adapter:
+            if adapters.get(name) is not adapter and subspaces.get(name) is not adapter:
                 raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
         segments = selection.segments
         if selection.stacked:

@@ -41,7 +41,9 @@ def snapshot_of(adapter: Adapter) -> Snapshot | None:
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for one in adapter.interventions:
         for tensor in (*one._parameters.values(), *one._buffers.values()):
-            if type(tensor) not in _PLAIN or tensor is None or tensor.device.type != "cpu":
+            if tensor is None:
+                continue
+            if type(tensor) not in _PLAIN or tensor.device.type != "cpu":
                 return None
             by_dtype.setdefault(tensor.dtype, []).append(tensor.flatten())
     joined = [torch.cat(tensors) for tensors in by_dtype.values()]

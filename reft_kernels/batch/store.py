@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,10 +12,11 @@ import torch
 from ..plan import to_device
 from ..pool import Pool, PoolFull, Span
 from ..scale_pool import AnyFold
+from .named import Names
 from .snapshots import Snapshot, snapshot_of
 from .stacks import Part, Segment, Stack, parts_of
-from .stages import FORMS, KEEP_NORM, LOW_RANK, Edits, SiteKey, Stage, StageKey, in_turn, stages_of
-from .tables import Place, SiteTable, Table
+from .stages import FORMS, KEEP_NORM, LOW_RANK, SiteKey, Stage, StageKey, in_turn, stages_of
+from .tables import Place, SiteTable, Table, edits_of, padded
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Drawn
@@ -34,7 +35,7 @@ class _Laid(NamedTuple):
     span: Span
 
 
-class AdapterStore:
+class AdapterStore(Names):
     """Adapters, laid into pools: one for each device, dtype, width and form.
 
     Args:
@@ -43,6 +44,8 @@ class AdapterStore:
 
     Attributes:
         adapters: name → Adapter.
+        subspaces: "adapter/subspace" → `Subspace`. It lies in its adapter's ranges; where its rows don't lie
+            side by side there, in room of its own, as a stack.
         places: what hidden states look like at each site that an adapter was laid for.
         overlapping: the names of those whose own interventions may share a token.
         merged: names of adapters that are part of the model's weights, and so of no plan.
@@ -50,8 +53,8 @@ class AdapterStore:
     """
 
     def __init__(self, capacity: int | None = None, pool_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
         self.capacity, self.pool_dtype = capacity, pool_dtype
-        self.adapters: dict[str, Adapter] = {}
         self.merged: set[str] = set()
         self.pools: dict[tuple[torch.device, torch.dtype, int, str], Pool] = {}
         self.places: dict[SiteKey, Place] = {}
@@ -92,9 +95,10 @@ class AdapterStore:
 
         place_of: what hidden states at a site look like, asked for sites that are new.
 
-        Raises PoolFull where it does not fit a fixed capacity, and ValueError where a site has another width.
-        Nothing is changed then.
+        Raises PoolFull where it does not fit a fixed capacity, and ValueError where a site has another width
+        or a name is taken. Nothing is changed then.
         """
+        self.check_name(name, adapter)
         places = dict(self.places)
         for one in adapter.interventions:
             key = SiteKey.of(one)
@@ -114,22 +118,27 @@ class AdapterStore:
         self.places = places
         self.adapters[name], self._laid[name] = adapter, laid
         self.stale({name: adapter})
+        self.subspaces |= adapter.named_subspaces(name)
         groups = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
-        self._groups[name] = self._spec_tuples.setdefault(groups, groups)
-        if adapter.overlapping:
-            self.overlapping.add(name)
+        groups = self._spec_tuples.setdefault(groups, groups)
+        for known in (name, *self.subspaces_of(name)):
+            self._groups[known] = groups
+            if adapter.overlapping:
+                self.overlapping.add(known)
         self._number(name)
         self._changed()
 
     def remove(self, name: str) -> Adapter:
         """Frees an adapter's room and returns the adapter."""
-        adapter = self.adapters.pop(name)
-        self._forget_stacks(stack for stack in self._stacks if any(p.name == name for p in stack.parts))
+        adapter, names = self.adapters.pop(name), (name, *self.subspaces_of(name))
+        self._forget_stacks(stack for stack in self._stacks if any(p.name in names for p in stack.parts))
         for pool, span in self._laid.pop(name):
             pool.remove(span)
-        del self._ranges[name], self._segments[name], self._groups[name]
+        for known in names:
+            del self._ranges[known], self._segments[known], self._groups[known]
+            self.overlapping.discard(known)
+            self.subspaces.pop(known, None)
         self._snapshots.pop(name, None)
-        self.overlapping.discard(name)
         self._trained.discard(name)
         self._changed()
         return adapter
@@ -138,8 +147,8 @@ class AdapterStore:
         """Whether the pools may hold some of these as they were: those that train, and those that have been
         frozen since they were renewed."""
         trained = self._trained
-        trained.update(name for name, adapter in adapters.items() if adapter.trainable)
-        return bool(trained) and not trained.isdisjoint(adapters)
+        trained.update(self.owner(name) for name, adapter in adapters.items() if adapter.trainable)
+        return bool(trained) and not trained.isdisjoint(map(self.owner, adapters))
 
     def refresh(self, adapters: dict[str, Adapter], drawn: Drawn) -> None:
         """Renews the folds of adapters that `stale` found, unless they are known to be as they were.
@@ -147,8 +156,8 @@ class AdapterStore:
         drawn: the random numbers of a forward in training, of the interventions that drew any.
         """
         renewed = set()
-        for name in self._trained.intersection(adapters):
-            adapter = adapters[name]
+        for name in self._trained.intersection(map(self.owner, adapters)):
+            adapter = self.adapters[name]
             # Folds of random numbers are of this forward alone.
             now = None if any(one in drawn for one in adapter.interventions) else snapshot_of(adapter)
             before = self._snapshots.pop(name, None)
@@ -162,7 +171,7 @@ class AdapterStore:
             elif now is not None:
                 self._snapshots[name] = now
         for stack, laid in self._stacks.items():
-            if any(part.name in renewed for part in stack.parts):
+            if any(self.owner(part.name) in renewed for part in stack.parts):
                 for key, number in self._numbers.items():
                     if number in laid:
                         laid[number].pool.write(laid[number].span, self._stack_fold(stack, key, drawn))
@@ -219,6 +228,14 @@ class AdapterStore:
                 ranges[one.group, self._numbers[norm]] = (0, 1)
         self._ranges[name] = ranges
         self._segments[name] = tuple((name, group) for group in range(len(ranges)))
+        for known in self.subspaces_of(name):
+            part = ranges.copy()
+            for (key, *_), mine in zip(keys, self.subspaces[known].interventions):
+                first, rank = mine.stretch or (0, mine.pool_rows)
+                part[mine.group, self._numbers[key]] += (first, 0)
+                part[mine.group, self._numbers[key], 1] = rank
+            self._ranges[known] = part
+            self._segments[known] = tuple((known, group) for group in range(len(part)))
 
     def _changed(self) -> None:
         self.version += 1
@@ -261,7 +278,7 @@ class AdapterStore:
         at = 0
         while at < len(segments):
             segment = segments[at]
-            if isinstance(segment, Stack):
+            if isinstance(segment, Stack) or (self.subspaces and self.lies_apart(segment[0])):
                 found.append(self._range(segment)[None])
             else:
                 name, group = segment
@@ -272,7 +289,7 @@ class AdapterStore:
             at += len(found[-1])
         stages = len(self._numbers)
         # An adapter that came before others knows of fewer stages.
-        found = [_padded(one, stages) if one.shape[1] < stages else one for one in found]
+        found = [padded(one, stages) if one.shape[1] < stages else one for one in found]
         by_segment = np.concatenate(found) if found else np.zeros((0, stages, 2), dtype=np.int32)
         # (A pair is moved as one number.)
         by_stage = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)
@@ -284,7 +301,9 @@ class AdapterStore:
         """(first pool row, rank) of a segment by the number of the stage, int32 [stages, 2]."""
         if not isinstance(segment, Stack):
             name, group = segment
-            return self._ranges[name][group]
+            if not self.lies_apart(name):
+                return self._ranges[name][group]
+            segment = Stack((Part(name, group),))
         if segment not in self._stack_ranges:
             self._lay(segment)
         return self._stack_ranges[segment]
@@ -309,7 +328,7 @@ class AdapterStore:
             mine = [part for part in stack.parts if self._rank(part, number)]
             if mine and key.form == KEEP_NORM:
                 ranges[number] = (0, 1)  # whoever of them keeps it, the sum does
-            elif len(mine) == 1 and mine[0].scale == 1:
+            elif len(mine) == 1 and mine[0].scale == 1 and not self.lies_apart(mine[0].name):
                 ranges[number] = self._ranges[mine[0].name][mine[0].group][number]
             elif mine:
                 pool = self.pool_of(*key)
@@ -330,7 +349,8 @@ class AdapterStore:
 
     @torch.no_grad()
     def _stack_fold(self, stack: Stack, key: StageKey, drawn: Drawn | None = None) -> AnyFold:
-        made, edits = FORMS[key.form].fold, _edits(self.adapters, stack, key)
+        adapters = {part.name: self.find(part.name) for part in stack.parts}
+        made, edits = FORMS[key.form].fold, edits_of(adapters, stack, key)
         folds = made.meeting([one.fold(None, (drawn or {}).get(one)).times(scale) for one, scale in edits])
         return made(*(torch.cat(parts) for parts in zip(*folds)))
 
@@ -350,7 +370,7 @@ class AdapterStore:
     def _make_table(self, segments: tuple[Segment, ...]) -> Table:
         names = [it[0] for it in segments if not isinstance(it, Stack)]
         names += [part.name for it in segments if isinstance(it, Stack) for part in it.parts]
-        owners = {name: self.adapters[name] for name in names}
+        owners = {name: self.find(name) for name in names}
         ranges = self.ranges(segments)
         table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
@@ -369,7 +389,7 @@ class AdapterStore:
             if key.form == KEEP_NORM:
                 norms[key.site] = copies[device][number]
                 continue
-            who = functools.partial(_all_edits, table, key)
+            who = functools.partial(table.edits, key)
             stage = Stage(key.form, self.pool_of(*key), copies[device][number], who)
             stages.setdefault(key.site, []).append(stage)
         for site, listed in stages.items():
@@ -378,23 +398,3 @@ class AdapterStore:
                 tuple(listed), table.devices.index(place.device), place, norms.get(site)
             )
         return table
-
-
-def _padded(ranges: np.ndarray, stages: int) -> np.ndarray:
-    """Ranges [groups, fewer stages, 2] with rank 0 at the stages that they do not know."""
-    return np.pad(ranges, ((0, 0), (0, stages - ranges.shape[1]), (0, 0)))
-
-
-def _edits(adapters: Mapping[str, Adapter], segment: Segment, key: StageKey) -> Edits:
-    """What a segment does at a stage."""
-    return tuple(
-        (one, part.scale)
-        for part in parts_of(segment)
-        for one in adapters[part.name].interventions
-        if one.group == part.group and StageKey.of(one) == key
-    )
-
-
-def _all_edits(table: Table, key: StageKey) -> list[Edits]:
-    """What each segment of a table does at a stage."""
-    return [_edits(table.adapters, segment, key) for segment in table.segments]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops import launch
-from .stacks import Segment
-from .stages import LOW_RANK, SiteKey, Stage
+from .stacks import Segment, parts_of
+from .stages import LOW_RANK, Edits, SiteKey, Stage, StageKey
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -82,3 +83,22 @@ class Table:
     @property
     def trainable(self) -> bool:
         return any(adapter.trainable for adapter in self.adapters.values())
+
+    def edits(self, key: StageKey) -> list[Edits]:
+        """What each segment does at a stage."""
+        return [edits_of(self.adapters, segment, key) for segment in self.segments]
+
+
+def edits_of(adapters: Mapping[str, Adapter], segment: Segment, key: StageKey) -> Edits:
+    """What a segment does at a stage."""
+    return tuple(
+        (one, part.scale)
+        for part in parts_of(segment)
+        for one in adapters[part.name].interventions
+        if one.group == part.group and StageKey.of(one) == key
+    )
+
+
+def padded(ranges: np.ndarray, stages: int) -> np.ndarray:
+    """Ranges [groups, fewer stages, 2] with rank 0 at the stages that they do not know."""
+    return np.pad(ranges, ((0, 0), (0, stages - ranges.shape[1]), (0, 0)))
