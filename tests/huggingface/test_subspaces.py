@@ -109,6 +109,23 @@ def test_a_row_takes_a_subspace(backend, act_fn, tmp_path):
         assert bool(terms) == (not torch.allclose(found[row, :length], plain[row, :length], atol=1e-3))
 
 
+def test_scale_by_name_and_lists_of_positions():
+    model = make_model(gain=1.0)
+    reft = rk.patch(model)
+    adapter = reft.add_adapter("style", adapter_of(None, torch.float32, positions="all"))
+    reft.add_adapter("part", adapter.select_subspace("odd"))
+    batch = batch_of([6, 6])
+    with torch.no_grad():
+        for more in ({"reft_positions": [[0, -2], None]}, {"scale": 0.5}):
+            found = model(**batch, adapter_names=["style/odd"] * 2, **more).logits
+            wanted = model(**batch, adapter_names=["part"] * 2, **more).logits
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        names = ["style/odd", "style/happy"]
+        found = model(**batch, adapter_names=names, scale={"style/odd": 0.5}).logits
+        assert torch.equal(found, model(**batch, adapter_names=names, scale=[0.5, 1.0]).logits)
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+
+
 def test_generate_and_the_active_adapter():
     model = make_model(gain=1.0)
     reft = rk.patch(model)
