@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 
 import pytest
 import torch
+import transformers as tf
 from support import model_oracle
 from support.models import batch_of, make_model, row_alone
+from transformers import CompileConfig
 
 import reft_kernels as rk
 from reft_kernels.adapter.orthonormal import orthonormal_rows
@@ -106,6 +109,23 @@ def test_a_row_takes_a_subspace(backend, act_fn, tmp_path):
         assert bool(terms) == (not torch.allclose(found[row, :length], plain[row, :length], atol=1e-3))
 
 
+def test_scale_by_name_and_lists_of_positions():
+    model = make_model(gain=1.0)
+    reft = rk.patch(model)
+    adapter = reft.add_adapter("style", adapter_of(None, torch.float32, positions="all"))
+    reft.add_adapter("part", adapter.select_subspace("odd"))
+    batch = batch_of([6, 6])
+    with torch.no_grad():
+        for more in ({"reft_positions": [[0, -2], None]}, {"scale": 0.5}):
+            found = model(**batch, adapter_names=["style/odd"] * 2, **more).logits
+            wanted = model(**batch, adapter_names=["part"] * 2, **more).logits
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        names = ["style/odd", "style/happy"]
+        found = model(**batch, adapter_names=names, scale={"style/odd": 0.5}).logits
+        assert torch.equal(found, model(**batch, adapter_names=names, scale=[0.5, 1.0]).logits)
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+
+
 def test_generate_and_the_active_adapter():
     model = make_model(gain=1.0)
     reft = rk.patch(model)
@@ -122,6 +142,29 @@ def test_generate_and_the_active_adapter():
         bare = model.generate(**call)
     assert torch.equal(bare, model.generate(**call, adapter_names=["__base__"] * 3))
     assert reft.active_adapter == "style/formal" and not torch.equal(bare[1], want[1])
+
+
+def test_the_compiled_decode_step_and_copies():
+    """One graph for any mix of subspaces, whether they lie side by side or not; and in a copy."""
+    torch._dynamo.reset()
+    model = make_model(gain=1.0)
+    rk.patch(model).add_adapter("style", adapter_of(None, torch.float32, positions="all"))
+    graphs: list = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    config = CompileConfig(fullgraph=True, mode=None, backend=backend)
+    config._compile_all_devices = True
+    call = {**batch_of([5] * 3), "max_new_tokens": 4, "do_sample": False}
+    static = {"cache_implementation": "static", "compile_config": config}
+    other = copy.deepcopy(model)
+    for names in (["style/happy", "style/odd", "style"], ["style", "style/formal", "style/happy"]):
+        wanted = model.generate(**call, adapter_names=names)
+        assert torch.equal(model.generate(**call, adapter_names=names, **static), wanted)
+        assert torch.equal(other.generate(**call, adapter_names=names), wanted)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("act_fn", [None, "relu"])
@@ -246,6 +289,30 @@ def test_pyreft_composes_the_same():
     for one, other in zip(adapter.interventions, theirs):
         torch.testing.assert_close(one.W.grad, other.learned_source.weight.grad, rtol=1e-8, atol=1e-14)
         torch.testing.assert_close(one.b.grad, other.learned_source.bias.grad, rtol=1e-8, atol=1e-14)
+
+
+def test_subspaces_share_their_adapters_modules():
+    """A row of two runs through the one copy of the head; all rows of an adapter are the adapter."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=97, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, num_labels=3,
+    )  # fmt: skip
+    model = tf.LlamaForSequenceClassification(config).eval()
+    reft = rk.patch(model)
+    halves = {"x": [0, 2], "y": [3, 1]}
+    adapter = reft.add_adapter(
+        "a", rk.ReftConfig(r=4, positions="all", subspaces=halves, modules_to_save=["score"])
+    )
+    batch = batch_of([6, 6, 6])
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        found = model(**batch, adapter_names=[["a/x", "a/y"], "a", "a/x"]).logits
+        whole = model(**batch, adapter_names=["a"] * 3).logits
+        bare = model(**batch, adapter_names=["__base__"] * 3).logits
+    torch.testing.assert_close(found[:2], whole[:2], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[2], whole[2], atol=1e-3) and not torch.allclose(whole, bare, atol=1e-2)
 
 
 def test_names_do_not_clash():
