@@ -201,9 +201,7 @@ class Bench:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", default="llama-1024x8", help="a shape, a path or a hub name (llama-1024x8)"
-    )
+    parser.add_argument("--model", help="a shape, a path or a hub name")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     serve_cases.add_arguments(parser)
     parser.add_argument("--eager", action="store_true", help="nothing compiled, no CUDA graphs")

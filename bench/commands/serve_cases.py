@@ -41,14 +41,16 @@ class ServeCase:
 #: What the arguments are where they are not given. http: counts of adapters through a server; "" for none.
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "adapters": "0,1,8", "http": "", "rounds": 3, "requests": 16, "prompt": 32, "new_tokens": 16,
+        "model": "llama-1024x8", "adapters": "0,1,8", "http": "", "rounds": 3, "requests": 16, "prompt": 32,
+        "new_tokens": 16,
     },
     "cpu": {
-        "adapters": "0,1,8,64", "http": "1,64", "rounds": 5, "requests": 64, "prompt": 32, "new_tokens": 32,
+        "model": "llama-2048x4", "adapters": "0,1,8,64", "http": "1,64", "rounds": 5, "requests": 64,
+        "prompt": 32, "new_tokens": 16,
     },
     "full": {
-        "adapters": "0,1,8,32,64", "http": "0,1,8,64", "rounds": 15, "requests": 64, "prompt": 128,
-        "new_tokens": 128,
+        "model": "llama-2048x4", "adapters": "0,1,8,32,64", "http": "0,1,8,64", "rounds": 15, "requests": 64,
+        "prompt": 128, "new_tokens": 128,
     },
 }  # fmt: skip
 

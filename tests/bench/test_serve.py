@@ -32,7 +32,7 @@ def test_a_case_for_each_number_of_adapters_and_each_way():
 def test_a_preset_says_what_no_argument_does():
     args = arguments("--preset", "cpu", "--requests", "80", "--http", "")
     cases = serve.cases_of(args)
-    assert (args.rounds, args.requests, args.new_tokens) == (5, 80, 32)
+    assert (args.rounds, args.requests, args.new_tokens) == (5, 80, 16)
     assert [case.adapters for case in cases] == [0, 1, 8, 64] and {c.through for c in cases} == {"engine"}
     for name, preset in serve_cases.PRESETS.items():
         assert serve.cases_of(arguments("--preset", name)) and set(preset) <= set(vars(args))
