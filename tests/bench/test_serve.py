@@ -45,11 +45,19 @@ def test_a_preset_says_what_no_argument_does():
         (("--http", "65", "--requests", "64"), "--http: 65"),
         (("--adapters", "few"), "--adapters"),
         (("--new-tokens", "0"), "--new-tokens"),
+        (("--lora-rounds", "1"), "--lora-rounds: must be at least 2"),
     ],
 )
 def test_wrong_numbers_are_refused(words, text):
     with pytest.raises(ResultError, match=text):
         serve.cases_of(arguments(*words))
+
+
+def test_a_system_with_fewer_rounds_is_paired_with_the_first_of_the_others():
+    bare = [1.0, 2.0, 4.0, 8.0]
+    found = serve.summarized({LORA: [2.0, 4.0], BARE: bare, CONTROL: bare, REFT: [1.1, 2.2, 4.4, 8.8]})
+    assert list(found) == [LORA, BARE, CONTROL, REFT] and found[BARE].samples == bare
+    assert found[LORA].ratio.median == 2.0 and found[REFT].ratio.median == pytest.approx(1.1)
 
 
 def test_requests_take_the_adapters_in_turn(tmp_path):
@@ -188,7 +196,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return Pretended.started
 
 
-WORDS = ("serve", "--model", "tiny", "--requests", 4, "--adapters", "0,1,4", "--http", 4, "--rounds", 2)
+WORDS = ("serve", "--model", "tiny", "--requests", 4, "--adapters", "0,1,4", "--http", 4, "--rounds", 3)
 
 
 def test_a_run_measures_both_ways_and_what_is_cold(pretended, bench, tmp_path):
@@ -204,8 +212,11 @@ def test_a_run_measures_both_ways_and_what_is_cold(pretended, bench, tmp_path):
         extra = one.systems[REFT].extra
         assert extra["cold_adapters"] == 4
         assert (extra["cold_s"], extra["warm_s"]) == (pytest.approx(1.44), pytest.approx(1.04))
-        assert one.systems[REFT].samples == [pytest.approx(1.04)] * 2
-        assert extra["first_s"] == pytest.approx(0.26) and len(extra["first_samples"]) == 2
+        assert one.systems[REFT].samples == [pytest.approx(1.04)] * 3
+        assert extra["first_s"] == pytest.approx(0.26) and len(extra["first_samples"]) == 3
+        assert {n: len(s.samples) for n, s in one.systems.items()} == dict.fromkeys(one.systems, 3) | {
+            LORA: 2
+        }
     assert "cold_s" not in found.cases[1].systems[REFT].extra
     kinds = [BARE, CONTROL, "reft_kernels", LORA]
     servers = [f"server-{n}" for n in range(4)]
