@@ -73,6 +73,11 @@ class Engines:
         bare = [None] * bench.args.requests
         for name, engine in self.running.items():
             self.plain[name] = engine.run(bare)["tokens"]  # its code is compiled then, its caches are warm
+        if self.through != HTTP:
+            # What is compiled with the edits in it rounds in other places.
+            for name in (CONTROL, PLUGIN) if bench.args.eager else (CONTROL,):
+                if name in self.plain and self.plain[name] != self.plain[BARE]:
+                    raise ResultError(f"{name} gives other tokens than {BARE}")
         for system in (*POSITIONS, LORA):
             running = self.of(system)
             if running is not None and system in bench.chosen and bench.most:

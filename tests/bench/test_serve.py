@@ -242,3 +242,15 @@ def test_an_engine_whose_adapters_do_nothing_is_an_error(pretended, bench, tmp_p
     )
     status, text = bench(*WORDS, "--out", tmp_path)
     assert status == 2 and "its adapters do nothing" in text
+
+
+def test_a_plugin_that_changes_what_asks_for_no_adapter_is_an_error(pretended, bench, tmp_path, monkeypatch):
+    run = Pretended.run
+
+    def other(self, asked):
+        answer = run(self, asked)
+        return answer | ({"tokens": [[3, *one] for one in answer["tokens"]]} if self.adapters else {})
+
+    monkeypatch.setattr(Pretended, "run", other)
+    status, text = bench(*WORDS, "--eager", "--out", tmp_path)
+    assert status == 2 and "reft_kernels gives other tokens than vLLM" in text
