@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -201,9 +202,21 @@ class Catalog:
 
 def _stamp(path: str) -> tuple:
     """What the files of a folder look like; () for what is no folder (a hub's name)."""
-    root = Path(path)
-    if root.is_file():
-        files = [root]
-    else:
-        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
-    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    found: list[tuple[str, int, int]] = []
+    folders = [path]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        folders.append(entry.path)
+                    else:
+                        status = entry.stat()
+                        found.append((entry.path, status.st_mtime_ns, status.st_size))
+        except NotADirectoryError:
+            status = os.stat(folder)
+            found.append((folder, status.st_mtime_ns, status.st_size))
+        except FileNotFoundError:
+            pass
+    return tuple(sorted(found))
