@@ -10,6 +10,7 @@ from .intervals import intervals_of
 from .planner import BASE, Planner
 from .prompts import Prompts, read_prompts
 from .selection import Selection, select
+from .sequence import Sequence
 from .stacks import Segment
 from .stages import SiteKey
 from .steps import StepTables
@@ -28,6 +29,7 @@ __all__ = [
     "Prompts",
     "Segment",
     "Selection",
+    "Sequence",
     "SiteKey",
     "StepTables",
     "edit",

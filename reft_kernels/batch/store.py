@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,8 +13,8 @@ from ..plan import to_device
 from ..pool import Pool, PoolFull, Span
 from ..scale_pool import AnyFold
 from .stacks import Part, Segment, Stack, parts_of
-from .stages import FORMS, KEEP_NORM, LOW_RANK, Edits, SiteKey, Stage, StageKey, in_turn, stages_of
-from .tables import Place, SiteTable, Table
+from .stages import FORMS, KEEP_NORM, LOW_RANK, SiteKey, Stage, StageKey, in_turn, stages_of
+from .tables import Place, SiteTable, Table, Turn, all_edits, edits_of
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Drawn
@@ -280,7 +280,11 @@ class AdapterStore:
     def meet(self, one: Segment, other: Segment) -> bool:
         """Whether two segments edit at a common stage."""
         mine, theirs = (
-            {int(n) for p in parts_of(it) for n in np.flatnonzero(self._ranges[p.name][p.group][:, 1])}
+            {
+                (int(number), part.turn)
+                for part in parts_of(it)
+                for number in np.flatnonzero(self._ranges[part.name][part.group][:, 1])
+            }
             for it in (one, other)
         )
         return not mine.isdisjoint(theirs)
@@ -291,16 +295,18 @@ class AdapterStore:
 
         Raises PoolFull where it does not fit a fixed capacity.
         """
+        self._number_turns(stack)
         ranges = np.zeros((len(self._numbers), 2), dtype=np.int32)
         laid: dict[int, _Laid] = {}
         for key, number in self._numbers.items():
-            mine = [part for part in stack.parts if self._rank(part, number)]
+            own = self._numbers[key._replace(turn=0)]
+            mine = [part for part in stack.parts if part.turn == key.turn and self._rank(part, own)]
             if mine and key.form == KEEP_NORM:
                 ranges[number] = (0, 1)  # whoever of them keeps it, the sum does
             elif len(mine) == 1 and mine[0].scale == 1:
-                ranges[number] = self._ranges[mine[0].name][mine[0].group][number]
+                ranges[number] = self._ranges[mine[0].name][mine[0].group][own]
             elif mine:
-                pool = self.pool_of(*key)
+                pool = self.pool_of(key.site, key.form)
                 try:
                     laid[number] = _Laid(pool, pool.add(self._stack_fold(stack, key)))
                 except PoolFull:
@@ -310,13 +316,23 @@ class AdapterStore:
                 ranges[number] = tuple(laid[number].span)
         self._stacks[stack], self._stack_ranges[stack] = laid, ranges
 
+    def _number_turns(self, stack: Stack) -> None:
+        """Numbers the stages of parts that edit behind others."""
+        known = len(self._numbers)
+        for part in stack.parts:
+            for one in self.adapters[part.name].interventions if part.turn else ():
+                for key in stages_of(one) if one.group == part.group else ():
+                    self._numbers.setdefault(key._replace(turn=part.turn), len(self._numbers))
+        if len(self._numbers) > known:
+            self._changed()
+
     def _rank(self, part: Part, number: int) -> int:
         ranges = self._ranges[part.name][part.group]
         return int(ranges[number, 1]) if number < len(ranges) else 0
 
     @torch.no_grad()
     def _stack_fold(self, stack: Stack, key: StageKey, drawn: Drawn | None = None) -> AnyFold:
-        made, edits = FORMS[key.form].fold, _edits(self.adapters, stack, key)
+        made, edits = FORMS[key.form].fold, edits_of(self.adapters, stack, key)
         folds = made.meeting([one.fold(None, (drawn or {}).get(one)).times(scale) for one, scale in edits])
         return made(*(torch.cat(parts) for parts in zip(*folds)))
 
@@ -341,8 +357,7 @@ class AdapterStore:
         table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
         copies: dict[torch.device, tuple[torch.Tensor, ...]] = {}
-        stages: dict[SiteKey, list[Stage]] = {}
-        norms: dict[SiteKey, torch.Tensor] = {}
+        turns: dict[SiteKey, dict[int, Turn]] = {}
         for key in sorted(self._numbers, key=in_turn):
             number = self._numbers[key]
             if not busy[number]:
@@ -352,35 +367,20 @@ class AdapterStore:
                 # The spans of all stages go to a device in one copy.
                 copies[device] = to_device(ranges, device).unbind()
                 table.devices.append(device)
+            mine, spans = turns.setdefault(key.site, {}), copies[device][number]
+            turn = mine.get(key.turn, Turn(()))
             if key.form == KEEP_NORM:
-                norms[key.site] = copies[device][number]
+                mine[key.turn] = turn._replace(norms=spans)
                 continue
-            who = functools.partial(_all_edits, table, key)
-            stage = Stage(key.form, self.pool_of(*key), copies[device][number], who)
-            stages.setdefault(key.site, []).append(stage)
-        for site, listed in stages.items():
+            who = functools.partial(all_edits, table, key)
+            stage = Stage(key.form, self.pool_of(key.site, key.form), spans, who)
+            mine[key.turn] = turn._replace(stages=(*turn.stages, stage))
+        for site, mine in turns.items():
             place = self.places[site]
-            table.sites[site] = SiteTable(
-                tuple(listed), table.devices.index(place.device), place, norms.get(site)
-            )
+            table.sites[site] = SiteTable(tuple(mine.values()), table.devices.index(place.device), place)
         return table
 
 
 def _padded(ranges: np.ndarray, stages: int) -> np.ndarray:
     """Ranges [groups, fewer stages, 2] with rank 0 at the stages that they do not know."""
     return np.pad(ranges, ((0, 0), (0, stages - ranges.shape[1]), (0, 0)))
-
-
-def _edits(adapters: Mapping[str, Adapter], segment: Segment, key: StageKey) -> Edits:
-    """What a segment does at a stage."""
-    return tuple(
-        (one, part.scale)
-        for part in parts_of(segment)
-        for one in adapters[part.name].interventions
-        if one.group == part.group and StageKey.of(one) == key
-    )
-
-
-def _all_edits(table: Table, key: StageKey) -> list[Edits]:
-    """What each segment of a table does at a stage."""
-    return [_edits(table.adapters, segment, key) for segment in table.segments]
