@@ -11,6 +11,7 @@ from .names import BASE
 from .planner import Planner
 from .prompts import Prompts, read_prompts
 from .selection import Selection, select
+from .sequence import Sequence
 from .stacks import Segment
 from .stages import SiteKey
 from .steps import StepTables
@@ -29,6 +30,7 @@ __all__ = [
     "Prompts",
     "Segment",
     "Selection",
+    "Sequence",
     "SiteKey",
     "StepTables",
     "edit",

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..plan import Rows
+from ..plan import Rows, to_device
 from .batch_plan import BatchPlan
 from .stages import FORMS, SiteKey
-from .tables import Place, SiteTable
+from .tables import Place, SiteTable, Turn
 
 
 def site_of(h: Tensor, key: SiteKey, plan: BatchPlan) -> SiteTable | None:
@@ -69,12 +70,13 @@ def _edit(h: Tensor, site: SiteTable, rows: Rows, plan: BatchPlan, training: boo
 
 def apply_(h: Tensor, site: SiteTable, rows: Rows, backend: str) -> None:
     """All stages of a site, in place; its pools are renewed."""
-    keeping = None if site.norms is None else (rows.rows, rows.tiles, site.norms)
-    norms = None if keeping is None else ops.ROW_NORMS[backend](h, *keeping)
-    for stage in site.stages:
-        FORMS[stage.form].edit_[backend](h, *stage.pool.rows, rows.rows, rows.tiles, stage.spans)
-    if keeping is not None:
-        ops.RESTORE_NORMS_[backend](h, norms, *keeping)
+    for turn in site.turns:
+        keeping = None if turn.norms is None else (rows.rows, rows.tiles, turn.norms)
+        norms = None if keeping is None else ops.ROW_NORMS[backend](h, *keeping)
+        for stage in turn.stages:
+            FORMS[stage.form].edit_[backend](h, *stage.pool.rows, rows.rows, rows.tiles, stage.spans)
+        if keeping is not None:
+            ops.RESTORE_NORMS_[backend](h, norms, *keeping)
 
 
 def _edit_differentiable(
@@ -84,17 +86,21 @@ def _edit_differentiable(
     # Under reentrant checkpointing each block has a backward of its own, so folds can't be shared there.
     shared = {} if plan.recomputing else plan.folds
     dtype, out = torch.promote_types(h.dtype, torch.float32), h
-    keeping = None if site.norms is None else (rows.rows, rows.tiles, site.norms)
-    norms = None if keeping is None else ops.ROW_NORMS[backend](h, *keeping)
-    for stage in site.stages:
-        form = FORMS[stage.form]
-        live, spans = stage.live_pool(shared, plan.drawn, site.place.device, dtype)
-        arguments = (out, *live, rows.rows, rows.tiles, spans, rows.offsets)
-        out = (form.edit[backend] if _apart(out) else _in_place(form.training, backend))(*arguments)
-    if keeping is not None:
-        restore = ops.RESTORE_NORMS[backend] if _apart(out) else _in_place(ops.RestoreNormsInPlace, backend)
-        out = restore(out, norms, *keeping)
-    return _dropout(out, site, rows) if training else out
+    for turn in site.turns:
+        keeping = None if turn.norms is None else (rows.rows, rows.tiles, turn.norms)
+        norms = None if keeping is None else ops.ROW_NORMS[backend](out, *keeping)
+        for stage in turn.stages:
+            form = FORMS[stage.form]
+            live, spans = stage.live_pool(shared, plan.drawn, site.place.device, dtype)
+            arguments = (out, *live, rows.rows, rows.tiles, spans, rows.offsets)
+            out = (form.edit[backend] if _apart(out) else _in_place(form.training, backend))(*arguments)
+        if keeping is not None:
+            apart = _apart(out)
+            restore = ops.RESTORE_NORMS[backend] if apart else _in_place(ops.RestoreNormsInPlace, backend)
+            out = restore(out, norms, *keeping)
+        if training:
+            out = _dropout(out, turn, rows, plan)
+    return out
 
 
 def _apart(h: Tensor) -> bool:
@@ -111,17 +117,19 @@ def _in_place(function: Any, backend: str) -> Callable[..., Tensor]:
     return lambda *arguments: function.apply(*arguments, backend)
 
 
-def _dropout(out: Tensor, site: SiteTable, rows: Rows) -> Tensor:
+def _dropout(out: Tensor, turn: Turn, rows: Rows, plan: BatchPlan) -> Tensor:
     """pyreft's dropout: it falls on the whole edited hidden state of the rows that an adapter edits."""
     # Of several adapters at a token each drops what the others left.
-    by_segment = zip(*(stage.edits for stage in site.stages))
+    by_segment = zip(*(stage.edits for stage in turn.stages))
     rates = [1 - math.prod(1 - one.dropout for edits in stages for one, _ in edits) for stages in by_segment]
     if not any(rates):
         return out
-    counts = rows.offsets.diff()
-    rate = torch.tensor(rates, device=out.device).repeat_interleave(counts, output_size=rows.rows.shape[0])
-    keep = 1 - rate[:, None]
+    counts = plan.by_segment.counts
+    of_rows = np.repeat(np.array(rates, dtype=np.float32), counts)
+    # Of a row that several segments name (in turns of their own) one alone has a rate here.
+    places = np.flatnonzero(of_rows)
+    keep = 1 - to_device(of_rows[places], out.device)[:, None]
     flat = out.reshape(-1, out.shape[-1])
-    index = rows.rows.long()
+    index = rows.rows.index_select(0, to_device(places, out.device)).long()
     mask = (torch.rand(len(index), flat.shape[1], device=out.device) < keep) / keep
     return flat.index_copy(0, index, flat[index] * mask.to(flat.dtype)).view(out.shape)

@@ -13,6 +13,7 @@ from .lists import read_lists
 from .names import BASE, POSITIONS
 from .prompts import Prompts
 from .selection import Selection, select
+from .sequence import Sequence as InTurn
 from .stacks import Mix, RowNames, joined, names_of, terms_of, with_scales
 from .stages import SiteKey
 from .store import AdapterStore
@@ -33,8 +34,8 @@ class Planner:
     def check_names(self, given: Any, batch: int, scale: Any = None) -> tuple[RowNames, ...]:
         """What each row takes, None for the bare model.
 
-        given: a list with one entry a row, an adapter's name or a list of several. scale: what their edits
-        are multiplied by; see `stacks.with_scales`.
+        given: a list with one entry a row, an adapter's name, a list of several, or a `Sequence` of them.
+        scale: what their edits are multiplied by; see `stacks.with_scales`.
 
         Raises ValueError that names `adapter_names` or `scale`.
         """
@@ -53,7 +54,7 @@ class Planner:
         return names
 
     def _names_of_row(self, row: int, entry: Any) -> tuple[str, ...]:
-        """The adapters of one row: none for the bare model, one for a name, those in a list."""
+        """The adapters of one row: none for the bare model, one for a name, those in a list or a sequence."""
         listed = tuple(entry) if isinstance(entry, list | tuple) else (entry,)
         for name in listed:
             if not isinstance(name, str | None):
@@ -63,7 +64,7 @@ class Planner:
             raise ValueError(f"adapter_names: row {row} names the bare model beside adapters: {entry!r}")
         if len(set(named)) < len(named):
             raise ValueError(f"adapter_names: row {row} has an adapter twice: {entry!r}; give scale instead")
-        return named
+        return InTurn(*named) if isinstance(entry, InTurn) else named
 
     def _check_known(self, names: Sequence[str]) -> None:
         adapters = self.store.adapters
@@ -114,17 +115,18 @@ class Planner:
     def _check_meeting(self, row: Mix) -> None:
         """Raises ValueError where two adapters of a row edit a token at one site, in two forms that have no
         sum."""
-        seen: dict[SiteKey, list[tuple[str, Intervention]]] = {}
-        for name in (term.name for term in row.terms):
+        seen: dict[tuple[SiteKey, int], list[tuple[str, Intervention]]] = {}
+        for name, _, turn in row.terms:
             for one in self.store.find(name).interventions:
-                for other, theirs in seen.get(SiteKey.of(one), ()):
+                for other, theirs in seen.get((SiteKey.of(one), turn), ()):
                     if theirs.form != one.form and theirs.positions.overlaps(one.positions):
                         raise ValueError(
                             f"adapter_names: {other!r} ({theirs.method}) and {name!r} ({one.method}) would "
                             f"edit the same tokens at {one.site} of layer {one.layer}, one of them element "
-                            "by element: with an edit of low rank that has no sum; a row takes one of the two"
+                            "by element: with an edit of low rank that has no sum; a row takes one of the "
+                            "two, or one behind the other (Sequence)"
                         )
-                seen.setdefault(SiteKey.of(one), []).append((name, one))
+                seen.setdefault((SiteKey.of(one), turn), []).append((name, one))
 
     def plan(
         self,

@@ -17,10 +17,10 @@ To add another kind of stage:
 
 A norm that is kept stands around the stages: it is read before the first, and restored behind the last. What
 says so is a table of spans as a stage has one, numbered by the store as the form `KEEP_NORM`. It has no pool
-and is in no `SiteTable.stages`.
+and is no `Stage`.
 
-A second stage of a form that is there (adapters that follow one another) needs a number in `StageKey`, by
-which the store numbers its ranges, and by which stages are sorted. All else follows from the key.
+Adapters that follow one another have stages of their own turn, `StageKey.turn`, which name the same ranges of
+the same pools. A norm is kept in each turn.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ class SiteKey(NamedTuple):
 
 
 class StageKey(NamedTuple):
-    """A stage of a site. form: a name of `FORMS`."""
+    """A stage of a site. form: a name of `FORMS`, or `KEEP_NORM`. turn: 0, or of adapters that edit behind
+    others the number of those."""
 
     site: SiteKey
     form: str
+    turn: int = 0
 
     @classmethod
     def of(cls, intervention: Intervention) -> StageKey:
@@ -95,12 +97,12 @@ LOW_RANK = Fold.form
 #: What stands in a `StageKey` for rows that get the norm back that they had before a site's stages. A span
 #: (0, 1) says that a segment's do.
 KEEP_NORM = "keep_norm"
-_TURNS = (*FORMS, KEEP_NORM)
+_ORDER = (*FORMS, KEEP_NORM)
 
 
-def in_turn(key: StageKey) -> int:
+def in_turn(key: StageKey) -> tuple[int, int]:
     """Sorts the stages of a site."""
-    return _TURNS.index(key.form)
+    return key.turn, _ORDER.index(key.form)
 
 
 def stages_of(intervention: Intervention) -> tuple[StageKey, ...]:

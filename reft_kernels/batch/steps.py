@@ -106,7 +106,7 @@ class StepTables:
         ranges = self.store.ranges(tuple((name, group) for group in range(len(segments))))
         spans = np.zeros((len(self.sites), len(segments), 2), dtype=np.int32)
         for stage, number in self.store.numbers.items():
-            if stage.form == LOW_RANK:
+            if stage.form == LOW_RANK and not stage.turn:
                 spans[self.sites[stage.site]] = ranges[number]
         self.spans[:, segments] = torch.from_numpy(spans).to(self.device)
 

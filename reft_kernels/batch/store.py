@@ -16,7 +16,7 @@ from .named import Names
 from .snapshots import Snapshot, snapshot_of
 from .stacks import Part, Segment, Stack, parts_of
 from .stages import FORMS, KEEP_NORM, LOW_RANK, SiteKey, Stage, StageKey, in_turn, stages_of
-from .tables import Place, SiteTable, Table, edits_of, padded
+from .tables import Place, SiteTable, Table, Turn, edits_of, padded
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Drawn
@@ -311,7 +311,11 @@ class AdapterStore(Names):
     def meet(self, one: Segment, other: Segment) -> bool:
         """Whether two segments edit at a common stage."""
         mine, theirs = (
-            {int(n) for p in parts_of(it) for n in np.flatnonzero(self._ranges[p.name][p.group][:, 1])}
+            {
+                (int(number), part.turn)
+                for part in parts_of(it)
+                for number in np.flatnonzero(self._ranges[part.name][part.group][:, 1])
+            }
             for it in (one, other)
         )
         return not mine.isdisjoint(theirs)
@@ -322,16 +326,18 @@ class AdapterStore(Names):
 
         Raises PoolFull where it does not fit a fixed capacity.
         """
+        self._number_turns(stack)
         ranges = np.zeros((len(self._numbers), 2), dtype=np.int32)
         laid: dict[int, _Laid] = {}
         for key, number in self._numbers.items():
-            mine = [part for part in stack.parts if self._rank(part, number)]
+            own = self._numbers[key._replace(turn=0)]
+            mine = [part for part in stack.parts if part.turn == key.turn and self._rank(part, own)]
             if mine and key.form == KEEP_NORM:
                 ranges[number] = (0, 1)  # whoever of them keeps it, the sum does
             elif len(mine) == 1 and mine[0].scale == 1 and not self.lies_apart(mine[0].name):
-                ranges[number] = self._ranges[mine[0].name][mine[0].group][number]
+                ranges[number] = self._ranges[mine[0].name][mine[0].group][own]
             elif mine:
-                pool = self.pool_of(*key)
+                pool = self.pool_of(key.site, key.form)
                 try:
                     laid[number] = _Laid(pool, pool.add(self._stack_fold(stack, key)))
                 except PoolFull:
@@ -341,7 +347,17 @@ class AdapterStore(Names):
                 ranges[number] = tuple(laid[number].span)
         self._stacks[stack], self._stack_ranges[stack] = laid, ranges
         for part in stack.parts:  # whose own folds may be of other parameters than these
-            self._snapshots.pop(part.name, None)
+            self._snapshots.pop(self.owner(part.name), None)
+
+    def _number_turns(self, stack: Stack) -> None:
+        """Numbers the stages of parts that edit behind others."""
+        known = len(self._numbers)
+        for part in stack.parts:
+            for one in self.find(part.name).interventions if part.turn else ():
+                for key in stages_of(one) if one.group == part.group else ():
+                    self._numbers.setdefault(key._replace(turn=part.turn), len(self._numbers))
+        if len(self._numbers) > known:
+            self._changed()
 
     def _rank(self, part: Part, number: int) -> int:
         ranges = self._ranges[part.name][part.group]
@@ -375,8 +391,7 @@ class AdapterStore(Names):
         table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
         copies: dict[torch.device, tuple[torch.Tensor, ...]] = {}
-        stages: dict[SiteKey, list[Stage]] = {}
-        norms: dict[SiteKey, torch.Tensor] = {}
+        turns: dict[SiteKey, dict[int, Turn]] = {}
         for key in sorted(self._numbers, key=in_turn):
             number = self._numbers[key]
             if not busy[number]:
@@ -386,15 +401,15 @@ class AdapterStore(Names):
                 # The spans of all stages go to a device in one copy.
                 copies[device] = to_device(ranges, device).unbind()
                 table.devices.append(device)
+            mine, spans = turns.setdefault(key.site, {}), copies[device][number]
+            turn = mine.get(key.turn, Turn(()))
             if key.form == KEEP_NORM:
-                norms[key.site] = copies[device][number]
+                mine[key.turn] = turn._replace(norms=spans)
                 continue
             who = functools.partial(table.edits, key)
-            stage = Stage(key.form, self.pool_of(*key), copies[device][number], who)
-            stages.setdefault(key.site, []).append(stage)
-        for site, listed in stages.items():
+            stage = Stage(key.form, self.pool_of(key.site, key.form), spans, who)
+            mine[key.turn] = turn._replace(stages=(*turn.stages, stage))
+        for site, mine in turns.items():
             place = self.places[site]
-            table.sites[site] = SiteTable(
-                tuple(listed), table.devices.index(place.device), place, norms.get(site)
-            )
+            table.sites[site] = SiteTable(tuple(mine.values()), table.devices.index(place.device), place)
         return table

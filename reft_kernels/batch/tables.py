@@ -34,23 +34,32 @@ def numbers_of(places: Mapping[SiteKey, Place]) -> dict[SiteKey, int]:
     return {key: number for number, key in enumerate(places)}
 
 
+class Turn(NamedTuple):
+    """What adapters do at a site that don't follow one another: one stage for each form.
+
+    norms: which segments keep the norm of their rows, spans [S, 2] as a stage's; None where none does.
+    """
+
+    stages: tuple[Stage, ...]
+    norms: Tensor | None = None
+
+
 class SiteTable:
     """One site under one set of segments.
 
-    stages: in their order. norms: which segments keep the norm of their rows, spans [S, 2] as a stage's; None
-    where none does. pool, spans: of the first stage. low_rank: whether that is all there is, and of the
-    low-rank form: what the short way and fused norms take. slot: index into a plan's rows (one for each
+    turns: one, or more where adapters follow one another. stages: of all turns, in their order. pool, spans:
+    of the first stage. low_rank: whether that is all there is, and of the low-rank form: what the short way
+    and fused norms take. slot: index into a plan's rows (one for each
     device). place: of its hidden states.
     """
 
-    __slots__ = ("low_rank", "norms", "place", "pool", "slot", "spans", "stages")
+    __slots__ = ("low_rank", "place", "pool", "slot", "spans", "stages", "turns")
 
-    def __init__(
-        self, stages: tuple[Stage, ...], slot: int, place: Place, norms: Tensor | None = None
-    ) -> None:
-        self.stages, self.slot, self.place, self.norms = stages, slot, place, norms
+    def __init__(self, turns: tuple[Turn, ...], slot: int, place: Place) -> None:
+        self.turns, self.slot, self.place = turns, slot, place
+        self.stages = stages = tuple(stage for turn in turns for stage in turn.stages)
         self.pool, self.spans = stages[0].pool, stages[0].spans
-        self.low_rank = len(stages) == 1 and stages[0].form == LOW_RANK and norms is None
+        self.low_rank = len(stages) == 1 and stages[0].form == LOW_RANK and turns[0].norms is None
 
 
 class Table:
@@ -91,11 +100,13 @@ class Table:
 
 def edits_of(adapters: Mapping[str, Adapter], segment: Segment, key: StageKey) -> Edits:
     """What a segment does at a stage."""
+    own = key._replace(turn=0)
     return tuple(
         (one, part.scale)
         for part in parts_of(segment)
+        if part.turn == key.turn
         for one in adapters[part.name].interventions
-        if one.group == part.group and StageKey.of(one) == key
+        if one.group == part.group and StageKey.of(one) == own
     )
 
 

@@ -114,12 +114,13 @@ def _edit(
         rows = rows * heads + head
     norms = None
     for number, index, form in stages:
-        if form == KEEP_NORM:  # first it is read, and last it is restored
+        if form == KEEP_NORM:  # read before the stages of its turn, and restored behind them
             keeping = (rows, workspace.tiles, workspace.spans[number])
             if norms is None:
                 norms = ops.ROW_NORMS[workspace.backend](flat, *keeping)
             else:
                 ops.RESTORE_NORMS_[workspace.backend](flat, norms, *keeping)
+                norms = None
             continue
         op = FORMS[form].edit_[workspace.backend]
         op(flat, *workspace.pools[index].rows, rows, workspace.tiles, workspace.spans[number])

@@ -118,7 +118,7 @@ def test_segments_are_given_back_and_moved_adapters_found_again() -> None:
     steps.renew()
     segment = steps._segments[name][0]
     ranges = store.ranges(((name, 0),))
-    for (key, _), number in store.numbers.items():
+    for (key, *_), number in store.numbers.items():
         assert steps.spans[steps.sites[key], segment].tolist() == ranges[number, 0].tolist()
     with pytest.raises(RuntimeError, match="max_segments"):
         for _ in range(40):
