@@ -1,14 +1,15 @@
-"""What an adapter's folds are made of, as it was: whether they must be made anew."""
+"""Who trains, and what their folds were made of: whether they must be made anew."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..adapter import Adapter, Drawn
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -29,6 +30,51 @@ class Snapshot(NamedTuple):
             and len(self.tensors) == len(other.tensors)
             and all(map(torch.equal, self.tensors, other.tensors))
         )
+
+
+class Trained:
+    """Adapters whose folds in the pools may be old: those that train, and those that have been frozen since
+    they were folded last."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._snapshots: dict[str, Snapshot] = {}
+
+    def add(self, names: Iterable[str]) -> None:
+        """Learns of some that train."""
+        self._names.update(names)
+
+    def any_of(self, names: Iterable[str]) -> bool:
+        """Whether one of these is among them."""
+        return bool(self._names) and not self._names.isdisjoint(names)
+
+    def is_due(self, name: str, adapter: Adapter, drawn: Drawn) -> bool:
+        """Whether an adapter must be folded anew, which is then taken for done.
+
+        drawn: the random numbers of a forward in training. Folds of them are of that forward alone.
+        """
+        if name not in self._names:
+            return False
+        now = None if any(one in drawn for one in adapter.interventions) else snapshot_of(adapter)
+        before = self._snapshots.pop(name, None)
+        if not adapter.trainable:
+            self._names.discard(name)
+        elif now is not None:
+            self._snapshots[name] = now
+        return now is None or not now.same(before)
+
+    def forget(self, name: str) -> None:
+        """Takes it for unknown what the adapter was folded of."""
+        self._snapshots.pop(name, None)
+
+    def forget_all(self) -> None:
+        """The same of all."""
+        self._snapshots.clear()
+
+    def discard(self, name: str) -> None:
+        """The adapter has gone."""
+        self._names.discard(name)
+        self.forget(name)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from ..plan import to_device
 from ..pool import Pool, PoolFull, Span
 from ..scale_pool import AnyFold
 from .named import Names
-from .snapshots import Snapshot, snapshot_of
+from .snapshots import Trained
 from .stacks import Part, Segment, Stack, parts_of
 from .stages import FORMS, KEEP_NORM, LOW_RANK, SiteKey, Stage, StageKey, in_turn, stages_of
 from .tables import Place, SiteTable, Table, Turn, edits_of, padded
@@ -64,8 +64,6 @@ class AdapterStore(Names):
         self._specs: dict[Positions, Positions] = {}
         self._spec_tuples: dict[tuple[Positions, ...], tuple[Positions, ...]] = {}
         self._groups: dict[str, tuple[Positions, ...]] = {}
-        #: Of the parameters that trainable adapters had when they were laid last.
-        self._snapshots: dict[str, Snapshot] = {}
         self.overlapping: set[str] = set()
         #: Stages of sites have numbers, rows of `_ranges`: name → (first, rank) by position group and stage.
         self._numbers: dict[StageKey, int] = {}
@@ -73,8 +71,7 @@ class AdapterStore(Names):
         self._ranges: dict[str, np.ndarray] = {}
         self._segments: dict[str, tuple[Segment, ...]] = {}
         self._tables: dict[tuple[Segment, ...], Table] = {}
-        #: Those that trained since they were last renewed for good.
-        self._trained: set[str] = set()
+        self._trained = Trained()
         #: What was laid for stacks, by the number of the stage, and their ranges as in `_ranges`.
         self._stacks: dict[Stack, dict[int, _Laid]] = {}
         self._stack_ranges: dict[Stack, np.ndarray] = {}
@@ -138,7 +135,6 @@ class AdapterStore(Names):
             del self._ranges[known], self._segments[known], self._groups[known]
             self.overlapping.discard(known)
             self.subspaces.pop(known, None)
-        self._snapshots.pop(name, None)
         self._trained.discard(name)
         self._changed()
         return adapter
@@ -146,9 +142,8 @@ class AdapterStore(Names):
     def stale(self, adapters: dict[str, Adapter]) -> bool:
         """Whether the pools may hold some of these as they were: those that train, and those that have been
         frozen since they were renewed."""
-        trained = self._trained
-        trained.update(self.owner(name) for name, adapter in adapters.items() if adapter.trainable)
-        return bool(trained) and not trained.isdisjoint(map(self.owner, adapters))
+        self._trained.add(self.owner(name) for name, adapter in adapters.items() if adapter.trainable)
+        return self._trained.any_of(map(self.owner, adapters))
 
     def refresh(self, adapters: dict[str, Adapter], drawn: Drawn) -> None:
         """Renews the folds of adapters that `stale` found, unless they are known to be as they were.
@@ -156,30 +151,22 @@ class AdapterStore(Names):
         drawn: the random numbers of a forward in training, of the interventions that drew any.
         """
         renewed = set()
-        for name in self._trained.intersection(map(self.owner, adapters)):
-            adapter = self.adapters[name]
-            # Folds of random numbers are of this forward alone.
-            now = None if any(one in drawn for one in adapter.interventions) else snapshot_of(adapter)
-            before = self._snapshots.pop(name, None)
-            if now is None or not now.same(before):
+        for name in dict.fromkeys(map(self.owner, adapters)):
+            if self._trained.is_due(name, self.adapters[name], drawn):
                 with torch.no_grad():
-                    for (pool, span), fold in zip(self._laid[name], adapter.folds(drawn)):
+                    for (pool, span), fold in zip(self._laid[name], self.adapters[name].folds(drawn)):
                         pool.write(span, fold)
                 renewed.add(name)
-            if not adapter.trainable:
-                self._trained.discard(name)
-            elif now is not None:
-                self._snapshots[name] = now
+        keys = list(self._numbers)
         for stack, laid in self._stacks.items():
             if any(self.owner(part.name) in renewed for part in stack.parts):
-                for key, number in self._numbers.items():
-                    if number in laid:
-                        laid[number].pool.write(laid[number].span, self._stack_fold(stack, key, drawn))
+                for number, (pool, span) in laid.items():
+                    pool.write(span, self._stack_fold(stack, keys[number], drawn))
 
     def move(self, key: SiteKey, place: Place) -> None:
         """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
         self.places[key] = place
-        self._snapshots.clear()
+        self._trained.forget_all()
         self._forget_stacks(self._stacks)
         for name, adapter in self.adapters.items():
             for index, one in enumerate(adapter.interventions):
@@ -258,10 +245,6 @@ class AdapterStore(Names):
     def numbers(self) -> dict[StageKey, int]:
         """The stages that adapters were laid for, and their numbers: rows of tables of all stages."""
         return self._numbers
-
-    @property
-    def n_stages(self) -> int:
-        return len(self._numbers)
 
     @property
     def forms(self) -> set[str]:
@@ -347,7 +330,7 @@ class AdapterStore(Names):
                 ranges[number] = tuple(laid[number].span)
         self._stacks[stack], self._stack_ranges[stack] = laid, ranges
         for part in stack.parts:  # whose own folds may be of other parameters than these
-            self._snapshots.pop(self.owner(part.name), None)
+            self._trained.forget(self.owner(part.name))
 
     def _number_turns(self, stack: Stack) -> None:
         """Numbers the stages of parts that edit behind others."""

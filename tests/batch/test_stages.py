@@ -155,7 +155,7 @@ def test_a_workspace_has_a_row_of_spans_for_each_stage() -> None:
     plan = planner.step(selection, np.zeros(5), np.ones(5, dtype=np.int64))
     assert plan is not None
     found = DecodeWorkspaces(store).of(plan)
-    assert found is not None and len(found.spans) == store.n_stages == 2 * LAYERS
+    assert found is not None and len(found.spans) == len(store.numbers) == 2 * LAYERS
     for key in SITES:
         (first, _, form), (second, _, other) = found.places[key]
         assert (form, other) == ("low_rank", "elementwise")
