@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .ops import launch
 from .ops.arguments import PoolRows
 
 
@@ -255,6 +256,7 @@ class Pool:
             torch._dynamo.mark_static_address(grown)
             made.append(grown)
         self.rows = type(self.rows)(*made)
+        launch.pool_moved()
         self._size = size
         self._release(_Range(old, size - old))
 

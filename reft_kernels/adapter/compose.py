@@ -38,16 +38,26 @@ def summed(interventions: Iterable[tuple[Intervention, float]]) -> list[Interven
         if len(widths) > 1:
             raise ValueError(f"adapters: widths {sorted(widths)} meet at {site} of layer {layer}")
         check_forms([(one.method, one) for one, _ in parts], "adapters")
-        sums.append(folded(parts[0][0], [one.fold().times(weight) for one, weight in parts]))
+        keep_norm = any(one.keeps_norm and weight != 0 for one, weight in parts)
+        sums.append(folded(parts[0][0], [one.fold().times(weight) for one, weight in parts], keep_norm))
     return sums
 
 
-def folded(like: Intervention, folds: Sequence[AnyFold]) -> Intervention:
-    """The sum of folds of one form, where another intervention stands."""
+def folded(like: Intervention, folds: Sequence[AnyFold], keep_norm: bool = False) -> Intervention:
+    """The sum of folds of one form, where another intervention stands.
+
+    keep_norm: whether edited tokens get the norm back that they had.
+    """
     parts: Any = type(folds[0]).meeting(folds)  # type: ignore[arg-type]
     tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in folds[0]._fields}
     return Intervention(
-        _METHOD_OF[folds[0].form], like.layer, like.site, like.positions, tensors, head=like.head
+        _METHOD_OF[folds[0].form],
+        like.layer,
+        like.site,
+        like.positions,
+        tensors,
+        head=like.head,
+        options={"keep_norm": keep_norm},
     )
 
 

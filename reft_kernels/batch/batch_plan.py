@@ -43,8 +43,8 @@ class BatchPlan:
             makes them and when.
         stale: whether the pools may hold adapters that train as they were. A step with autograd reads no
             pool, so they are renewed only once something does.
-        launch_rows: the rows by address, one a device, None for a device whose ops are all called by name; or
-            None, where all are: see docs/architecture.md, the short way.
+        launches: the plan by address, or None, where all ops are called by name: see docs/architecture.md,
+            the short way.
         workspace: what compiled code reads in the plan's place, or None.
     """
 
@@ -56,7 +56,7 @@ class BatchPlan:
         "drawn",
         "folds",
         "head_rows_by_key",
-        "launch_rows",
+        "launches",
         "recomputing",
         "rows",
         "saved_modules",
@@ -87,7 +87,7 @@ class BatchPlan:
         self.folds: dict[Intervention, AnyFold] = {}
         self.drawn: dict[Intervention, dict[str, Tensor]] = {}
         self.stale = store.stale(table.adapters)
-        self.launch_rows: tuple[Any, ...] | None = None
+        self.launches: Any = None
         self.workspace: DecodeWorkspace | None = None
 
     def prepare(self) -> None:
@@ -114,10 +114,8 @@ class BatchPlan:
     def _open_short_way(self) -> None:
         """For the CPU's native kernels, under a plan that no gradient comes through."""
         if launch.missing is None and ops.current_backend("cpu") == "native":
-            self.launch_rows = tuple(
-                launch.plan_rows(rows.rows, rows.tiles, self.tokens) if device.type == "cpu" else None
-                for device, rows in zip(self.table.devices, self.rows)
-            )
+            table = self.table.by_address(self.store.places)
+            self.launches = launch.plan(table, [(rows.rows, rows.tiles) for rows in self.rows], self.tokens)
 
     def trains(self, site: SiteTable) -> bool:
         """Whether something at the site wants a gradient."""
@@ -137,7 +135,9 @@ class BatchPlan:
         self.sites = self.table.sites
         self.rows = [pack_rows(self.by_segment, device) for device in self.table.devices]
         self.head_rows_by_key.clear()
-        self.launch_rows = None  # the sites' slots may be others
+        if self.launches is not None:
+            self.launches.close()  # the sites' slots may be others
+            self.launches = None
         self.backends[place.device] = ops.current_backend(place.device)
         return self.sites[key]
 

@@ -10,18 +10,16 @@ import numpy as np
 from ..plan import SegmentRows
 from .batch_plan import BatchPlan
 from .lists import read_lists
-from .names import POSITIONS, unknown
+from .names import BASE, POSITIONS
 from .prompts import Prompts
 from .selection import Selection, select
+from .sequence import Sequence as InTurn
 from .stacks import Mix, RowNames, joined, names_of, terms_of, with_scales
 from .stages import SiteKey
 from .store import AdapterStore
 
 if TYPE_CHECKING:
     from ..adapter import Intervention
-
-#: The name of the bare model in a list of adapter names, as in PEFT.
-BASE = "__base__"
 
 #: What a list of adapter names mostly holds.
 _PLAIN = {str, type(None)}
@@ -36,8 +34,8 @@ class Planner:
     def check_names(self, given: Any, batch: int, scale: Any = None) -> tuple[RowNames, ...]:
         """What each row takes, None for the bare model.
 
-        given: a list with one entry a row, an adapter's name or a list of several. scale: what their edits
-        are multiplied by; see `stacks.with_scales`.
+        given: a list with one entry a row, an adapter's name, a list of several, or a `Sequence` of them.
+        scale: what their edits are multiplied by; see `stacks.with_scales`.
 
         Raises ValueError that names `adapter_names` or `scale`.
         """
@@ -56,7 +54,7 @@ class Planner:
         return names
 
     def _names_of_row(self, row: int, entry: Any) -> tuple[str, ...]:
-        """The adapters of one row: none for the bare model, one for a name, those in a list."""
+        """The adapters of one row: none for the bare model, one for a name, those in a list or a sequence."""
         listed = tuple(entry) if isinstance(entry, list | tuple) else (entry,)
         for name in listed:
             if not isinstance(name, str | None):
@@ -66,13 +64,15 @@ class Planner:
             raise ValueError(f"adapter_names: row {row} names the bare model beside adapters: {entry!r}")
         if len(set(named)) < len(named):
             raise ValueError(f"adapter_names: row {row} has an adapter twice: {entry!r}; give scale instead")
-        return named
+        return InTurn(*named) if isinstance(entry, InTurn) else named
 
     def _check_known(self, names: Sequence[str]) -> None:
         adapters = self.store.adapters
         for name in names:
             if name not in adapters:
-                raise ValueError(f"adapter_names: {unknown(name, [*adapters, BASE], 'known are')}")
+                if name not in self.store.subspaces:
+                    raise ValueError(f"adapter_names: {self.store.unknown(name)}")
+                name = self.store.owner(name)
             if name in self.store.merged:
                 raise ValueError(
                     f"adapter_names: {name!r} is merged into the weights, so every row has it; "
@@ -81,7 +81,7 @@ class Planner:
 
     def _check_scales(self, names: Sequence[RowNames]) -> None:
         for term in dict.fromkeys(term for row in names for term in terms_of(row)):
-            self.store.adapters[term.name].check_scale(term.scale)
+            self.store.find(term.name).check_scale(term.scale)
 
     def needs_prompt(self, names: Sequence[RowNames]) -> bool:
         """Whether what these adapters edit depends on which tokens are prompt."""
@@ -102,9 +102,9 @@ class Planner:
         self._check_known(listed)
         lists = None
         if positions is not None:
-            lists = read_lists(positions, _single(names), prompts, self.store.adapters.__getitem__)
+            lists = read_lists(positions, _single(names), prompts, self.store.find)
         selection = select(names, prompts, self.store.groups, lists)
-        selection.owners = {name: self.store.adapters[name] for name in listed}
+        selection.owners = {name: self.store.find(name) for name in listed}
         several = [row for row in dict.fromkeys(names) if isinstance(row, Mix) and len(row.terms) > 1]
         if len(self.store.forms) > 1:
             for row in several:
@@ -115,17 +115,18 @@ class Planner:
     def _check_meeting(self, row: Mix) -> None:
         """Raises ValueError where two adapters of a row edit a token at one site, in two forms that have no
         sum."""
-        seen: dict[SiteKey, list[tuple[str, Intervention]]] = {}
-        for name in (term.name for term in row.terms):
-            for one in self.store.adapters[name].interventions:
-                for other, theirs in seen.get(SiteKey.of(one), ()):
+        seen: dict[tuple[SiteKey, int], list[tuple[str, Intervention]]] = {}
+        for name, _, turn in row.terms:
+            for one in self.store.find(name).interventions:
+                for other, theirs in seen.get((SiteKey.of(one), turn), ()):
                     if theirs.form != one.form and theirs.positions.overlaps(one.positions):
                         raise ValueError(
                             f"adapter_names: {other!r} ({theirs.method}) and {name!r} ({one.method}) would "
                             f"edit the same tokens at {one.site} of layer {one.layer}, one of them element "
-                            "by element: with an edit of low rank that has no sum; a row takes one of the two"
+                            "by element: with an edit of low rank that has no sum; a row takes one of the "
+                            "two, or one behind the other (Sequence)"
                         )
-                seen.setdefault(SiteKey.of(one), []).append((name, one))
+                seen.setdefault((SiteKey.of(one), turn), []).append((name, one))
 
     def plan(
         self,
@@ -194,8 +195,9 @@ class Planner:
                 return None
             nothing = np.zeros(0, dtype=np.int64)
             by_segment = SegmentRows(nothing, np.zeros(len(selection.segments), dtype=np.int64))
+        adapters, subspaces = self.store.adapters, self.store.subspaces
         for name, adapter in selection.owners.items():
-            if self.store.adapters.get(name) is not adapter:
+            if adapters.get(name) is not adapter and subspaces.get(name) is not adapter:
                 raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
         segments = selection.segments
         if selection.stacked:

@@ -12,11 +12,15 @@ To add another kind of stage:
 2. The op, in place and differentiable, with the arguments (h, *pool rows, rows, tiles, spans[, offsets]), and
    an entry in `FORMS` here. Its place there is its turn at a site. `AdapterStore` then lays what folds to it,
    tables and workspaces list it, and compiled steps run it.
-3. What must see h as it came (a norm to be kept, say) is asked in `edit.apply_` and its differentiable twin
-   before their loops over the stages.
+3. What must see h as it came is asked in `edit.apply_` and its differentiable twin before their loops over
+   the stages.
 
-A second stage of a form that is there (adapters that follow one another) needs a number in `StageKey`, by
-which the store numbers its ranges, and by which stages are sorted. All else follows from the key.
+A norm that is kept stands around the stages: it is read before the first, and restored behind the last. What
+says so is a table of spans as a stage has one, numbered by the store as the form `KEEP_NORM`. It has no pool
+and is no `Stage`.
+
+Adapters that follow one another have stages of their own turn, `StageKey.turn`, which name the same ranges of
+the same pools. A norm is kept in each turn.
 """
 
 from __future__ import annotations
@@ -53,10 +57,12 @@ class SiteKey(NamedTuple):
 
 
 class StageKey(NamedTuple):
-    """A stage of a site. form: a name of `FORMS`."""
+    """A stage of a site. form: a name of `FORMS`, or `KEEP_NORM`. turn: 0, or of adapters that edit behind
+    others the number of those."""
 
     site: SiteKey
     form: str
+    turn: int = 0
 
     @classmethod
     def of(cls, intervention: Intervention) -> StageKey:
@@ -88,10 +94,21 @@ FORMS: dict[str, Form] = {
 }
 LOW_RANK = Fold.form
 
+#: What stands in a `StageKey` for rows that get the norm back that they had before a site's stages. A span
+#: (0, 1) says that a segment's do.
+KEEP_NORM = "keep_norm"
+_ORDER = (*FORMS, KEEP_NORM)
 
-def in_turn(key: StageKey) -> int:
+
+def in_turn(key: StageKey) -> tuple[int, int]:
     """Sorts the stages of a site."""
-    return list(FORMS).index(key.form)
+    return key.turn, _ORDER.index(key.form)
+
+
+def stages_of(intervention: Intervention) -> tuple[StageKey, ...]:
+    """Where an intervention takes part: in the stage of its fold's form, and in the norm that it keeps."""
+    key = StageKey.of(intervention)
+    return (key, key._replace(form=KEEP_NORM)) if intervention.keeps_norm else (key,)
 
 
 class Stage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,9 +12,11 @@ import torch
 from ..plan import to_device
 from ..pool import Pool, PoolFull, Span
 from ..scale_pool import AnyFold
+from .named import Names
+from .snapshots import Snapshot, snapshot_of
 from .stacks import Part, Segment, Stack, parts_of
-from .stages import FORMS, LOW_RANK, Edits, SiteKey, Stage, StageKey, in_turn
-from .tables import Place, SiteTable, Table
+from .stages import FORMS, KEEP_NORM, LOW_RANK, SiteKey, Stage, StageKey, in_turn, stages_of
+from .tables import Place, SiteTable, Table, Turn, edits_of, padded
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Drawn
@@ -33,7 +35,7 @@ class _Laid(NamedTuple):
     span: Span
 
 
-class AdapterStore:
+class AdapterStore(Names):
     """Adapters, laid into pools: one for each device, dtype, width and form.
 
     Args:
@@ -42,6 +44,8 @@ class AdapterStore:
 
     Attributes:
         adapters: name → Adapter.
+        subspaces: "adapter/subspace" → `Subspace`. It lies in its adapter's ranges; where its rows don't lie
+            side by side there, in room of its own, as a stack.
         places: what hidden states look like at each site that an adapter was laid for.
         overlapping: the names of those whose own interventions may share a token.
         merged: names of adapters that are part of the model's weights, and so of no plan.
@@ -49,21 +53,25 @@ class AdapterStore:
     """
 
     def __init__(self, capacity: int | None = None, pool_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
         self.capacity, self.pool_dtype = capacity, pool_dtype
-        self.adapters: dict[str, Adapter] = {}
         self.merged: set[str] = set()
         self.pools: dict[tuple[torch.device, torch.dtype, int, str], Pool] = {}
         self.places: dict[SiteKey, Place] = {}
         self.version = 0
         self._laid: dict[str, list[_Laid]] = {}
-        #: Equal specs are one object, so that a batch asks each of them once.
+        #: Equal specs are one object, so that a batch asks each of them once; so are equal tuples of them.
         self._specs: dict[Positions, Positions] = {}
+        self._spec_tuples: dict[tuple[Positions, ...], tuple[Positions, ...]] = {}
         self._groups: dict[str, tuple[Positions, ...]] = {}
+        #: Of the parameters that trainable adapters had when they were laid last.
+        self._snapshots: dict[str, Snapshot] = {}
         self.overlapping: set[str] = set()
         #: Stages of sites have numbers, rows of `_ranges`: name → (first, rank) by position group and stage.
         self._numbers: dict[StageKey, int] = {}
         self._widths: dict[SiteKey, int] = {}
         self._ranges: dict[str, np.ndarray] = {}
+        self._segments: dict[str, tuple[Segment, ...]] = {}
         self._tables: dict[tuple[Segment, ...], Table] = {}
         #: Those that trained since they were last renewed for good.
         self._trained: set[str] = set()
@@ -87,9 +95,10 @@ class AdapterStore:
 
         place_of: what hidden states at a site look like, asked for sites that are new.
 
-        Raises PoolFull where it does not fit a fixed capacity, and ValueError where a site has another width.
-        Nothing is changed then.
+        Raises PoolFull where it does not fit a fixed capacity, and ValueError where a site has another width
+        or a name is taken. Nothing is changed then.
         """
+        self.check_name(name, adapter)
         places = dict(self.places)
         for one in adapter.interventions:
             key = SiteKey.of(one)
@@ -109,20 +118,27 @@ class AdapterStore:
         self.places = places
         self.adapters[name], self._laid[name] = adapter, laid
         self.stale({name: adapter})
-        self._groups[name] = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
-        if adapter.overlapping:
-            self.overlapping.add(name)
+        self.subspaces |= adapter.named_subspaces(name)
+        groups = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
+        groups = self._spec_tuples.setdefault(groups, groups)
+        for known in (name, *self.subspaces_of(name)):
+            self._groups[known] = groups
+            if adapter.overlapping:
+                self.overlapping.add(known)
         self._number(name)
         self._changed()
 
     def remove(self, name: str) -> Adapter:
         """Frees an adapter's room and returns the adapter."""
-        adapter = self.adapters.pop(name)
-        self._forget_stacks(stack for stack in self._stacks if any(p.name == name for p in stack.parts))
+        adapter, names = self.adapters.pop(name), (name, *self.subspaces_of(name))
+        self._forget_stacks(stack for stack in self._stacks if any(p.name in names for p in stack.parts))
         for pool, span in self._laid.pop(name):
             pool.remove(span)
-        del self._ranges[name], self._groups[name]
-        self.overlapping.discard(name)
+        for known in names:
+            del self._ranges[known], self._segments[known], self._groups[known]
+            self.overlapping.discard(known)
+            self.subspaces.pop(known, None)
+        self._snapshots.pop(name, None)
         self._trained.discard(name)
         self._changed()
         return adapter
@@ -131,24 +147,31 @@ class AdapterStore:
         """Whether the pools may hold some of these as they were: those that train, and those that have been
         frozen since they were renewed."""
         trained = self._trained
-        trained.update(name for name, adapter in adapters.items() if adapter.trainable)
-        return bool(trained) and not trained.isdisjoint(adapters)
+        trained.update(self.owner(name) for name, adapter in adapters.items() if adapter.trainable)
+        return bool(trained) and not trained.isdisjoint(map(self.owner, adapters))
 
     def refresh(self, adapters: dict[str, Adapter], drawn: Drawn) -> None:
-        """Renews the folds of adapters that `stale` found.
+        """Renews the folds of adapters that `stale` found, unless they are known to be as they were.
 
         drawn: the random numbers of a forward in training, of the interventions that drew any.
-        Nothing tells whether they did: fused optimizers and sharding don't count a tensor's versions up.
         """
-        moved = {name for name in adapters if name in self._trained}
-        for name in moved:
-            with torch.no_grad():
-                for (pool, span), fold in zip(self._laid[name], adapters[name].folds(drawn)):
-                    pool.write(span, fold)
-            if not adapters[name].trainable:
+        renewed = set()
+        for name in self._trained.intersection(map(self.owner, adapters)):
+            adapter = self.adapters[name]
+            # Folds of random numbers are of this forward alone.
+            now = None if any(one in drawn for one in adapter.interventions) else snapshot_of(adapter)
+            before = self._snapshots.pop(name, None)
+            if now is None or not now.same(before):
+                with torch.no_grad():
+                    for (pool, span), fold in zip(self._laid[name], adapter.folds(drawn)):
+                        pool.write(span, fold)
+                renewed.add(name)
+            if not adapter.trainable:
                 self._trained.discard(name)
+            elif now is not None:
+                self._snapshots[name] = now
         for stack, laid in self._stacks.items():
-            if any(part.name in moved for part in stack.parts):
+            if any(self.owner(part.name) in renewed for part in stack.parts):
                 for key, number in self._numbers.items():
                     if number in laid:
                         laid[number].pool.write(laid[number].span, self._stack_fold(stack, key, drawn))
@@ -156,6 +179,7 @@ class AdapterStore:
     def move(self, key: SiteKey, place: Place) -> None:
         """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
         self.places[key] = place
+        self._snapshots.clear()
         self._forget_stacks(self._stacks)
         for name, adapter in self.adapters.items():
             for index, one in enumerate(adapter.interventions):
@@ -192,14 +216,26 @@ class AdapterStore:
     def _number(self, name: str) -> None:
         """Notes an adapter's ranges by stage, as tables are made of them."""
         adapter = self.adapters[name]
-        keys = [StageKey.of(one) for one in adapter.interventions]
-        for key, one in zip(keys, adapter.interventions):
-            self._numbers.setdefault(key, len(self._numbers))
+        keys = [stages_of(one) for one in adapter.interventions]
+        for (key, *more), one in zip(keys, adapter.interventions):
+            for stage in (key, *more):
+                self._numbers.setdefault(stage, len(self._numbers))
             self._widths.setdefault(key.site, one.width)
         ranges = np.zeros((len(adapter.groups), len(self._numbers), 2), dtype=np.int32)
-        for key, one, (_, span) in zip(keys, adapter.interventions, self._laid[name]):
+        for (key, *more), one, (_, span) in zip(keys, adapter.interventions, self._laid[name]):
             ranges[one.group, self._numbers[key]] = tuple(span)
+            for norm in more:
+                ranges[one.group, self._numbers[norm]] = (0, 1)
         self._ranges[name] = ranges
+        self._segments[name] = tuple((name, group) for group in range(len(ranges)))
+        for known in self.subspaces_of(name):
+            part = ranges.copy()
+            for (key, *_), mine in zip(keys, self.subspaces[known].interventions):
+                first, rank = mine.stretch or (0, mine.pool_rows)
+                part[mine.group, self._numbers[key]] += (first, 0)
+                part[mine.group, self._numbers[key], 1] = rank
+            self._ranges[known] = part
+            self._segments[known] = tuple((known, group) for group in range(len(part)))
 
     def _changed(self) -> None:
         self.version += 1
@@ -230,7 +266,7 @@ class AdapterStore:
     @property
     def forms(self) -> set[str]:
         """Those of the adapters that were ever laid."""
-        return {key.form for key in self._numbers}
+        return {key.form for key in self._numbers} - {KEEP_NORM}
 
     def pool_of(self, key: SiteKey, form: str = LOW_RANK) -> Pool:
         """The pool in which a site's interventions of a form lie."""
@@ -238,11 +274,26 @@ class AdapterStore:
 
     def ranges(self, segments: tuple[Segment, ...]) -> np.ndarray:
         """(first pool row, rank) of each segment at each stage, int32 [stages, S, 2]; rank 0 for nothing."""
-        ranges = np.zeros((len(self._numbers), len(segments), 2), dtype=np.int32)
-        for index, segment in enumerate(segments):
-            mine = self._range(segment)
-            ranges[: len(mine), index] = mine
-        return ranges
+        found: list[np.ndarray] = []  # [groups, stages, 2] each
+        at = 0
+        while at < len(segments):
+            segment = segments[at]
+            if isinstance(segment, Stack) or (self.subspaces and self.lies_apart(segment[0])):
+                found.append(self._range(segment)[None])
+            else:
+                name, group = segment
+                mine = self._ranges[name]
+                # Mostly all groups of an adapter stand side by side.
+                together = group == 0 and segments[at : at + len(mine)] == self._segments[name]
+                found.append(mine if together else mine[group : group + 1])
+            at += len(found[-1])
+        stages = len(self._numbers)
+        # An adapter that came before others knows of fewer stages.
+        found = [padded(one, stages) if one.shape[1] < stages else one for one in found]
+        by_segment = np.concatenate(found) if found else np.zeros((0, stages, 2), dtype=np.int32)
+        # (A pair is moved as one number.)
+        by_stage = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)
+        return by_stage[:, :, None].view(np.int32)
 
     # Stacks ----------------------------------------------------------------------------------------------
 
@@ -250,7 +301,9 @@ class AdapterStore:
         """(first pool row, rank) of a segment by the number of the stage, int32 [stages, 2]."""
         if not isinstance(segment, Stack):
             name, group = segment
-            return self._ranges[name][group]
+            if not self.lies_apart(name):
+                return self._ranges[name][group]
+            segment = Stack((Part(name, group),))
         if segment not in self._stack_ranges:
             self._lay(segment)
         return self._stack_ranges[segment]
@@ -258,7 +311,11 @@ class AdapterStore:
     def meet(self, one: Segment, other: Segment) -> bool:
         """Whether two segments edit at a common stage."""
         mine, theirs = (
-            {int(n) for p in parts_of(it) for n in np.flatnonzero(self._ranges[p.name][p.group][:, 1])}
+            {
+                (int(number), part.turn)
+                for part in parts_of(it)
+                for number in np.flatnonzero(self._ranges[part.name][part.group][:, 1])
+            }
             for it in (one, other)
         )
         return not mine.isdisjoint(theirs)
@@ -269,14 +326,18 @@ class AdapterStore:
 
         Raises PoolFull where it does not fit a fixed capacity.
         """
+        self._number_turns(stack)
         ranges = np.zeros((len(self._numbers), 2), dtype=np.int32)
         laid: dict[int, _Laid] = {}
         for key, number in self._numbers.items():
-            mine = [part for part in stack.parts if self._rank(part, number)]
-            if len(mine) == 1 and mine[0].scale == 1:
-                ranges[number] = self._ranges[mine[0].name][mine[0].group][number]
+            own = self._numbers[key._replace(turn=0)]
+            mine = [part for part in stack.parts if part.turn == key.turn and self._rank(part, own)]
+            if mine and key.form == KEEP_NORM:
+                ranges[number] = (0, 1)  # whoever of them keeps it, the sum does
+            elif len(mine) == 1 and mine[0].scale == 1 and not self.lies_apart(mine[0].name):
+                ranges[number] = self._ranges[mine[0].name][mine[0].group][own]
             elif mine:
-                pool = self.pool_of(*key)
+                pool = self.pool_of(key.site, key.form)
                 try:
                     laid[number] = _Laid(pool, pool.add(self._stack_fold(stack, key)))
                 except PoolFull:
@@ -285,6 +346,18 @@ class AdapterStore:
                     raise
                 ranges[number] = tuple(laid[number].span)
         self._stacks[stack], self._stack_ranges[stack] = laid, ranges
+        for part in stack.parts:  # whose own folds may be of other parameters than these
+            self._snapshots.pop(self.owner(part.name), None)
+
+    def _number_turns(self, stack: Stack) -> None:
+        """Numbers the stages of parts that edit behind others."""
+        known = len(self._numbers)
+        for part in stack.parts:
+            for one in self.find(part.name).interventions if part.turn else ():
+                for key in stages_of(one) if one.group == part.group else ():
+                    self._numbers.setdefault(key._replace(turn=part.turn), len(self._numbers))
+        if len(self._numbers) > known:
+            self._changed()
 
     def _rank(self, part: Part, number: int) -> int:
         ranges = self._ranges[part.name][part.group]
@@ -292,7 +365,8 @@ class AdapterStore:
 
     @torch.no_grad()
     def _stack_fold(self, stack: Stack, key: StageKey, drawn: Drawn | None = None) -> AnyFold:
-        made, edits = FORMS[key.form].fold, _edits(self.adapters, stack, key)
+        adapters = {part.name: self.find(part.name) for part in stack.parts}
+        made, edits = FORMS[key.form].fold, edits_of(adapters, stack, key)
         folds = made.meeting([one.fold(None, (drawn or {}).get(one)).times(scale) for one, scale in edits])
         return made(*(torch.cat(parts) for parts in zip(*folds)))
 
@@ -310,12 +384,14 @@ class AdapterStore:
     # No inference tensors: a table is kept, and may be trained through after a generate made it.
     @torch.inference_mode(False)
     def _make_table(self, segments: tuple[Segment, ...]) -> Table:
-        owners = {part.name: self.adapters[part.name] for it in segments for part in parts_of(it)}
+        names = [it[0] for it in segments if not isinstance(it, Stack)]
+        names += [part.name for it in segments if isinstance(it, Stack) for part in it.parts]
+        owners = {name: self.find(name) for name in names}
         ranges = self.ranges(segments)
         table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
-        copies: dict[torch.device, torch.Tensor] = {}
-        stages: dict[SiteKey, list[Stage]] = {}
+        copies: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+        turns: dict[SiteKey, dict[int, Turn]] = {}
         for key in sorted(self._numbers, key=in_turn):
             number = self._numbers[key]
             if not busy[number]:
@@ -323,27 +399,17 @@ class AdapterStore:
             device = self.places[key.site].device
             if device not in copies:
                 # The spans of all stages go to a device in one copy.
-                copies[device] = to_device(ranges, device)
+                copies[device] = to_device(ranges, device).unbind()
                 table.devices.append(device)
-            who = functools.partial(_all_edits, table, key)
-            stage = Stage(key.form, self.pool_of(*key), copies[device][number], who)
-            stages.setdefault(key.site, []).append(stage)
-        for site, listed in stages.items():
+            mine, spans = turns.setdefault(key.site, {}), copies[device][number]
+            turn = mine.get(key.turn, Turn(()))
+            if key.form == KEEP_NORM:
+                mine[key.turn] = turn._replace(norms=spans)
+                continue
+            who = functools.partial(table.edits, key)
+            stage = Stage(key.form, self.pool_of(key.site, key.form), spans, who)
+            mine[key.turn] = turn._replace(stages=(*turn.stages, stage))
+        for site, mine in turns.items():
             place = self.places[site]
-            table.sites[site] = SiteTable(tuple(listed), table.devices.index(place.device), place)
+            table.sites[site] = SiteTable(tuple(mine.values()), table.devices.index(place.device), place)
         return table
-
-
-def _edits(adapters: Mapping[str, Adapter], segment: Segment, key: StageKey) -> Edits:
-    """What a segment does at a stage."""
-    return tuple(
-        (one, part.scale)
-        for part in parts_of(segment)
-        for one in adapters[part.name].interventions
-        if one.group == part.group and StageKey.of(one) == key
-    )
-
-
-def _all_edits(table: Table, key: StageKey) -> list[Edits]:
-    """What each segment of a table does at a stage."""
-    return [_edits(table.adapters, segment, key) for segment in table.segments]

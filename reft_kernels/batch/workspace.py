@@ -20,7 +20,7 @@ from ..ops.arguments import PoolRows
 from ..plan import to_device
 from ..pool import Pool
 from .batch_plan import BatchPlan
-from .stages import SiteKey, StageKey, in_turn
+from .stages import KEEP_NORM, SiteKey, StageKey, in_turn, stages_of
 from .store import AdapterStore
 
 #: How many workspaces are kept. Each batch size is compiled for anew, and torch.compile keeps fewer still.
@@ -39,6 +39,7 @@ class DecodeWorkspace:
         spans: [stages, batch, 2] int32: the pool range that each row takes at each stage of the store, rank 0
             where it takes none. `hold` refills it.
         places: of each site's stages the number (of its row of spans), the index of its pool, and the form.
+            One that keeps norms stands first and last of its turn, with the index of another's pool.
         blanks: what an op takes of a pool where nobody edits anything, one for each dtype and width.
         pools: those of the sites. dtypes: of the hidden states that come to each of them.
         backend: that the ops of these steps take.
@@ -98,13 +99,20 @@ class DecodeWorkspace:
         found: dict[tuple[int, torch.dtype], int] = {}
         pools: list[tuple[Pool, torch.dtype]] = []
         self.places = {}
+        begins: dict[tuple[SiteKey, int], int] = {}
         for stage in sorted(stages, key=in_turn):
-            site, form = stage
+            site, form, turn = stage
+            listed = self.places.get(site, ())
+            begin = begins.setdefault((site, turn), len(listed))
+            if form == KEEP_NORM:  # around the others of its turn, behind which it is sorted
+                around = (store.numbers[stage], listed[begin][1], form)
+                self.places[site] = (*listed[:begin], around, *listed[begin:], around)
+                continue
             pool, dtype = store.pool_of(site, form), store.places[site].dtype
             index = found.setdefault((id(pool), dtype), len(found))
             if index == len(pools):
                 pools.append((pool, dtype))
-            self.places[site] = (*self.places.get(site, ()), (store.numbers[stage], index, form))
+            self.places[site] = (*listed, (store.numbers[stage], index, form))
         self.pools = tuple(pool for pool, _ in pools)
         self.dtypes = tuple(dtype for _, dtype in pools)
 
@@ -152,7 +160,10 @@ class DecodeWorkspaces:
         """Those of the adapters that there are."""
         if self._stages[0] != self.store.version:
             found = (one for adapter in self.store.adapters.values() for one in adapter.interventions)
-            self._stages = self.store.version, {StageKey.of(one): None for one in found}
+            first = {key for one in found for key in stages_of(one)}
+            # Of adapters that follow others as often as they were asked for so.
+            known = {key: None for key in self.store.numbers if key._replace(turn=0) in first}
+            self._stages = self.store.version, known
         return self._stages[1]
 
     def of(self, plan: BatchPlan) -> DecodeWorkspace | None:

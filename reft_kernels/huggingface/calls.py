@@ -91,7 +91,7 @@ class _Call(StandIn):
             runtime.depth += 1
             runtime.prepared = False
             try:
-                runtime.plan = self._plan(args, kwargs)
+                runtime.take(self._plan(args, kwargs))
                 runtime.logits_to_keep = kwargs.get("logits_to_keep", 0)
                 result = self.original(*args, **kwargs)
                 runtime.fused.abandon()
@@ -100,7 +100,7 @@ class _Call(StandIn):
                 return result
             finally:
                 runtime.depth -= 1
-                runtime.plan = before if runtime.depth else None
+                runtime.take(before if runtime.depth else None)
                 runtime.fused.forget()
 
 
@@ -155,7 +155,8 @@ class PrepareInputs(_Call):
             with self.runtime.lock:  # adapters neither come nor go meanwhile
                 plan = self.reader.generate(scope, columns, compiled)
         if compiled:
-            self.runtime.plan, self.runtime.prepared = plan, True
+            self.runtime.take(plan)
+            self.runtime.prepared = True
         scope.pending = Pending(cache, plan, columns)
         return inputs
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..batch import DecodeWorkspace, SiteKey, edit
 from ..batch.batch_plan import BatchPlan
-from ..batch.stages import FORMS, LOW_RANK
+from ..batch.stages import FORMS, KEEP_NORM, LOW_RANK
 
 if TYPE_CHECKING:
     from .fused_norm import NextNorm
@@ -112,7 +112,16 @@ def _edit(
     if head is not None and heads > 1:
         flat = h.view(*h.shape[:-1], heads, width)
         rows = rows * heads + head
+    norms = None
     for number, index, form in stages:
+        if form == KEEP_NORM:  # read before the stages of its turn, and restored behind them
+            keeping = (rows, workspace.tiles, workspace.spans[number])
+            if norms is None:
+                norms = ops.ROW_NORMS[workspace.backend](flat, *keeping)
+            else:
+                ops.RESTORE_NORMS_[workspace.backend](flat, norms, *keeping)
+                norms = None
+            continue
         op = FORMS[form].edit_[workspace.backend]
         op(flat, *workspace.pools[index].rows, rows, workspace.tiles, workspace.spans[number])
     return h

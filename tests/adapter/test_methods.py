@@ -85,7 +85,7 @@ def test_a_noreft_without_its_second_bias() -> None:
         ("lobireft", None, R),
         ("vector", None, R),
         ("adapter", "gelu", R + 1),  # the bias behind it is a row
-        ("sae", None, 2 * R),
+        ("sae", None, 3 * R),  # with a threshold
         ("red", None, 1),
     ],
 )

@@ -147,6 +147,50 @@ def test_several_answers_to_a_request(model):
 
 
 @needs_requests
+def test_an_adapter_in_use_is_not_deleted():
+    """Neither while its request waits in the queue, nor while it runs; the others are answered."""
+    model = patched()
+    reft = model.reft
+    manager = model.init_continuous_batching(*settings())
+    waiting = manager.add_request(PROMPTS[0], adapter_name="untied", max_new_tokens=3)
+    with pytest.raises(ValueError, match=rf"'untied' has 1 unfinished request.*{waiting}.*cancel_request"):
+        reft.delete_adapter("untied")
+    with pytest.raises(ValueError, match="'untied' has 1 unfinished request"):
+        rk.unpatch(model)
+    reft.delete_adapter("late")
+    with pytest.raises(ValueError, match="there is no adapter 'late'"):
+        manager.add_request([3, 4], adapter_name="late")
+    long = manager.add_request(PROMPTS[1], adapter_name="tied", max_new_tokens=40, streaming=True)
+    manager.start()
+    try:
+        done, refused = {}, 0
+        while len(done) < 2:
+            result = manager.get_result(timeout=60)
+            assert result is not None and result.error is None
+            if result.is_finished():
+                done[result.request_id] = result.generated_tokens
+            elif len(result.generated_tokens) < 20:  # the rest may be there before the answer to this
+                with pytest.raises(ValueError, match=rf"'tied' has 1 unfinished request.*{long}"):
+                    reft.delete_adapter("tied")
+                refused += 1
+        assert refused
+        want = {waiting: alone(model, PROMPTS[0], "untied", 3), long: alone(model, PROMPTS[1], "tied", 40)}
+        assert done == want
+        cancelled = manager.add_request(PROMPTS[0], adapter_name="untied", max_new_tokens=100)
+        manager.cancel_request(cancelled)
+        left = manager.add_request(PROMPTS[2], adapter_name="everywhere", max_new_tokens=2)
+        assert manager.get_result(timeout=60).request_id == left
+        for name in ("tied", "untied", "everywhere"):
+            reft.delete_adapter(name)
+        with pytest.raises(ValueError, match="there is no adapter 'tied'"):
+            manager.add_request([3, 4], adapter_name="tied")
+        manager.add_request([3, 4], adapter_name="__base__", max_new_tokens=2)
+        assert manager.get_result(timeout=60).error is None
+    finally:
+        manager.stop(block=True)
+
+
+@needs_requests
 def test_the_active_adapter_and_fused_norms():
     model = patched(fuse_norm=True)
     model.reft.set_adapter("tied")

@@ -150,6 +150,23 @@ def test_others_work_on_top_and_it_is_named_no_more():
     reft.delete_adapter("mine")
 
 
+@pytest.mark.parametrize("unmerged_inside", [False, True])
+def test_the_active_one_may_be_merged_while_it_is_disabled(unmerged_inside):
+    model, reft = patched()
+    reft.add_adapter("mine", behind())
+    edited = logits(model)
+    with reft.disable_adapter():
+        reft.merge_adapter("mine")
+        if unmerged_inside:
+            reft.unmerge_adapter("mine")
+    assert reft.active_adapter == ("mine" if unmerged_inside else None)
+    torch.testing.assert_close(logits(model), edited, rtol=1e-9, atol=1e-9)
+    if not unmerged_inside:
+        reft.unmerge_adapter("mine")
+    assert reft.active_adapter == "mine"
+    assert torch.equal(logits(model), edited)
+
+
 def test_unpatch_gives_the_weights_back_and_copies_are_their_own():
     model, reft = patched()
     before = {name: t for name, t in bits(model).items() if not name.startswith("reft")}

@@ -58,7 +58,8 @@ def _ablation(p: Mapping[str, Tensor], h: Tensor) -> Tensor:
 
 
 def _sae(p: Mapping[str, Tensor], h: Tensor, mode: str) -> Tensor:
-    a = torch.relu(h @ p["w_enc"].T + p["b_enc"])
+    z = h @ p["w_enc"].T + p["b_enc"]
+    a = torch.relu(z) * (z > p["threshold"]) if "threshold" in p else torch.relu(z)  # JumpReLU
     wanted = p["target"] if mode == "clamp" else torch.maximum(a, p["target"])
     return h + (wanted - a) @ p["w_dec"]
 
