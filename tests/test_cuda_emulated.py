@@ -208,6 +208,26 @@ def test_every_way_gives_the_same_bits_in_any_schedule(way: int, case: tuple, em
             assert same_bits(one, it)
 
 
+#: A schedule in which one warp hardly ever runs (`kSlowFrom` of cuda_emulator.cpp).
+SLOW = 64
+
+
+@pytest.mark.parametrize(
+    ("way", "chip", "ranks", "count"),
+    # So high a rank that a set of sums comes again; at a d of three units one of four blocks has none.
+    [(PUSH, cuda_emulator.MANY, (20,), 1), (PUSH, cuda_emulator.MANY, (40,), 1), (RING, 1, (8, 3, 20), 9)],
+    ids=["push-20", "push-40", "ring"],
+)
+def test_every_way_waits_for_a_warp_that_hardly_runs(way: int, chip: int, ranks, count, emulated) -> None:
+    """What it has yet to read is not written over, and it is not left waiting for what was long ago."""
+    emulated.multiprocessors = chip
+    made = build(_spec(HALF[0], 1032, ranks, count=count))
+    usual = in_place(made, NAME).h
+    for seed in range(SLOW, SLOW + 3):
+        with _way(emulated, way, seed):
+            assert same_bits(in_place(made, NAME).h, usual)
+
+
 @pytest.mark.parametrize(
     ("way", "chip", "dtypes", "changes", "reason"),
     [

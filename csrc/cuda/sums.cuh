@@ -185,6 +185,8 @@ struct Sums {
   static __device__ void begin() {}
   static __device__ void join() {}
   static __device__ void leave(int shift) { leave_cluster(1 << shift); }  // others may still read
+  // Whether a block that has joined may end at once.
+  static __device__ bool idle(int64_t, int) { return false; }
 
  protected:
   // Σ of(unit). Several loads are under way at a time: one from another block takes a good part of

@@ -2,15 +2,17 @@
 
 from ..checkpoint import BaseModel
 from .adapter import Adapter
+from .autoencoder import sae_features
 from .config import ReftConfig
 from .convert import convert
-from .intervention import Intervention
+from .intervention import Drawn, Intervention
 from .method import Method, Option, register_method, unregister_method
 from .saved_modules import SavedModules
 
 __all__ = [
     "Adapter",
     "BaseModel",
+    "Drawn",
     "Intervention",
     "Method",
     "Option",
@@ -18,5 +20,6 @@ __all__ = [
     "SavedModules",
     "convert",
     "register_method",
+    "sae_features",
     "unregister_method",
 ]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import AdapterRecord, BaseModel, CheckpointError, native, read
-from ..pool import Fold
 from ..positions import LastPosition, Positions
+from ..scale_pool import AnyFold
 from .compose import check_together, check_weights, common_base, summed, with_rows
 from .config import ReftConfig
 from .construct import Where, from_tensors
-from .intervention import Intervention
+from .intervention import Drawn, Intervention
 from .methods import METHODS
 from .orthonormal import orthonormal_rows
 from .saved_modules import SavedModules
@@ -140,11 +140,11 @@ class Adapter(nn.Module):
         self.saved_modules.requires_grad_(True)
         self._trainable = True
 
-    def folds(self) -> list[Fold]:
-        """The fold of every intervention, in order; the same values as `intervention.fold()` one by one.
+    def folds(self, drawn: Drawn | None = None) -> list[AnyFold]:
+        """The fold of every intervention, in order; the same values as `intervention.fold()` one by one, but
+        while the adapter is trainable, R is made orthonormal in one batch for all of a shape.
 
-        While the adapter is trainable, R is made orthonormal in one batch for all interventions of a shape.
-        """
+        drawn: as of `Intervention.fold`, for those that drew something."""
         batches: dict[tuple, list[tuple[int, str, Tensor]]] = {}
         for index, one in enumerate(self.interventions):
             for name in one.trains_orthonormal:
@@ -156,7 +156,7 @@ class Adapter(nn.Module):
             results = orthonormal_rows(torch.stack([tensor for _, _, tensor in batch])).unbind()
             for (index, name, _), result in zip(batch, results):
                 ready[index][name] = result
-        return [one.fold(found) for one, found in zip(self.interventions, ready)]
+        return [one.fold(found, (drawn or {}).get(one)) for one, found in zip(self.interventions, ready)]
 
     def check_scale(self, scale: float, argument: str = "scale") -> None:
         """Raises ValueError, which names the argument, where the edits times this mean nothing."""
@@ -175,9 +175,9 @@ class Adapter(nn.Module):
     def penalty(self) -> Tensor:
         """What the methods add to the loss in training, a scalar; 0 where they add nothing.
 
-        Differentiable; `loss + adapter.penalty()` is what a step of training then minimises.
+        Differentiable; `ReftTrainer` adds it to the loss of a step, and so does a loop of your own.
         """
-        found = [penalty for one in self.interventions if (penalty := one.penalty()) is not None]
+        found = [it for one in self.interventions if (it := one.penalty()) is not None]
         if not found:
             return torch.zeros((), device=next(self.parameters()).device)
         return torch.stack(found).sum()
@@ -288,9 +288,9 @@ class Adapter(nn.Module):
         """Reads an adapter from a folder, or from the Hugging Face hub by its "organisation/name".
 
         Args:
-            path: a folder that `save_pretrained` wrote, or one that pyreft's `save` wrote.
+            path: a folder that `save_pretrained` wrote, pyreft's `save`, or RED's code (delta_vector.pth).
             positions, act_fn, dropout, last_position: for a folder of pyreft's only, which does not hold
-                them; positions is required there. The others default to None, 0.0 and "length".
+                them; positions is required there, and of RED. The others: None, 0.0 and "length".
             scale: what its edits are multiplied by; by default what the file says.
 
         Returns:

@@ -11,9 +11,10 @@ from .planner import BASE, Planner
 from .prompts import Prompts, read_prompts
 from .selection import Selection, select
 from .stacks import Segment
+from .stages import SiteKey
 from .steps import StepTables
 from .store import AdapterStore
-from .tables import Place, SiteKey
+from .tables import Place
 from .workspace import DecodeWorkspace, DecodeWorkspaces
 
 __all__ = [

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..ops import launch
 from ..plan import Rows, SegmentRows, cover, pack_rows
-from ..pool import Fold
-from .tables import Place, SiteKey, SiteTable, Table
+from ..scale_pool import AnyFold
+from .stages import SiteKey
+from .tables import Place, SiteTable, Table
 
 if TYPE_CHECKING:
     from ..adapter import Intervention
@@ -37,8 +39,10 @@ class BatchPlan:
         sites: the table's. rows: for each device of the table. backends: of each device.
         recomputing: whether a block is being run again under reentrant checkpointing.
         folds: with autograd, the folds of adapters that want a gradient, made once a forward for all layers.
-        stale: whether the pools may hold trainable adapters as they were. A step with autograd reads no pool,
-            so they are renewed only once something does.
+        drawn: the random numbers of this forward, where it is one of training: its folds are of them, whoever
+            makes them and when.
+        stale: whether the pools may hold adapters that train as they were. A step with autograd reads no
+            pool, so they are renewed only once something does.
         launches: the plan by address, or None, where all ops are called by name: see docs/architecture.md,
             the short way.
         workspace: what compiled code reads in the plan's place, or None.
@@ -49,6 +53,7 @@ class BatchPlan:
         "backends",
         "by_segment",
         "covers",
+        "drawn",
         "folds",
         "head_rows_by_key",
         "launches",
@@ -79,8 +84,9 @@ class BatchPlan:
         self.head_rows_by_key: dict[tuple[int, int, int], Rows] = {}
         self.covers: dict[tuple[torch.device, bool], Rows] = {}
         self.recomputing = False
-        self.folds: dict[Intervention, Fold] = {}
-        self.stale = table.trainable
+        self.folds: dict[Intervention, AnyFold] = {}
+        self.drawn: dict[Intervention, dict[str, Tensor]] = {}
+        self.stale = store.stale(table.adapters)
         self.launches: Any = None
         self.workspace: DecodeWorkspace | None = None
 
@@ -99,7 +105,11 @@ class BatchPlan:
         # Asked each time, as PEFT and users freeze as they go.
         for adapter in self.table.adapters.values():
             if any(one.wants_grad for one in adapter.interventions):
-                self.folds.update(zip(adapter.interventions, adapter.folds()))
+                if adapter.training:
+                    self.drawn.update(
+                        (one, numbers) for one in adapter.interventions if (numbers := one.draw())
+                    )
+                self.folds.update(zip(adapter.interventions, adapter.folds(self.drawn)))
 
     def _open_short_way(self) -> None:
         """For the CPU's native kernels, under a plan that no gradient comes through."""
@@ -109,11 +119,13 @@ class BatchPlan:
 
     def trains(self, site: SiteTable) -> bool:
         """Whether something at the site wants a gradient."""
-        return bool(self.folds) and any(one in self.folds for edits in site.edits for one, _ in edits)
+        return bool(self.folds) and any(
+            one in self.folds for stage in site.stages for edits in stage.edits for one, _ in edits
+        )
 
     def renew(self) -> None:
         """Makes the pools what the parameters are now."""
-        self.store.refresh(self.table.adapters)
+        self.store.refresh(self.table.adapters, self.drawn)
         self.stale = False
 
     def move(self, key: SiteKey, place: Place) -> SiteTable:
@@ -130,12 +142,12 @@ class BatchPlan:
         return self.sites[key]
 
     def row_spans(self) -> np.ndarray:
-        """The pool range that each row of h takes at each site, int32 [sites, tokens, 2]; rank 0 for none."""
+        """The pool range that each row of h takes at each stage, int32 [stages, tokens, 2]; else rank 0."""
         ranges = self.store.ranges(self.table.segments)
         rows, counts = self.by_segment
         spans = np.zeros((len(ranges), self.tokens, 2), dtype=np.int32)
         mine = ranges[:, np.repeat(np.arange(len(counts)), counts)]
-        # Added, as a row may be in two segments, of which one alone does something at a site.
+        # Added, as a row may be in two segments, of which one alone does something at a stage.
         np.add.at(spans.transpose(1, 0, 2), rows, mine.transpose(1, 0, 2))
         return spans
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,11 @@ from .names import POSITIONS, unknown
 from .prompts import Prompts
 from .selection import Selection, select
 from .stacks import Mix, RowNames, joined, names_of, terms_of, with_scales
+from .stages import SiteKey
 from .store import AdapterStore
+
+if TYPE_CHECKING:
+    from ..adapter import Intervention
 
 #: The name of the bare model in a list of adapter names, as in PEFT.
 BASE = "__base__"
@@ -115,9 +119,27 @@ class Planner:
             lists = read_lists(positions, _single(names), prompts, self.store.adapters.__getitem__)
         selection = select(names, prompts, self.store.groups, lists)
         selection.owners = {name: self.store.adapters[name] for name in listed}
-        several = any(isinstance(row, Mix) and len(row.terms) > 1 for row in dict.fromkeys(names))
-        selection.stacked = several or not self.store.overlapping.isdisjoint(listed)
+        several = [row for row in dict.fromkeys(names) if isinstance(row, Mix) and len(row.terms) > 1]
+        if len(self.store.forms) > 1:
+            for row in several:
+                self._check_meeting(row)
+        selection.stacked = bool(several) or not self.store.overlapping.isdisjoint(listed)
         return selection
+
+    def _check_meeting(self, row: Mix) -> None:
+        """Raises ValueError where two adapters of a row edit a token at one site, in two forms that have no
+        sum."""
+        seen: dict[SiteKey, list[tuple[str, Intervention]]] = {}
+        for name in (term.name for term in row.terms):
+            for one in self.store.adapters[name].interventions:
+                for other, theirs in seen.get(SiteKey.of(one), ()):
+                    if theirs.form != one.form and theirs.positions.overlaps(one.positions):
+                        raise ValueError(
+                            f"adapter_names: {other!r} ({theirs.method}) and {name!r} ({one.method}) would "
+                            f"edit the same tokens at {one.site} of layer {one.layer}, one of them element "
+                            "by element: with an edit of low rank that has no sum; a row takes one of the two"
+                        )
+                seen.setdefault(SiteKey.of(one), []).append((name, one))
 
     def plan(
         self,

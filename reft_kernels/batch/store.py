@@ -10,13 +10,15 @@ import numpy as np
 import torch
 
 from ..plan import to_device
-from ..pool import Fold, Pool, PoolFull, Span
+from ..pool import Pool, PoolFull, Span
+from ..scale_pool import AnyFold
 from .snapshots import Snapshot, snapshot_of
 from .stacks import Part, Segment, Stack, parts_of
-from .tables import Edits, Place, SiteKey, SiteTable, Table, scaled
+from .stages import FORMS, KEEP_NORM, LOW_RANK, Edits, SiteKey, Stage, StageKey, in_turn, stages_of
+from .tables import Place, SiteTable, Table
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..adapter import Adapter, Drawn
     from ..positions import Positions
 
 #: Tables that are kept: sets of segments that come again are served from here.
@@ -33,7 +35,7 @@ class _Laid(NamedTuple):
 
 
 class AdapterStore:
-    """Adapters, laid into pools: one for each device, dtype and width.
+    """Adapters, laid into pools: one for each device, dtype, width and form.
 
     Args:
         capacity: pool rows of each pool, fixed, so that addresses stay; None: pools grow.
@@ -51,7 +53,7 @@ class AdapterStore:
         self.capacity, self.pool_dtype = capacity, pool_dtype
         self.adapters: dict[str, Adapter] = {}
         self.merged: set[str] = set()
-        self.pools: dict[tuple[torch.device, torch.dtype, int], Pool] = {}
+        self.pools: dict[tuple[torch.device, torch.dtype, int, str], Pool] = {}
         self.places: dict[SiteKey, Place] = {}
         self.version = 0
         self._laid: dict[str, list[_Laid]] = {}
@@ -62,13 +64,15 @@ class AdapterStore:
         #: Of the parameters that trainable adapters had when they were laid last.
         self._snapshots: dict[str, Snapshot] = {}
         self.overlapping: set[str] = set()
-        #: Sites have numbers, rows of `_ranges`: name → (first, rank) by position group and site.
-        self._numbers: dict[SiteKey, int] = {}
+        #: Stages of sites have numbers, rows of `_ranges`: name → (first, rank) by position group and stage.
+        self._numbers: dict[StageKey, int] = {}
         self._widths: dict[SiteKey, int] = {}
         self._ranges: dict[str, np.ndarray] = {}
         self._segments: dict[str, tuple[Segment, ...]] = {}
         self._tables: dict[tuple[Segment, ...], Table] = {}
-        #: What was laid for stacks, by the number of the site, and their ranges as in `_ranges`.
+        #: Those that trained since they were last renewed for good.
+        self._trained: set[str] = set()
+        #: What was laid for stacks, by the number of the stage, and their ranges as in `_ranges`.
         self._stacks: dict[Stack, dict[int, _Laid]] = {}
         self._stack_ranges: dict[Stack, np.ndarray] = {}
 
@@ -105,10 +109,11 @@ class AdapterStore:
         laid: list[_Laid] = []
         with torch.no_grad():
             for one, fold in zip(adapter.interventions, adapter.folds()):
-                pool = self._pool(places[SiteKey.of(one)], one.width)
+                pool = self._pool(places[SiteKey.of(one)], one.width, one.form)
                 laid.append(_Laid(pool, pool.add(fold)))
         self.places = places
         self.adapters[name], self._laid[name] = adapter, laid
+        self.stale({name: adapter})
         groups = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
         self._groups[name] = self._spec_tuples.setdefault(groups, groups)
         if adapter.overlapping:
@@ -125,28 +130,42 @@ class AdapterStore:
         del self._ranges[name], self._segments[name], self._groups[name]
         self._snapshots.pop(name, None)
         self.overlapping.discard(name)
+        self._trained.discard(name)
         self._changed()
         return adapter
 
-    def refresh(self, adapters: dict[str, Adapter]) -> None:
-        """Renews the folds of trainable adapters, unless their parameters are known to be as they were."""
+    def stale(self, adapters: dict[str, Adapter]) -> bool:
+        """Whether the pools may hold some of these as they were: those that train, and those that have been
+        frozen since they were renewed."""
+        trained = self._trained
+        trained.update(name for name, adapter in adapters.items() if adapter.trainable)
+        return bool(trained) and not trained.isdisjoint(adapters)
+
+    def refresh(self, adapters: dict[str, Adapter], drawn: Drawn) -> None:
+        """Renews the folds of adapters that `stale` found, unless they are known to be as they were.
+
+        drawn: the random numbers of a forward in training, of the interventions that drew any.
+        """
         renewed = set()
-        for name, adapter in adapters.items():
-            if not adapter.trainable:
-                continue
-            now = snapshot_of(adapter)
-            if now is None or not now.same(self._snapshots.pop(name, None)):
+        for name in self._trained.intersection(adapters):
+            adapter = adapters[name]
+            # Folds of random numbers are of this forward alone.
+            now = None if any(one in drawn for one in adapter.interventions) else snapshot_of(adapter)
+            before = self._snapshots.pop(name, None)
+            if now is None or not now.same(before):
                 with torch.no_grad():
-                    for (pool, span), fold in zip(self._laid[name], adapter.folds()):
+                    for (pool, span), fold in zip(self._laid[name], adapter.folds(drawn)):
                         pool.write(span, fold)
                 renewed.add(name)
-            if now is not None:
+            if not adapter.trainable:
+                self._trained.discard(name)
+            elif now is not None:
                 self._snapshots[name] = now
         for stack, laid in self._stacks.items():
             if any(part.name in renewed for part in stack.parts):
                 for key, number in self._numbers.items():
                     if number in laid:
-                        laid[number].pool.write(laid[number].span, self._stack_fold(stack, key))
+                        laid[number].pool.write(laid[number].span, self._stack_fold(stack, key, drawn))
 
     def move(self, key: SiteKey, place: Place) -> None:
         """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
@@ -157,24 +176,26 @@ class AdapterStore:
             for index, one in enumerate(adapter.interventions):
                 if SiteKey.of(one) == key:
                     pool, span = self._laid[name][index]
-                    new = self._pool(place, one.width)
+                    new = self._pool(place, one.width, one.form)
                     if new is not pool:
                         self._laid[name][index] = _Laid(new, new.add(one.fold()))
                         pool.remove(span)
             self._number(name)
         self._changed()
 
-    def _pool(self, place: Place, width: int) -> Pool:
+    def _pool(self, place: Place, width: int, form: str = LOW_RANK) -> Pool:
         dtype = self.pool_dtype or place.dtype
-        key = (place.device, dtype, width)
+        if FORMS[form].wide:
+            dtype = torch.promote_types(dtype, torch.float32)
+        key = (place.device, dtype, width, form)
         if key not in self.pools:
-            self.pools[key] = Pool(width, dtype, place.device, self.capacity)
+            self.pools[key] = FORMS[form].pool(width, dtype, place.device, self.capacity)
         return self.pools[key]
 
     def _check_room(self, adapter: Adapter, places: dict[SiteKey, Place]) -> None:
         ranks: dict[int, tuple[Pool, list[int]]] = {}
         for one in adapter.interventions:
-            pool = self._pool(places[SiteKey.of(one)], one.width)
+            pool = self._pool(places[SiteKey.of(one)], one.width, one.form)
             ranks.setdefault(id(pool), (pool, []))[1].append(one.pool_rows)
         for pool, wanted in ranks.values():
             if pool.fixed and not pool.room_for(wanted):
@@ -184,15 +205,18 @@ class AdapterStore:
                 )
 
     def _number(self, name: str) -> None:
-        """Notes an adapter's ranges by site, as tables are made of them."""
+        """Notes an adapter's ranges by stage, as tables are made of them."""
         adapter = self.adapters[name]
-        keys = [SiteKey.of(one) for one in adapter.interventions]
-        for key, one in zip(keys, adapter.interventions):
-            self._numbers.setdefault(key, len(self._numbers))
-            self._widths.setdefault(key, one.width)
+        keys = [stages_of(one) for one in adapter.interventions]
+        for (key, *more), one in zip(keys, adapter.interventions):
+            for stage in (key, *more):
+                self._numbers.setdefault(stage, len(self._numbers))
+            self._widths.setdefault(key.site, one.width)
         ranges = np.zeros((len(adapter.groups), len(self._numbers), 2), dtype=np.int32)
-        for key, one, (_, span) in zip(keys, adapter.interventions, self._laid[name]):
+        for (key, *more), one, (_, span) in zip(keys, adapter.interventions, self._laid[name]):
             ranges[one.group, self._numbers[key]] = tuple(span)
+            for norm in more:
+                ranges[one.group, self._numbers[norm]] = (0, 1)
         self._ranges[name] = ranges
         self._segments[name] = tuple((name, group) for group in range(len(ranges)))
 
@@ -214,21 +238,26 @@ class AdapterStore:
         return table
 
     @property
-    def numbers(self) -> dict[SiteKey, int]:
-        """The sites that adapters were laid for, and their numbers: rows of tables of all sites."""
+    def numbers(self) -> dict[StageKey, int]:
+        """The stages that adapters were laid for, and their numbers: rows of tables of all stages."""
         return self._numbers
 
     @property
-    def n_sites(self) -> int:
+    def n_stages(self) -> int:
         return len(self._numbers)
 
-    def pool_of(self, key: SiteKey) -> Pool:
-        """The pool in which a site's interventions lie."""
-        return self._pool(self.places[key], self._widths[key])
+    @property
+    def forms(self) -> set[str]:
+        """Those of the adapters that were ever laid."""
+        return {key.form for key in self._numbers} - {KEEP_NORM}
+
+    def pool_of(self, key: SiteKey, form: str = LOW_RANK) -> Pool:
+        """The pool in which a site's interventions of a form lie."""
+        return self._pool(self.places[key], self._widths[key], form)
 
     def ranges(self, segments: tuple[Segment, ...]) -> np.ndarray:
-        """(first pool row, rank) of each segment at each site, int32 [sites, S, 2]; rank 0 for nothing."""
-        found: list[np.ndarray] = []  # [groups, sites, 2] each
+        """(first pool row, rank) of each segment at each stage, int32 [stages, S, 2]; rank 0 for nothing."""
+        found: list[np.ndarray] = []  # [groups, stages, 2] each
         at = 0
         while at < len(segments):
             segment = segments[at]
@@ -241,18 +270,18 @@ class AdapterStore:
                 together = group == 0 and segments[at : at + len(mine)] == self._segments[name]
                 found.append(mine if together else mine[group : group + 1])
             at += len(found[-1])
-        sites = len(self._numbers)
-        # An adapter that came before others knows of fewer sites.
-        found = [_padded(one, sites) if one.shape[1] < sites else one for one in found]
-        by_segment = np.concatenate(found) if found else np.zeros((0, sites, 2), dtype=np.int32)
+        stages = len(self._numbers)
+        # An adapter that came before others knows of fewer stages.
+        found = [_padded(one, stages) if one.shape[1] < stages else one for one in found]
+        by_segment = np.concatenate(found) if found else np.zeros((0, stages, 2), dtype=np.int32)
         # (A pair is moved as one number.)
-        by_site = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)
-        return by_site[:, :, None].view(np.int32)
+        by_stage = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)
+        return by_stage[:, :, None].view(np.int32)
 
     # Stacks ----------------------------------------------------------------------------------------------
 
     def _range(self, segment: Segment) -> np.ndarray:
-        """(first pool row, rank) of a segment by the number of the site, int32 [sites, 2]."""
+        """(first pool row, rank) of a segment by the number of the stage, int32 [stages, 2]."""
         if not isinstance(segment, Stack):
             name, group = segment
             return self._ranges[name][group]
@@ -261,7 +290,7 @@ class AdapterStore:
         return self._stack_ranges[segment]
 
     def meet(self, one: Segment, other: Segment) -> bool:
-        """Whether two segments edit at a common site."""
+        """Whether two segments edit at a common stage."""
         mine, theirs = (
             {int(n) for p in parts_of(it) for n in np.flatnonzero(self._ranges[p.name][p.group][:, 1])}
             for it in (one, other)
@@ -269,8 +298,8 @@ class AdapterStore:
         return not mine.isdisjoint(theirs)
 
     def _lay(self, stack: Stack) -> None:
-        """Finds the ranges of a stack: a part's own, where it alone edits at a site, and as it is; elsewhere
-        the folds of all lie one behind the other, in room of their own.
+        """Finds the ranges of a stack: a part's own, where it alone edits at a stage, and as it is; elsewhere
+        the folds of all lie one behind the other (or summed, as their form says), in room of their own.
 
         Raises PoolFull where it does not fit a fixed capacity.
         """
@@ -278,10 +307,12 @@ class AdapterStore:
         laid: dict[int, _Laid] = {}
         for key, number in self._numbers.items():
             mine = [part for part in stack.parts if self._rank(part, number)]
-            if len(mine) == 1 and mine[0].scale == 1:
+            if mine and key.form == KEEP_NORM:
+                ranges[number] = (0, 1)  # whoever of them keeps it, the sum does
+            elif len(mine) == 1 and mine[0].scale == 1:
                 ranges[number] = self._ranges[mine[0].name][mine[0].group][number]
             elif mine:
-                pool = self.pool_of(key)
+                pool = self.pool_of(*key)
                 try:
                     laid[number] = _Laid(pool, pool.add(self._stack_fold(stack, key)))
                 except PoolFull:
@@ -298,9 +329,10 @@ class AdapterStore:
         return int(ranges[number, 1]) if number < len(ranges) else 0
 
     @torch.no_grad()
-    def _stack_fold(self, stack: Stack, key: SiteKey) -> Fold:
-        folds = [scaled(one.fold(), scale) for one, scale in _edits(self.adapters, stack, key)]
-        return Fold(*(torch.cat(parts) for parts in zip(*folds)))
+    def _stack_fold(self, stack: Stack, key: StageKey, drawn: Drawn | None = None) -> AnyFold:
+        made, edits = FORMS[key.form].fold, _edits(self.adapters, stack, key)
+        folds = made.meeting([one.fold(None, (drawn or {}).get(one)).times(scale) for one, scale in edits])
+        return made(*(torch.cat(parts) for parts in zip(*folds)))
 
     def _drop_stacks(self, but: tuple[Segment, ...]) -> None:
         """Frees the room of all stacks but those among some segments."""
@@ -323,40 +355,46 @@ class AdapterStore:
         table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
         copies: dict[torch.device, tuple[torch.Tensor, ...]] = {}
-        for key, number in self._numbers.items():
+        stages: dict[SiteKey, list[Stage]] = {}
+        norms: dict[SiteKey, torch.Tensor] = {}
+        for key in sorted(self._numbers, key=in_turn):
+            number = self._numbers[key]
             if not busy[number]:
                 continue
-            place = self.places[key]
-            if place.device not in copies:
-                # The spans of all sites go to a device in one copy.
-                copies[place.device] = to_device(ranges, place.device).unbind()
-                table.devices.append(place.device)
+            device = self.places[key.site].device
+            if device not in copies:
+                # The spans of all stages go to a device in one copy.
+                copies[device] = to_device(ranges, device).unbind()
+                table.devices.append(device)
+            if key.form == KEEP_NORM:
+                norms[key.site] = copies[device][number]
+                continue
             who = functools.partial(_all_edits, table, key)
-            table.sites[key] = SiteTable(
-                self._pool(place, self._widths[key]),
-                copies[place.device][number],
-                table.devices.index(place.device),
-                place,
-                who,
+            stage = Stage(key.form, self.pool_of(*key), copies[device][number], who)
+            stages.setdefault(key.site, []).append(stage)
+        for site, listed in stages.items():
+            place = self.places[site]
+            table.sites[site] = SiteTable(
+                tuple(listed), table.devices.index(place.device), place, norms.get(site)
             )
         return table
 
 
-def _padded(ranges: np.ndarray, sites: int) -> np.ndarray:
-    """Ranges [groups, fewer sites, 2] with rank 0 at the sites that they do not know."""
-    return np.pad(ranges, ((0, 0), (0, sites - ranges.shape[1]), (0, 0)))
+def _padded(ranges: np.ndarray, stages: int) -> np.ndarray:
+    """Ranges [groups, fewer stages, 2] with rank 0 at the stages that they do not know."""
+    return np.pad(ranges, ((0, 0), (0, stages - ranges.shape[1]), (0, 0)))
 
 
-def _edits(adapters: Mapping[str, Adapter], segment: Segment, key: SiteKey) -> Edits:
-    """What a segment does at a site."""
+def _edits(adapters: Mapping[str, Adapter], segment: Segment, key: StageKey) -> Edits:
+    """What a segment does at a stage."""
     return tuple(
         (one, part.scale)
         for part in parts_of(segment)
         for one in adapters[part.name].interventions
-        if one.group == part.group and SiteKey.of(one) == key
+        if one.group == part.group and StageKey.of(one) == key
     )
 
 
-def _all_edits(table: Table, key: SiteKey) -> list[Edits]:
-    """What each segment of a table does at a site."""
+def _all_edits(table: Table, key: StageKey) -> list[Edits]:
+    """What each segment of a table does at a stage."""
     return [_edits(table.adapters, segment, key) for segment in table.segments]

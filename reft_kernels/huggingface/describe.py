@@ -45,6 +45,7 @@ def describe(name: str, adapter: Adapter) -> str:
         " and ".join(dict.fromkeys(one.site for one in parts)),
         f"positions {' and '.join(map(str, adapter.groups))}",
         _size(sum(tensor.numel() * tensor.element_size() for tensor in adapter.parameters())),
+        *(["keeps the norm"] if any(one.keeps_norm for one in parts) else []),
         *(["trainable"] if adapter.trainable else []),
     ]
     return f"{name!r}: {', '.join(words)}"

@@ -20,6 +20,7 @@ from .base_model import meet_base
 from .blocks import Blocks, place_of
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
 from .checkpointing import forget_plans
+from .continuous import unused
 from .describe import Names, named_as_in_peft
 from .freezing import Freeze
 from .fused_norm import Kinds, next_norms, other_norms
@@ -204,7 +205,7 @@ class Reft(Names, Merges, nn.Module):
                 raise ValueError(
                     f"pool_dtype: must be the model's ({place.dtype}) or torch.float32, was {wanted}"
                 )
-            adapter.to(place.device)
+            adapter.to(place.device).train(self.model.training)
             adapter.saved_modules.meet(self.model, adapter.trainable)
             self._store.add(name, adapter, self._place_of)
             self._modules_of[_module_key(name, self._modules_of)] = adapter
@@ -231,11 +232,15 @@ class Reft(Names, Merges, nn.Module):
 
     @named_as_in_peft
     def delete_adapter(self, name: str) -> None:
-        """Removes an adapter and frees its room. Raises ValueError for an unknown name."""
+        """Removes an adapter and frees its room.
+
+        Raises ValueError for an unknown name, one that is merged, and one that requests of continuous
+            batching wait or run with.
+        """
         self._known(name)
         if name in self._store.merged:
             raise ValueError(f"name: {name!r} is merged into the weights; unmerge_adapter first")
-        with self._runtime.lock:
+        with unused(self._runtime, name), self._runtime.lock:
             adapter = self._store.remove(name)
             adapter.on_trainable = None
             for key, module in list(self._modules_of.items()):
@@ -306,6 +311,9 @@ class Reft(Names, Merges, nn.Module):
         self._runtime.forget_compiled()
 
     def _detach(self) -> None:
+        for name in self._store.adapters:  # before anything is undone
+            with unused(self._runtime, name):
+                pass
         self.unmerge_adapter()
         for name in list(self._store.adapters):
             self.delete_adapter(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,11 @@ class Source:
 
     path: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def key(self) -> tuple[str, str]:
+        """Equal for sources that are read the same way."""
+        return self.path, repr(sorted(self.options.items(), key=lambda item: item[0]))
 
     @classmethod
     def parse(cls, given: Any, where: str) -> Source:
@@ -48,6 +54,7 @@ class ServingConfig:
         max_adapters: how many lie in device memory at a time; None for as many as the engine runs requests.
         max_rank: pool rows of one adapter at one layer, all its position groups together.
         staged: how many adapters wait in host memory, read but not in device memory.
+        recheck: seconds in which a folder's files are not looked at again.
     """
 
     adapters: Mapping[str, Source] = dataclasses.field(default_factory=dict)
@@ -55,6 +62,7 @@ class ServingConfig:
     max_adapters: int | None = None
     max_rank: int = 16
     staged: int = 1024
+    recheck: float = 1.0
 
     @classmethod
     def parse(cls, given: Any) -> ServingConfig:
@@ -83,6 +91,12 @@ class ServingConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"reft.{name}: must be an integer from 1 up, was {value!r}")
             numbers[name] = value
+        recheck = given.get("recheck")
+        if recheck is not None:
+            real = isinstance(recheck, int | float) and not isinstance(recheck, bool)
+            if not real or not math.isfinite(recheck) or recheck < 0:
+                raise ValueError(f"reft.recheck: must be a number of seconds from 0 up, was {recheck!r}")
+            numbers["recheck"] = float(recheck)
         return cls(sources, directory, **numbers)
 
 

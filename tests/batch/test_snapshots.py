@@ -30,8 +30,15 @@ def folded(monkeypatch) -> list[object]:
     """The adapters that were folded."""
     found: list[object] = []
     folds = rk.Adapter.folds
-    monkeypatch.setattr(rk.Adapter, "folds", lambda self: found.append(self) or folds(self))
+    monkeypatch.setattr(
+        rk.Adapter, "folds", lambda self, drawn=None: found.append(self) or folds(self, drawn)
+    )
     return found
+
+
+def renew(store: AdapterStore) -> None:
+    if store.stale(store.adapters):
+        store.refresh(store.adapters, {})
 
 
 def laid(store: AdapterStore, name: str) -> list[torch.Tensor]:
@@ -62,25 +69,25 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen_however_it_came(store, folded, change):
-    store.refresh(store.adapters)
+    renew(store)
     assert len(folded) == 2
-    store.refresh(store.adapters)
+    renew(store)
     assert len(folded) == 2 and is_as_folded(store, "one") and is_as_folded(store, "two")
     CHANGES[change](next(store.adapters["two"].parameters()))
-    store.refresh(store.adapters)
+    renew(store)
     assert folded[2:] == [store.adapters["two"]]
     assert change == "to NaN" or is_as_folded(store, "two")
     assert any(tensor.isnan().any() for tensor in laid(store, "two")) == (change == "to NaN")
-    store.refresh(store.adapters)
+    renew(store)
     assert len(folded) == 3  # NaN too is what it was
 
 
 def test_the_sign_of_zero_counts(store, folded):
     (parameter, *_) = store.adapters["one"].parameters()
     parameter.data.zero_()
-    store.refresh(store.adapters)
+    renew(store)
     parameter.data.neg_()
-    store.refresh(store.adapters)
+    renew(store)
     assert folded.count(store.adapters["one"]) == 2
 
 
@@ -89,12 +96,12 @@ def test_what_was_laid_in_between_is_no_longer_known(store):
     (parameter, *_) = store.adapters["one"].parameters()
     before = parameter.detach().clone()
     stack = Stack((Part("one", 0, 0.5), Part("two", 0)))
-    store.refresh(store.adapters)
+    renew(store)
     with torch.no_grad():
         parameter.add_(1)
         store.ranges((stack,))  # laid with these
         parameter.copy_(before)
-    store.refresh(store.adapters)
+    renew(store)
     for number, (pool, span) in store._stacks[stack].items():
         (key,) = (key for key, other in store.numbers.items() if other == number)
         for rows, fold in zip(pool.rows, store._stack_fold(stack, key)):
@@ -103,12 +110,23 @@ def test_what_was_laid_in_between_is_no_longer_known(store):
         parameter.add_(1)
         store.move(SiteKey("block_output", 0), Place(CPU, torch.bfloat16))
         parameter.copy_(before)
-    store.refresh(store.adapters)
+    renew(store)
     assert is_as_folded(store, "one")
+
+
+def test_folds_of_random_numbers_are_of_one_forward_alone(store, folded):
+    renew(store)
+    (one, *_) = store.adapters["one"].interventions
+    drawn = {name: torch.zeros_like(value) for name, value in one.named_parameters()}
+    store.refresh(store.adapters, {one: drawn})
+    store.refresh(store.adapters, {one: drawn})
+    assert folded[2:] == [store.adapters["one"]] * 2 and not is_as_folded(store, "one")
+    renew(store)
+    assert len(folded) == 5 and is_as_folded(store, "one")
 
 
 def test_frozen_adapters_are_left_alone(store, folded):
     for adapter in store.adapters.values():
         adapter.trainable = False
-    store.refresh(store.adapters)
+    renew(store)
     assert not folded

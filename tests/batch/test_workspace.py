@@ -7,7 +7,7 @@ import torch
 from support.adapters import random_adapter
 
 import reft_kernels as rk
-from reft_kernels.batch import AdapterStore, DecodeWorkspaces, Place, Planner, Prompts, workspace
+from reft_kernels.batch import AdapterStore, DecodeWorkspaces, Place, Planner, Prompts, SiteKey, workspace
 
 WIDTH = 16
 
@@ -58,7 +58,7 @@ def test_ranges_of_adapters_that_came_before_others_sites():
             spans = [
                 tuple(span)
                 for one, (_, span) in zip(store.adapters[name].interventions, store._laid[name])
-                if (one.site, one.layer, one.group) == (key.site, key.layer, group)
+                if (SiteKey.of(one), one.group) == (key.site, group)
             ]
             assert got[number, index].tolist() == list(spans[0] if spans else (0, 0))
     assert store.ranges(()).shape == (3, 0, 2)

@@ -16,7 +16,10 @@ from reft_kernels.sites import HEAD_SITE
 
 pytestmark = pytest.mark.models
 WIDTH, HEAD_WIDTH = 32, 8
-LINEAR = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft", "vector", "ablation", "adapter")
+LINEAR = (
+    "loreft", "noreft", "consreft", "red", "lobireft", "direft", "nodireft", "vector", "ablation", "adapter",
+    "folded_scale",
+)  # fmt: skip
 
 
 def one(
@@ -37,7 +40,7 @@ def behind(seed: int = 0) -> rk.Adapter:
 
 def heads(seed: int = 0) -> rk.Adapter:
     """In front of the attention's projection."""
-    methods = (("lofit", 0), ("consreft", 3), ("adapter", 1))
+    methods = (("lofit", 0), ("consreft", 3), ("adapter", 1), ("jola", 2))
     return rk.Adapter([one(method, HEAD_SITE, 2, seed, head=head) for method, head in methods])
 
 

@@ -15,6 +15,7 @@ from support.adapters import random_adapter
 import reft_kernels as rk
 from reft_kernels.batch import intervals_of
 from reft_kernels.positions import Positions
+from reft_kernels.serving import catalog as catalog_module
 from reft_kernels.serving.block_key import BlockKeys
 from reft_kernels.serving.catalog import Catalog, Model
 from reft_kernels.serving.config import ServingConfig, Source
@@ -50,6 +51,8 @@ def catalog(config: dict) -> Catalog:
         ({"directory": "/nowhere/at/all"}, "reft.directory"),
         ({"max_adapters": 0}, "reft.max_adapters"),
         ({"max_rank": True}, "reft.max_rank"),
+        ({"recheck": -1}, "reft.recheck"),
+        ({"recheck": float("nan")}, "reft.recheck"),
     ],
 )
 def test_a_wrong_config_is_named(given: object, text: str) -> None:
@@ -92,7 +95,7 @@ def test_positions_that_a_prompt_lacks_are_refused(tmp_path: Path) -> None:
 
 def test_a_ticket_travels_as_plain_data_and_finds_a_changed_folder_out(tmp_path: Path) -> None:
     path = save(tmp_path / "a", positions="l2", last_position="length-1")
-    names = catalog({"adapters": {"a": path}})
+    names = catalog({"adapters": {"a": path}, "recheck": 0})
     ticket = names.ticket({"reft_adapter": "a", "reft_scale": 3})
     assert ticket is not None
     again = Ticket.from_dict(json.loads(json.dumps(ticket.to_dict())))
@@ -104,6 +107,32 @@ def test_a_ticket_travels_as_plain_data_and_finds_a_changed_folder_out(tmp_path:
         again.load()
     renewed = names.ticket({"reft_adapter": "a", "reft_scale": 3})
     assert renewed is not None and renewed.key != ticket.key and renewed.load()
+
+
+def test_files_are_looked_at_every_so_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at once where a name is learnt anew."""
+    now, looks = [100.0], []
+    monkeypatch.setattr("reft_kernels.serving.catalog.time.monotonic", lambda: now[0])
+    stamp = catalog_module._stamp
+    monkeypatch.setattr(catalog_module, "_stamp", lambda path: looks.append(path) or stamp(path))
+    path = save(tmp_path / "a")
+    names = catalog({"adapters": {"a": path}, "recheck": 2.5})
+
+    def key() -> str:
+        ticket = names.ticket({"reft_adapter": "a"})
+        assert ticket is not None
+        return ticket.key
+
+    first = key()
+    save(tmp_path / "a", seed=1)
+    now[0] += 2
+    assert key() == first and len(looks) == 1
+    now[0] += 1
+    second = key()
+    assert second != first and key() == second and len(looks) == 2
+    save(tmp_path / "a", seed=2)
+    assert names.add("a", Source(path)).key == key() not in (first, second)
+    assert names.of_source(Source(path)).key == key()
 
 
 def test_a_list_of_names_is_the_sum_of_edits(tmp_path: Path) -> None:
@@ -135,6 +164,8 @@ def test_adapters_that_the_model_can_not_have_are_refused(tmp_path: Path) -> Non
         str(tmp_path / "deep"): "6 layers",
         save(tmp_path / "rank", r=9, positions="f1+l1"): "18 pool rows at one layer",
         save(tmp_path / "site", site="mlp_output"): "'mlp_output'",
+        save(tmp_path / "norm", options={"keep_norm": True}): "keeps the norm of each token, which is not",
+        save(tmp_path / "scales", method="red", r=1): "red edits element by element, which is not served",
         str(tmp_path / "nothing"): "nothing",
     }
     for path, text in cases.items():
