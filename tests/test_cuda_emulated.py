@@ -41,11 +41,12 @@ def _module(name: str):
 def _properties() -> list:
     """The tests of values and bits."""
     found = []
-    for name in ("test_forward", "test_invariance", "test_norm", "test_backward"):
+    for name in ("test_forward", "test_sum", "test_invariance", "test_norm", "test_backward"):
         for key, value in vars(_module(name)).items():
             if key.startswith("test_") and not getattr(value, "pytestmark", None):
-                # Autograd is registered for the real ops.
-                if "only_what_needs_a_gradient" not in key and "in_place_function" not in key:
+                # What torch or the bindings do is there for the real ops.
+                others = ("only_what_needs_a_gradient", "in_place_function", "opcheck", "does_not_fit")
+                if not any(other in key for other in others):
                     found.append(value)
     return found
 
@@ -59,6 +60,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory):
     hypothesis.settings.load_profile(NAME)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ops.INTERVENE_, NAME, kernels.intervene_)
+        patch.setitem(ops.INTERVENE_SUM_, NAME, kernels.intervene_sum_)
         patch.setitem(ops.INTERVENE_NORM_, NAME, kernels.intervene_norm_)
         patch.setitem(ops.INTERVENE, NAME, kernels.intervene)
         patch.setitem(ops.INTERVENE_BACKWARD, NAME, kernels.intervene_backward)

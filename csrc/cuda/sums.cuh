@@ -227,6 +227,28 @@ struct Work {
   }
 };
 
+// Segments [begin, end) of a plan, among which are all that `wanted`(its range) holds for; none
+// where begin is not less. Each warp looks at all ranges, a lane at every 32nd of them.
+struct Segments {
+  int begin, end = 0;
+
+  template <class Wanted>
+  __device__ Segments(const Plan& plan, int64_t count, Wanted wanted)
+      : begin(static_cast<int>(count)) {
+    for (int s = static_cast<int>(threadIdx.x) % 32; s < count; s += 32) {
+      if (!wanted(plan.spans[s])) continue;
+      begin = s < begin ? s : begin;
+      end = s + 1;
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      const int other_begin = shuffle_xor(begin, lanes), other_end = shuffle_xor(end, lanes);
+      begin = other_begin < begin ? other_begin : begin;
+      end = other_end > end ? other_end : end;
+    }
+  }
+};
+
 __device__ inline int padded(int rank) { return (rank + kChunk - 1) / kChunk * kChunk; }
 
 // φ(D h + c) of this many pool rows of 16 rows of h fit in shared memory, and of kMostAtOnce of one

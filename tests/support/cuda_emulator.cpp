@@ -198,6 +198,22 @@ extern "C" int emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d
   return launched_cluster;
 }
 
+// The sum that stands before an edit.
+extern "C" void emulated_sum(void* h, void* addend, int64_t stride, int64_t other, int64_t rows,
+                             int64_t d, int64_t dtype, const Tables* t) {
+  emulate(1);
+  if (t->pool_rows == 0) return;
+  launch_fold({{h, stride},
+               {addend, other},
+               d,
+               static_cast<Dtype>(dtype),
+               plan_of(*t),
+               rows,
+               t->tile_count},
+              nullptr);
+  invalid = fetestexcept(FE_INVALID) != 0;
+}
+
 // Returns the blocks of the last kernel's cluster.
 extern "C" int emulated_backward(const void* grad, int64_t stride, const void* hs, void* dh,
                                  int64_t rows, int64_t d, int64_t dtype, const Tables* t, float* p,
