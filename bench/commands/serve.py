@@ -62,7 +62,7 @@ class Engines:
     def start(self) -> None:
         bench = self.bench
         for name, settings in bench.settings.items():
-            bench.session.console.print(f"starting {name} ({self.through})", highlight=False)
+            bench.say(f"starting {name} ({self.through})")
             try:
                 self.running[name] = self._start(name, settings)
             except (RuntimeError, ServerError) as error:
@@ -81,6 +81,7 @@ class Engines:
         for system in (*POSITIONS, LORA):
             running = self.of(system)
             if running is not None and system in bench.chosen and bench.most:
+                bench.say(f"first use of {bench.most} adapters: {system} ({self.through})")
                 asked = requests_of(system, bench.folder, bench.most, bench.args.requests)
                 first, again = running.run(asked), running.run(asked)
                 self.cold[system] = {
@@ -212,7 +213,13 @@ class Bench:
                 result.extra |= {f"{key}_s": float(np.median(medians)), f"{key}_samples": medians}
             if case.adapters == self.most:
                 result.extra |= engines.cold.get(name, {})
+        found = ", ".join(f"{name} {1 / one.ratio.median:.3f}" for name, one in systems.items() if one.ratio)
+        self.say(f"{case.through}, {case.adapters} adapters, throughput over {BARE}: {found}")
         return [CaseResult(case.id, case.all_params, BARE, CONTROL, systems, dict(self.left_out))]
+
+    def say(self, text: str) -> None:
+        """A line of progress, for logs that have no bar."""
+        self.session.console.print(text, highlight=False)
 
     def _check_tokens(self, name: str, found: list[Any], case: ServeCase) -> None:
         """Raises ResultError where adapters do nothing, or requests without one get something else."""

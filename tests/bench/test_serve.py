@@ -202,6 +202,7 @@ WORDS = ("serve", "--model", "tiny", "--requests", 4, "--adapters", "0,1,4", "--
 def test_a_run_measures_both_ways_and_what_is_cold(pretended, bench, tmp_path):
     status, text = bench(*WORDS, "--out", tmp_path)
     assert status == 0, text
+    assert "http, 4 adapters, throughput over vLLM: " in text
     found = record.load(tmp_path)
     assert [(c.params["through"], c.params["adapters"]) for c in found.cases] == [
         ("engine", 0), ("engine", 1), ("engine", 4), ("http", 4),
