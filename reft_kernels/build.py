@@ -76,9 +76,9 @@ def _cpu_library() -> Library:
 
 
 def _cuda_library() -> Library:
-    kernels = ("forward", "forward_norm", "forward_ways", "backward", "scale_shift")
+    kernels = ("forward", "forward_norm", "forward_ways", "sum", "backward", "scale_shift")
     files: dict[str, list[str]] = {f"csrc/cuda/{name}.cu": [] for name in kernels}
-    files["python_bindings/cuda.cpp"] = []
+    files |= {f"python_bindings/{name}.cpp": [] for name in ("cuda", "cuda_scale_shift")}
     flags = ["-Icsrc/cuda", "-DUSE_CUDA", "-fvisibility=hidden"]
     return Library("reft_kernels_cuda", files, flags, ["-ltorch_cpu", "-ltorch_cuda"], cuda=True)
 

@@ -319,19 +319,23 @@ def test_machine_code_for_the_architectures_that_are_named(monkeypatch: pytest.M
             build.gencodes(NVCC)
 
 
+@pytest.mark.parametrize(("source", "count"), [("scale_shift", 9), ("sum", 6)])
 @pytest.mark.parametrize("arch", ["80", "90a"])
-def test_elementwise_kernels(arch: str) -> None:
-    """Rows forward and of the gradient, and the sums, each in three dtypes: small, no spills, no atomics."""
-    cubin = _cubin("scale_shift", arch)
+def test_small_kernels(arch: str, source: str, count: int) -> None:
+    """The elementwise edit's three (rows forward and of the gradient, and sums) in three dtypes, and the sum
+    of two tensors, aligned and not: few registers, no spills, no atomics."""
+    cubin = _cubin(source, arch)
 
     def dump(what: str) -> str:
         return subprocess.run([CUOBJDUMP, what, cubin], check=True, capture_output=True, text=True).stdout
 
     usage = re.findall(r"Function (\S+):\s+(.*)", dump("--dump-resource-usage"))
-    assert len(usage) == 9
+    assert len(usage) == count
     for symbol, line in usage:
         found = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
         assert found["STACK"] == found["LOCAL"] == 0, symbol
         assert found["REG"] <= 64, symbol
     code = dump("--dump-sass")
     assert "LDG.E" in code and not re.search(r"\b(?:LDL|STL|ATOM|ATOMG|RED|REDG)\b", code)
+    if source == "sum":
+        assert code.count("STG.E.128") >= 2 * 3

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..measure.session import INTERRUPTED, Session, Tick, prepare_torch
-from ..measure.timer import interleaved
 from ..records import record, serve_costs, serve_report
-from ..records.record import CaseResult, ResultError
+from ..records.record import CaseResult, ResultError, SystemResult
 from ..records.serve_costs import BARE, CONTROL, IDLE, LORA
 from ..serving.engines import (
     FOLDERS,
@@ -62,7 +62,7 @@ class Engines:
     def start(self) -> None:
         bench = self.bench
         for name, settings in bench.settings.items():
-            bench.session.console.print(f"starting {name} ({self.through})", highlight=False)
+            bench.say(f"starting {name} ({self.through})")
             try:
                 self.running[name] = self._start(name, settings)
             except (RuntimeError, ServerError) as error:
@@ -73,9 +73,15 @@ class Engines:
         bare = [None] * bench.args.requests
         for name, engine in self.running.items():
             self.plain[name] = engine.run(bare)["tokens"]  # its code is compiled then, its caches are warm
+        if self.through != HTTP:
+            # What is compiled with the edits in it rounds in other places.
+            for name in (CONTROL, PLUGIN) if bench.args.eager else (CONTROL,):
+                if name in self.plain and self.plain[name] != self.plain[BARE]:
+                    raise ResultError(f"{name} gives other tokens than {BARE}")
         for system in (*POSITIONS, LORA):
             running = self.of(system)
             if running is not None and system in bench.chosen and bench.most:
+                bench.say(f"first use of {bench.most} adapters: {system} ({self.through})")
                 asked = requests_of(system, bench.folder, bench.most, bench.args.requests)
                 first, again = running.run(asked), running.run(asked)
                 self.cold[system] = {
@@ -117,6 +123,19 @@ class Engines:
         for engine in self.running.values():
             engine.close()
         self.running = {}
+
+
+def summarized(samples: dict[str, list[float]]) -> dict[str, SystemResult]:
+    """As `record.summarize`; a system with fewer rounds is paired with the first of the others."""
+    systems = {}
+    for count in sorted({len(taken) for taken in samples.values()}, reverse=True):
+        part = {
+            name: taken[:count]
+            for name, taken in samples.items()
+            if len(taken) == count or name in (BARE, CONTROL)
+        }
+        systems = record.summarize(part, BARE, CONTROL, {}) | systems
+    return {name: systems[name] for name in samples}
 
 
 class Bench:
@@ -174,16 +193,18 @@ class Bench:
             assert engine is not None
             return engine.run(asked[name])
 
-        for name in names:  # once for its adapters; and a look at what it gives
-            tokens, plain = take(name)["tokens"], engines.plain[engines.kind(name)]
-            # Batches form as clients come; and code that is compiled with the edits rounds in other places.
-            if name in (BARE, CONTROL, IDLE) and tokens != plain and case.through != HTTP:
-                raise ResultError(f"{name} gives other tokens than before adapters were asked for")
-            if name not in (BARE, CONTROL, IDLE) and tokens == plain:
-                raise ResultError(f"{name} gives the tokens of no adapter: its adapters do nothing")
-        taken = interleaved(names, take, args.rounds, args.seed, tick)
-        samples = {name: [one["seconds"] for one in several] for name, several in taken.items()}
-        systems = record.summarize(samples, BARE, CONTROL, {})
+        # All of these adapters were in use before (see `Engines.start`): nothing is warmed up here.
+        taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        rng = random.Random(args.seed)
+        for number in range(args.rounds):
+            order = [name for name in names if name != LORA or number < args.lora_rounds]
+            rng.shuffle(order)
+            for name in order:
+                taken[name].append(take(name))
+            tick()
+        for name in names:
+            self._check_tokens(name, [one["tokens"] for one in taken[name]], case)
+        systems = summarized({name: [one["seconds"] for one in several] for name, several in taken.items()})
         tokens_made = args.requests * args.new_tokens
         for name, result in systems.items():
             result.extra["tokens_per_s"] = tokens_made / result.time.median
@@ -192,7 +213,24 @@ class Bench:
                 result.extra |= {f"{key}_s": float(np.median(medians)), f"{key}_samples": medians}
             if case.adapters == self.most:
                 result.extra |= engines.cold.get(name, {})
+        found = ", ".join(f"{name} {1 / one.ratio.median:.3f}" for name, one in systems.items() if one.ratio)
+        self.say(f"{case.through}, {case.adapters} adapters, throughput over {BARE}: {found}")
         return [CaseResult(case.id, case.all_params, BARE, CONTROL, systems, dict(self.left_out))]
+
+    def say(self, text: str) -> None:
+        """A line of progress, for logs that have no bar."""
+        self.session.console.print(text, highlight=False)
+
+    def _check_tokens(self, name: str, found: list[Any], case: ServeCase) -> None:
+        """Raises ResultError where adapters do nothing, or requests without one get something else."""
+        assert self.engines is not None
+        plain = self.engines.plain[self.engines.kind(name)]
+        for tokens in found:
+            if name not in (BARE, CONTROL, IDLE):
+                if tokens == plain:
+                    raise ResultError(f"{name} gives the tokens of no adapter: its adapters do nothing")
+            elif tokens != plain and case.through != HTTP:  # there batches form as clients come
+                raise ResultError(f"{name} gives other tokens than before adapters were asked for")
 
     def close(self) -> None:
         if self.engines is not None:
@@ -201,9 +239,7 @@ class Bench:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", default="llama-1024x8", help="a shape, a path or a hub name (llama-1024x8)"
-    )
+    parser.add_argument("--model", help="a shape, a path or a hub name")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     serve_cases.add_arguments(parser)
     parser.add_argument("--eager", action="store_true", help="nothing compiled, no CUDA graphs")
@@ -242,10 +278,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             raise ResultError(f"--systems: unknown {name!r}; allowed are {', '.join(SYSTEMS)}")
         chosen += [one for one in matching if one not in chosen]
     device = prepare_torch(args)
-    settings = {
-        "model": args.model, "rounds": args.rounds, "seed": args.seed, "systems": chosen, "eager": args.eager,
-        "memory": args.memory, "block_size": args.block_size,
-    }  # fmt: skip
+    kept = ("model", "rounds", "lora_rounds", "seed", "eager", "memory", "block_size")
+    settings = {name: getattr(args, name) for name in kept} | {"systems": chosen}
     session = Session("serve", settings, device, args, console)
     most = max((case.adapters for case in cases), default=0)
     with tempfile.TemporaryDirectory(prefix="reft-bench-serve-") as folder, contextlib.ExitStack() as stack:

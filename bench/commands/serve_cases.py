@@ -40,17 +40,13 @@ class ServeCase:
 
 #: What the arguments are where they are not given. http: counts of adapters through a server; "" for none.
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {
-        "adapters": "0,1,8", "http": "", "rounds": 3, "requests": 16, "prompt": 32, "new_tokens": 16,
-    },
-    "cpu": {
-        "adapters": "0,1,8,64", "http": "1,64", "rounds": 5, "requests": 64, "prompt": 32, "new_tokens": 32,
-    },
-    "full": {
-        "adapters": "0,1,8,32,64", "http": "0,1,8,64", "rounds": 15, "requests": 64, "prompt": 128,
-        "new_tokens": 128,
-    },
-}  # fmt: skip
+    "quick": {"model": "llama-1024x8", "requests": 16, "prompt": 32, "new_tokens": 16}
+    | {"adapters": "0,1,8", "http": "", "rounds": 3, "lora_rounds": 2},
+    "cpu": {"model": "llama-2048x4", "requests": 64, "prompt": 32, "new_tokens": 16}
+    | {"adapters": "0,1,8,64", "http": "1,64", "rounds": 5, "lora_rounds": 2},
+    "full": {"model": "llama-2048x4", "requests": 64, "prompt": 128, "new_tokens": 128}
+    | {"adapters": "0,1,8,32,64", "http": "0,1,8,64", "rounds": 15, "lora_rounds": 5},
+}
 
 _TEXTS = {
     "quick": "a batch of 16, in process",
@@ -70,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, help="tokens of an answer")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument(
+        "--lora-rounds", type=int, help="rounds of vLLM's LoRA, which takes many times as long on CPUs"
+    )
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -94,6 +93,9 @@ def cases_of(args: argparse.Namespace) -> list[ServeCase]:
     for name in ("requests", "prompt", "new_tokens", "rank"):
         if getattr(args, name) < 1:
             raise ResultError(f"--{name.replace('_', '-')}: must be at least 1, was {getattr(args, name)}")
+    for name in ("rounds", "lora_rounds"):
+        if getattr(args, name) < 2:
+            raise ResultError(f"--{name.replace('_', '-')}: must be at least 2, was {getattr(args, name)}")
     params = {
         name: getattr(args, name) for name in ("model", "dtype", "requests", "prompt", "new_tokens", "rank")
     }

@@ -68,9 +68,15 @@ def _pytest(name: str, words: list[str], workers: int, limit: float, folder: pat
 
 
 def first_steps(folder: pathlib.Path) -> list[Step]:
-    """Whether the kernels are right: the sizes and batches of models, graphs, values, and memcheck."""
-    ours = ["tests/gpu/test_launches.py", "tests/gpu/test_graphs.py"]
-    ops = [f"tests/ops/test_{name}.py" for name in ("forward", "norm", "invariance", "backward")]
+    """Whether the kernels are right: the sizes and batches of models, graphs, the ways, values, and memcheck.
+
+    Models, but for requests in continuous batches, take longer than there is time.
+    """
+    names = ("launches", "graphs", "elementwise_and_sums", "serving_steps")
+    ours = [f"tests/gpu/test_{name}.py" for name in names]
+    ours.append("tests/gpu/test_models.py::test_continuous_batches_are_each_request_alone")
+    native = ("forward", "norm", "invariance", "backward", "sum", "scale_shift")
+    ops = ["tests/gpu/test_ways.py", *(f"tests/ops/test_{name}.py" for name in native)]
     few = "triton and not 3584 and not 8192 and not 20480"
     return [
         _pytest("first native", ["-k", "native", *ours, *ops], 7, 110, folder),

@@ -1,8 +1,9 @@
 """A small fixed set of calls of the CUDA kernels, for compute-sanitizer: python bench/gpu/sanitize_cases.py
 
 Every form once: rows and tiles (8 and 16 rows at once), one unit of d a block and several, aligned and not,
-all dtypes, padding, ranks beyond what is kept; forward, with and without the norm that follows, and backward.
-Then the forward in the ways that stand beside the usual one.
+all dtypes, padding, ranks beyond what is kept; forward, with and without the norm that follows, of a sum of
+two tensors, and backward; and the elementwise edit. Then the forward in the ways that stand beside the usual
+one.
 Everything but our kernels runs on the CPU: the GPU copies and computes nothing else. Values are compared
 with the reference backend, so that a run proves that the kernels ran.
 
@@ -39,7 +40,10 @@ MANY = [[*range(25), -1], [25, 30], [33]]
 FEW = [[*range(3), -1], [4], [6]]
 
 #: Of what `run` returns.
-NAMES = ("h", "normed h", "norm", "dh", "ddown", "dup", "dbias")
+NAMES = (
+    *("h", "normed h", "norm", "dh", "ddown", "dup", "dbias", "summed h", "addend"),
+    *("scaled h", "scaled dh", "dscale", "dshift"),
+)
 
 
 class Case(NamedTuple):
@@ -93,7 +97,7 @@ def inputs(case: Case) -> Inputs:
     h, grad = torch.randn(2, count, case.width, generator=generator).to(case.dtype)
     down, up = (torch.randn(2, size, case.width, generator=generator) / case.width**0.5).to(case.pool)
     bias = torch.randn(size, generator=generator)
-    kind = torch.arange(size, dtype=torch.int32) % 9
+    kind = torch.arange(size, dtype=torch.int32) % len(ops.Act)
     kind[::5] |= ops.NO_PRODUCT
     firsts = [sum(RANKS[:i]) for i in range(len(RANKS))]
     plan = Plan(*_tables(case.rows, list(zip(firsts, RANKS))))
@@ -149,7 +153,22 @@ def run(
             return [normed, every_row]
     hs = to(it.h[it.plan.rows.clamp(min=0).long()])
     gradients = ops.INTERVENE_BACKWARD[backend](to(it.grad), hs, *pool, *plan, True, True)
-    return [edited, normed, every_row, *gradients]
+    summed, addend = to(it.h), to(it.grad)
+    ops.INTERVENE_SUM_[backend](summed, addend, *pool, *plan[:3])
+    return [edited, normed, every_row, *gradients, summed, addend, *_elementwise(backend, it, hs, to)]
+
+
+def _elementwise(
+    backend: str, it: Inputs, hs: torch.Tensor, to: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """The edited h and the gradients of the elementwise edit; D and U serve as its pool, a row a segment."""
+    pool = [to(t.float()) for t in it.pool[:2]]
+    spans = torch.tensor([(segment, 1) for segment in range(len(RANKS))], dtype=torch.int32)
+    rows, tiles, spans, offsets = (to(t) for t in it.plan._replace(spans=spans))
+    scaled = to(it.h)
+    ops.SCALE_SHIFT_[backend](scaled, *pool, rows, tiles, spans)
+    given = (to(it.grad), hs, *pool, rows, tiles, spans, offsets)
+    return [scaled, *ops.SCALE_SHIFT_BACKWARD[backend](*given, True, True)]
 
 
 def compare(case: Case, device: str) -> int:

@@ -102,17 +102,18 @@ def draw(results: Results, path: Path) -> Path:
         for axis, title in zip(row, titles):
             axis.set_xticks(range(len(counts)), [str(count or "none") for count in counts])
             axis.set_title(f"{title}\n{THROUGH[way]}", fontsize=8, loc="left")
+            axis.set_xlim(-0.5, len(counts) - 0.5)
             axis.set_ylim(0, None)
-        for axis in row if row is axes[-1] else ():
-            axis.set_xlabel("distinct adapters in the batch")
+    for axis in axes[-1]:
+        axis.set_xlabel("distinct adapters in the batch")
     figure.legend(shown.values(), shown.keys(), loc="lower center", ncols=6, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.35 / figure.get_size_inches()[1], 1, 1))
     return plots.save(figure, path)
 
 
 def _draw_noise(axis: Any, cases: Sequence[CaseResult], shown: dict[str, Any]) -> None:
-    noise = [share(case.systems[CONTROL]) for case in cases]
-    shown["vLLM again (A/A): noise"] = axis.fill_between(
-        range(len(cases)), [one.low for one in noise], [one.high for one in noise], color="0.88"
-    )
+    for place, case in enumerate(cases):
+        noise = share(case.systems[CONTROL])
+        ends = (place - 0.4, place + 0.4)
+        shown["vLLM again (A/A): noise"] = axis.fill_between(ends, noise.low, noise.high, color="0.88")
     axis.axhline(1, color="0.4", linewidth=0.8)

@@ -183,13 +183,10 @@ __global__ void __launch_bounds__(kPoolWarps * 32, 2)
   float* const warps = shared_memory();  // [kPoolWarps, kPoolSums]
   float* const slices = warps + kPoolWarps * kPoolSums;
 
-  int s_begin = static_cast<int>(call.segments),
-      s_end = 0;  // those that own some of these pool rows
-  for (int s = 0; s < call.segments; ++s) {
-    if (!Overlap(call.plan.spans[s], first).any()) continue;
-    s_begin = s < s_begin ? s : s_begin;
-    s_end = s + 1;
-  }
+  // Those that own some of these pool rows.
+  const Segments owners(call.plan, call.segments,
+                        [first](Span span) { return Overlap(span, first).any(); });
+  const int s_begin = owners.begin, s_end = owners.end;
   for (int slice = block; slice < kSlices && s_begin < s_end; slice += blocks) {
     PoolParts parts;
     bool used = false;

@@ -12,8 +12,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <limits>
-
 namespace reft::cuda {
 
 __device__ inline float bits_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -72,6 +70,9 @@ __device__ inline void prefetch_l2(const void* from, int bytes) {
 }
 
 __device__ inline float shuffle_xor(float x, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, x, lanes);
+}
+__device__ inline int shuffle_xor(int x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
 __device__ inline int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
@@ -205,13 +206,19 @@ const char* launch(void (*kernel)(Arguments...), const Launch& how, Arguments...
   const LoadsInCapture loads;
   cudaError_t error = cudaSuccess;
   if (how.shared > 48 * 1024) {
-    const int64_t most = std::numeric_limits<int>::max();
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(how.shared < most ? how.shared : most));
-    if (error == cudaErrorInvalidValue) {
-      cudaGetLastError();
+    // All that a block may have here, whatever this launch needs: the attribute is the kernel's
+    // own, and another thread's launch, with less, must not take it away before this one.
+    int device = 0, most = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess && how.shared > most) {
       return "d is too large for the shared memory of a block on this GPU";
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     }
   }
   if (error == cudaSuccess) {

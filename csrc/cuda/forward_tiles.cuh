@@ -221,6 +221,7 @@ __device__ void edit_tile(const ForwardCall& call, int shift, int room) {
   typename Form::Rows rows(places, count);
   if (count <= 0 || (!kNorm && work.span.rank == 0)) return;
   Form::TileSums::join();
+  if (Form::TileSums::idle(call.d, shift)) return;
   int turn = 0;
   Span span = work.span;
   if (span.rank > kMostAtOnce) {

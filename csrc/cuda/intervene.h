@@ -64,7 +64,18 @@ struct BackwardCall : Backward {  // p, v: [n, kKept] or null where the pool nee
   float* bias_grad;        // [P]
 };
 
+// h += addend and addend = 0 in the rows of tiles that edit something.
+struct FoldCall {
+  Matrix h, addend;
+  int64_t d;
+  Dtype dtype;  // of both
+  Plan plan;
+  int64_t row_count, tile_count;  // as of a ForwardCall
+};
+constexpr int64_t kFoldColumns = 1024;  // that a block takes
+
 // Null, or what went wrong, by CUDA's own name for it.
+const char* launch_fold(const FoldCall& call, cudaStream_t stream);
 const char* launch_forward(const ForwardCall& call, cudaStream_t stream);
 
 // The same, and the norm of every row that the plan names, also in tiles that edit nothing.

@@ -11,7 +11,8 @@ namespace reft::cuda {
 // Two sets of sums, each with a barrier, in turns. A block pushes the sums of turn t + 1 after it
 // has read those of turn t, and nobody pushes those of turn t + 2 before all of turn t + 1 have
 // come to it. So what is written over was read by then. And a block may end when its last sums have
-// come: it was sent no others.
+// come: it was sent no others. A block without a unit would push none, and nobody would wait for
+// it; it is sent none, and ends once the cluster has met.
 template <int kWarps, int N, bool kOne>
 struct PushedSums : Sums<kWarps, N, kOne> {
   using Base = Sums<kWarps, N, kOne>;
@@ -34,9 +35,14 @@ struct PushedSums : Sums<kWarps, N, kOne> {
   static __device__ void join() { wait_for_cluster(); }
   // The last sums have come, so nobody will push others into this block.
   static __device__ void leave(int) {}
+  static __device__ bool idle(int64_t d, int shift) {
+    return (static_cast<int>(blockIdx.x) & ((1 << shift) - 1)) * int64_t{kUnit} >= d;
+  }
 
   // In every block all units have a place. Where a block has one, they are no more than blocks.
   __device__ int places() const { return kOne ? kLargestCluster : units; }
+  // Blocks that have a unit.
+  __device__ int busy() const { return units < blocks ? units : blocks; }
   __device__ float* unit(int u, int turn) const {
     return memory + (kGroup * kWarps + (turn % 2) * places() + u) * N;
   }
@@ -54,22 +60,26 @@ struct PushedSums : Sums<kWarps, N, kOne> {
       constexpr int kQuads = kCount / 4;
       static_assert(kCount % 4 == 0 && kQuads * kLargestCluster <= kThreads);
       const int i = threadIdx.x;
-      if (i < kQuads * blocks) push<4>(u, turn, i % kQuads * 4, i / kQuads);
+      if (i < kQuads * busy()) push<4>(u, turn, i % kQuads * 4, i / kQuads);
     } else {
       const int j = static_cast<int>(threadIdx.x) / kCount, i = threadIdx.x % kCount;
       if (j <= place) {
         const int mine = u - (place - j) * blocks;
 #pragma unroll 1
-        for (int to = 0; to < blocks; ++to) push<1>(mine, turn, i, to);
+        for (int to = 0; to < busy(); ++to) push<1>(mine, turn, i, to);
       }
       if (!last) sync_block();  // the warps' memory is free again
     }
   }
 
   // Waits for the first kCount sums of all units of this turn. Then all threads of all blocks have
-  // come to the close of their last unit.
+  // come to the close of their last unit. The block's own have pushed, too: the warps' memory is
+  // free again, which the block's own sums do not tell (it may yet be read for other blocks), and
+  // nobody is left waiting for a turn before this one. That barrier stands beside what is on its
+  // way.
   template <int kCount = N>
   __device__ void meet(int turn) const {
+    sync_block();
     const int bytes = units * kCount * static_cast<int>(sizeof(float));
     if (threadIdx.x == 0) arrive_announcing(barrier(turn % 2), bytes);
     wait_for(barrier(turn % 2), turn / 2 % 2);

@@ -2,8 +2,8 @@
 // once for all of them. Nothing is summed along a row, so a row's bits can't depend on others. The
 // pool's gradients are summed by one block for each pool row and 64 columns: a warp takes every
 // eighth row of a segment, and the warps are added in order.
-#include "device.cuh"
 #include "scale_shift.h"
+#include "sums.cuh"
 
 namespace reft::cuda {
 namespace {
@@ -59,9 +59,10 @@ __global__ void __launch_bounds__(kSumWarps * 32)
   const int64_t pool_row = blockIdx.x / chunks, begin = blockIdx.x % chunks * kScaleSumColumns;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   float ds[2] = {}, dv[2] = {};
-  for (int64_t s = 0; s < call.segments; ++s) {
-    const Span span = call.plan.spans[s];
-    if (span.rank <= 0 || span.first != pool_row) continue;
+  const auto owns = [pool_row](Span span) { return span.rank > 0 && span.first == pool_row; };
+  const Segments owners(call.plan, call.segments, owns);
+  for (int s = owners.begin; s < owners.end; ++s) {
+    if (!owns(call.plan.spans[s])) continue;
     const int end = call.offsets[s + 1];
     for (int at = call.offsets[s] + warp; at < end; at += kSumWarps) {
       const int64_t row = call.plan.rows[at];

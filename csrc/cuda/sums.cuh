@@ -185,6 +185,8 @@ struct Sums {
   static __device__ void begin() {}
   static __device__ void join() {}
   static __device__ void leave(int shift) { leave_cluster(1 << shift); }  // others may still read
+  // Whether a block that has joined may end at once.
+  static __device__ bool idle(int64_t, int) { return false; }
 
  protected:
   // Σ of(unit). Several loads are under way at a time: one from another block takes a good part of
@@ -222,6 +224,28 @@ struct Work {
     span = *range;
     ask(span.first), ask(span.rank);
     if (idle || span.rank < 0) span = Span{0, 0};
+  }
+};
+
+// Segments [begin, end) of a plan, among which are all that `wanted`(its range) holds for; none
+// where begin is not less. Each warp looks at all ranges, a lane at every 32nd of them.
+struct Segments {
+  int begin, end = 0;
+
+  template <class Wanted>
+  __device__ Segments(const Plan& plan, int64_t count, Wanted wanted)
+      : begin(static_cast<int>(count)) {
+    for (int s = static_cast<int>(threadIdx.x) % 32; s < count; s += 32) {
+      if (!wanted(plan.spans[s])) continue;
+      begin = s < begin ? s : begin;
+      end = s + 1;
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      const int other_begin = shuffle_xor(begin, lanes), other_end = shuffle_xor(end, lanes);
+      begin = other_begin < begin ? other_begin : begin;
+      end = other_end > end ? other_end : end;
+    }
   }
 };
 

@@ -3,13 +3,15 @@
 from ..checkpoint import BaseModel
 from .adapter import Adapter
 from .autoencoder import sae_features
-from .config import ReftConfig
+from .config import SUBSPACE_MARK, ReftConfig
 from .convert import convert
 from .intervention import Drawn, Intervention
 from .method import Method, Option, register_method, unregister_method
 from .saved_modules import SavedModules
+from .subspaces import Subspace
 
 __all__ = [
+    "SUBSPACE_MARK",
     "Adapter",
     "BaseModel",
     "Drawn",
@@ -18,6 +20,7 @@ __all__ = [
     "Option",
     "ReftConfig",
     "SavedModules",
+    "Subspace",
     "convert",
     "register_method",
     "sae_features",

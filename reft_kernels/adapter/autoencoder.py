@@ -32,7 +32,6 @@ def sae_features(
 
     Returns:
         w_enc, w_dec [r, d], b_enc [r] and, with a threshold, threshold [r]: copies, in float32 at least.
-        A threshold below 0 is 0, as JumpReLU gives nothing below 0 either way.
 
     Raises:
         ValueError: a tensor is missing, or of another shape than the others say; one that these two kinds of
@@ -65,7 +64,7 @@ def sae_features(
         wide = found["b_enc"].double() - found["w_enc"].double() @ weights["b_dec"].detach().double()
         found["b_enc"] = wide.to(found["b_enc"].dtype)
     if "threshold" in weights:
-        found["threshold"] = taken("threshold", 0).clamp_min(0)
+        found["threshold"] = taken("threshold", 0)
     return found
 
 

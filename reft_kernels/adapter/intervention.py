@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..scale_pool import AnyFold
 from ..sites import canonical, takes_heads
 from .config import check_dropout
 from .methods import METHODS, Method, activation
-from .orthonormal import orthonormal_rows, orthonormality_error
+from .orthonormal import only_rows, orthonormal_rows, orthonormality_error
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,6 +48,7 @@ class Intervention(nn.Module):
         group: index of `positions` among the adapter's position groups (set by the adapter).
         orthonormalize: whether the fold takes the parameters named in the method's `orthonormal` through
             `orthonormal_rows` (set by the adapter while it is trainable).
+        row_order: [pool_rows] int64, the order of the fold's rows, where the adapter has subspaces.
 
     Raises:
         ValueError: an argument is not what it may be; shapes or dtypes don't fit each other.
@@ -83,6 +84,8 @@ class Intervention(nn.Module):
         self.scale = self.spec.check_scale(scale)
         self.names = tuple(name for name in self.spec.shapes if name in tensors)
         self._folded_to: tuple[int, str] | None = None
+        self.row_order: Tensor | None
+        self.register_buffer("row_order", None, persistent=False)
         for name in self.names:
             if name in self.spec.fixed:
                 self.register_buffer(name, tensors[name].detach())
@@ -227,7 +230,34 @@ class Intervention(nn.Module):
 
     def _folded(self, tensors: dict[str, Tensor]) -> AnyFold:
         fold = self.spec.fold(tensors, activation(self.act_fn), self.options).times(self.scale)
-        return type(fold)(*(tensor.contiguous() for tensor in fold))
+        order = self._buffers["row_order"]  # past nn.Module's way of finding it, which is slow
+        parts = fold if order is None else (tensor.index_select(0, order) for tensor in fold)
+        return type(fold)(*(tensor.contiguous() for tensor in parts))
+
+    def orthonormal_of(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The parameters that training keeps orthonormal, made so; only these rows get a gradient."""
+        return {n: orthonormal_rows(only_rows(getattr(self, n), rows)) for n in self.trains_orthonormal}
+
+    def check_rows_apart(self) -> None:
+        """Raises ValueError, which names `subspaces`, where a row of the parameters is no edit by itself."""
+        self.spec.check_subspaces()
+        shared = [name for name in self.names if "r" not in self.spec.shapes[name]]
+        if shared:
+            raise ValueError(f"subspaces: {self.method} has {', '.join(shared)}, which belongs to no row")
+        if self.pool_rows % self.rank:
+            raise ValueError(
+                f"subspaces: {self.method} folds {self.rank} rows to {self.pool_rows}, which tells none apart"
+            )
+
+    def lay_rows(self, order: Sequence[int] | None) -> None:
+        """In which order the fold has the parameters' rows; None for theirs. Rows of the fold that are of one
+        row (those r apart) come to lie side by side."""
+        if order is None:
+            self.row_order = None
+        else:
+            times = self.pool_rows // self.rank
+            index = [part * self.rank + row for row in order for part in range(times)]
+            self.row_order = torch.tensor(index, device=self._first.device)
 
     def widen_orthonormal(self) -> None:
         """Makes R float32 at least, as half precision can't hold orthonormal rows; warns if they are not."""

@@ -113,6 +113,8 @@ class Method:
             stored.
         sites: where the method means something; None for every site.
         trainable: whether it can be trained.
+        separable: whether the edit is a sum over the rows, so that some of them are an edit by themselves (a
+            subspace). Of k·r rows of the fold those r apart are one row's, as `joined` leaves them.
         scalable: whether the edit times a number (an adapter's `scale`) means something.
         rank: the r of a config that names none.
         name: what it is registered as.
@@ -126,6 +128,7 @@ class Method:
     options: ClassVar[Mapping[str, Option]] = {}
     sites: ClassVar[tuple[str, ...] | None] = None
     trainable: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
     scalable: ClassVar[bool] = True
     rank: ClassVar[int] = 4
     name: str = ""
@@ -226,6 +229,14 @@ class Method:
             raise ValueError(f"{argument}: an edit of the method {self.name} can't be multiplied")
         return float(scale)
 
+    def check_subspaces(self) -> None:
+        """Raises ValueError where some of the rows are no edit by themselves."""
+        if not self.separable:
+            raise ValueError(
+                f"subspaces: the rows of {self.name} are made into its edit together, so some of them are "
+                "none by themselves"
+            )
+
     def check_trainable(self) -> None:
         """Raises ValueError where the method can't be trained."""
         if not self.trainable:
@@ -261,8 +272,8 @@ METHODS: dict[str, Method] = {}
 
 #: What an intervention has already, so that no parameter may be called so.
 _TAKEN = frozenset(
-    "act_fn dropout group head layer method names options orthonormalize pool_rows positions rank scale site "
-    "keeps_norm spec width".split()
+    "act_fn dropout group head keeps_norm layer method names options orthonormalize pool_rows positions rank "
+    "row_order scale site spec width".split()
 )
 
 

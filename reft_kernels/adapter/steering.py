@@ -78,6 +78,7 @@ class Ablation(Method):
     fixed = frozenset({"alpha", "add"})
     optional = frozenset({"add"})
     options = {"alpha": number(1.0), "add": number(0.0)}
+    separable = False  # a direction is taken out but for what those before it took
     rank = 1
 
     def has(self, name: str, options: Options) -> bool:
@@ -110,7 +111,8 @@ class Sae(Method):
 
     clamp: h + Σᵢ (targetᵢ − aᵢ) w_decᵢ; minimum: h + Σᵢ (max(aᵢ, targetᵢ) − aᵢ) w_decᵢ, targetᵢ ≥ 0
 
-    With z = w_enc h + b_enc, a is relu(z); with a threshold θ ≥ 0 (JumpReLU) it is z where z > θ, else 0.
+    With z = w_enc h + b_enc, a is relu(z); with a threshold θ (JumpReLU) it is relu(z) where z > θ, else 0,
+    so that a negative θ is as 0.
     """
 
     shapes = {"w_enc": "rd", "b_enc": "r", "w_dec": "rd", "target": "r", "threshold": "r"}
@@ -122,7 +124,7 @@ class Sae(Method):
 
     def fold(self, p: Parameters, act: Act, options: Options) -> Fold:
         enc, dec, b, target = p["w_enc"], p["w_dec"], p["b_enc"], p["target"]
-        theta = p.get("threshold")
+        theta = p["threshold"].clamp_min(0) if "threshold" in p else None
         clamp = options["mode"] == "clamp"
         if theta is None and clamp:
             return self.joined(self.rows(enc, -dec, b, Act.RELU), self.rows(None, dec, target))
@@ -152,8 +154,6 @@ class Sae(Method):
                 f'target: must be 0 or more with mode "minimum", as activations are; was '
                 f"{p['target'].min().item():g}"
             )
-        if "threshold" in p and bool((p["threshold"] < 0).any()):
-            raise ValueError(f"threshold: must be 0 or more, was {p['threshold'].min().item():g}")
 
 
 def _times(fold: Fold, factors: Tensor) -> Fold:

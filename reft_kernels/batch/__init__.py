@@ -7,7 +7,8 @@ library of models. docs/engine.md shows an engine's loop on it.
 from .batch_plan import BatchPlan
 from .edit import edit
 from .intervals import intervals_of
-from .planner import BASE, Planner
+from .names import BASE
+from .planner import Planner
 from .prompts import Prompts, read_prompts
 from .selection import Selection, select
 from .sequence import Sequence

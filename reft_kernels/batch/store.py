@@ -12,9 +12,11 @@ import torch
 from ..plan import to_device
 from ..pool import Pool, PoolFull, Span
 from ..scale_pool import AnyFold
+from .named import Names
+from .snapshots import Trained
 from .stacks import Part, Segment, Stack, parts_of
 from .stages import FORMS, KEEP_NORM, LOW_RANK, SiteKey, Stage, StageKey, in_turn, stages_of
-from .tables import Place, SiteTable, Table, Turn, all_edits, edits_of
+from .tables import Place, SiteTable, Table, Turn, edits_of, padded
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Drawn
@@ -33,7 +35,7 @@ class _Laid(NamedTuple):
     span: Span
 
 
-class AdapterStore:
+class AdapterStore(Names):
     """Adapters, laid into pools: one for each device, dtype, width and form.
 
     Args:
@@ -42,6 +44,8 @@ class AdapterStore:
 
     Attributes:
         adapters: name → Adapter.
+        subspaces: "adapter/subspace" → `Subspace`. It lies in its adapter's ranges; where its rows don't lie
+            side by side there, in room of its own, as a stack.
         places: what hidden states look like at each site that an adapter was laid for.
         overlapping: the names of those whose own interventions may share a token.
         merged: names of adapters that are part of the model's weights, and so of no plan.
@@ -49,8 +53,8 @@ class AdapterStore:
     """
 
     def __init__(self, capacity: int | None = None, pool_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
         self.capacity, self.pool_dtype = capacity, pool_dtype
-        self.adapters: dict[str, Adapter] = {}
         self.merged: set[str] = set()
         self.pools: dict[tuple[torch.device, torch.dtype, int, str], Pool] = {}
         self.places: dict[SiteKey, Place] = {}
@@ -67,8 +71,7 @@ class AdapterStore:
         self._ranges: dict[str, np.ndarray] = {}
         self._segments: dict[str, tuple[Segment, ...]] = {}
         self._tables: dict[tuple[Segment, ...], Table] = {}
-        #: Those that trained since they were last renewed for good.
-        self._trained: set[str] = set()
+        self._trained = Trained()
         #: What was laid for stacks, by the number of the stage, and their ranges as in `_ranges`.
         self._stacks: dict[Stack, dict[int, _Laid]] = {}
         self._stack_ranges: dict[Stack, np.ndarray] = {}
@@ -89,9 +92,10 @@ class AdapterStore:
 
         place_of: what hidden states at a site look like, asked for sites that are new.
 
-        Raises PoolFull where it does not fit a fixed capacity, and ValueError where a site has another width.
-        Nothing is changed then.
+        Raises PoolFull where it does not fit a fixed capacity, and ValueError where a site has another width
+        or a name is taken. Nothing is changed then.
         """
+        self.check_name(name, adapter)
         places = dict(self.places)
         for one in adapter.interventions:
             key = SiteKey.of(one)
@@ -111,21 +115,26 @@ class AdapterStore:
         self.places = places
         self.adapters[name], self._laid[name] = adapter, laid
         self.stale({name: adapter})
+        self.subspaces |= adapter.named_subspaces(name)
         groups = tuple(self._specs.setdefault(one, one) for one in adapter.groups)
-        self._groups[name] = self._spec_tuples.setdefault(groups, groups)
-        if adapter.overlapping:
-            self.overlapping.add(name)
+        groups = self._spec_tuples.setdefault(groups, groups)
+        for known in (name, *self.subspaces_of(name)):
+            self._groups[known] = groups
+            if adapter.overlapping:
+                self.overlapping.add(known)
         self._number(name)
         self._changed()
 
     def remove(self, name: str) -> Adapter:
         """Frees an adapter's room and returns the adapter."""
-        adapter = self.adapters.pop(name)
-        self._forget_stacks(stack for stack in self._stacks if any(p.name == name for p in stack.parts))
+        adapter, names = self.adapters.pop(name), (name, *self.subspaces_of(name))
+        self._forget_stacks(stack for stack in self._stacks if any(p.name in names for p in stack.parts))
         for pool, span in self._laid.pop(name):
             pool.remove(span)
-        del self._ranges[name], self._segments[name], self._groups[name]
-        self.overlapping.discard(name)
+        for known in names:
+            del self._ranges[known], self._segments[known], self._groups[known]
+            self.overlapping.discard(known)
+            self.subspaces.pop(known, None)
         self._trained.discard(name)
         self._changed()
         return adapter
@@ -133,32 +142,31 @@ class AdapterStore:
     def stale(self, adapters: dict[str, Adapter]) -> bool:
         """Whether the pools may hold some of these as they were: those that train, and those that have been
         frozen since they were renewed."""
-        trained = self._trained
-        trained.update(name for name, adapter in adapters.items() if adapter.trainable)
-        return bool(trained) and not trained.isdisjoint(adapters)
+        self._trained.add(self.owner(name) for name, adapter in adapters.items() if adapter.trainable)
+        return self._trained.any_of(map(self.owner, adapters))
 
     def refresh(self, adapters: dict[str, Adapter], drawn: Drawn) -> None:
-        """Renews the folds of adapters that `stale` found.
+        """Renews the folds of adapters that `stale` found, unless they are known to be as they were.
 
         drawn: the random numbers of a forward in training, of the interventions that drew any.
-        Nothing tells whether they did: fused optimizers and sharding don't count a tensor's versions up.
         """
-        moved = {name for name in adapters if name in self._trained}
-        for name in moved:
-            with torch.no_grad():
-                for (pool, span), fold in zip(self._laid[name], adapters[name].folds(drawn)):
-                    pool.write(span, fold)
-            if not adapters[name].trainable:
-                self._trained.discard(name)
+        renewed = set()
+        for name in dict.fromkeys(map(self.owner, adapters)):
+            if self._trained.is_due(name, self.adapters[name], drawn):
+                with torch.no_grad():
+                    for (pool, span), fold in zip(self._laid[name], self.adapters[name].folds(drawn)):
+                        pool.write(span, fold)
+                renewed.add(name)
+        keys = list(self._numbers)
         for stack, laid in self._stacks.items():
-            if any(part.name in moved for part in stack.parts):
-                for key, number in self._numbers.items():
-                    if number in laid:
-                        laid[number].pool.write(laid[number].span, self._stack_fold(stack, key, drawn))
+            if any(self.owner(part.name) in renewed for part in stack.parts):
+                for number, (pool, span) in laid.items():
+                    pool.write(span, self._stack_fold(stack, keys[number], drawn))
 
     def move(self, key: SiteKey, place: Place) -> None:
         """Learns that a site's hidden states have another device or dtype, and lays its adapters there."""
         self.places[key] = place
+        self._trained.forget_all()
         self._forget_stacks(self._stacks)
         for name, adapter in self.adapters.items():
             for index, one in enumerate(adapter.interventions):
@@ -207,6 +215,14 @@ class AdapterStore:
                 ranges[one.group, self._numbers[norm]] = (0, 1)
         self._ranges[name] = ranges
         self._segments[name] = tuple((name, group) for group in range(len(ranges)))
+        for known in self.subspaces_of(name):
+            part = ranges.copy()
+            for (key, *_), mine in zip(keys, self.subspaces[known].interventions):
+                first, rank = mine.stretch or (0, mine.pool_rows)
+                part[mine.group, self._numbers[key]] += (first, 0)
+                part[mine.group, self._numbers[key], 1] = rank
+            self._ranges[known] = part
+            self._segments[known] = tuple((known, group) for group in range(len(part)))
 
     def _changed(self) -> None:
         self.version += 1
@@ -231,10 +247,6 @@ class AdapterStore:
         return self._numbers
 
     @property
-    def n_stages(self) -> int:
-        return len(self._numbers)
-
-    @property
     def forms(self) -> set[str]:
         """Those of the adapters that were ever laid."""
         return {key.form for key in self._numbers} - {KEEP_NORM}
@@ -249,7 +261,7 @@ class AdapterStore:
         at = 0
         while at < len(segments):
             segment = segments[at]
-            if isinstance(segment, Stack):
+            if isinstance(segment, Stack) or (self.subspaces and self.lies_apart(segment[0])):
                 found.append(self._range(segment)[None])
             else:
                 name, group = segment
@@ -260,7 +272,7 @@ class AdapterStore:
             at += len(found[-1])
         stages = len(self._numbers)
         # An adapter that came before others knows of fewer stages.
-        found = [_padded(one, stages) if one.shape[1] < stages else one for one in found]
+        found = [padded(one, stages) if one.shape[1] < stages else one for one in found]
         by_segment = np.concatenate(found) if found else np.zeros((0, stages, 2), dtype=np.int32)
         # (A pair is moved as one number.)
         by_stage = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)
@@ -272,7 +284,9 @@ class AdapterStore:
         """(first pool row, rank) of a segment by the number of the stage, int32 [stages, 2]."""
         if not isinstance(segment, Stack):
             name, group = segment
-            return self._ranges[name][group]
+            if not self.lies_apart(name):
+                return self._ranges[name][group]
+            segment = Stack((Part(name, group),))
         if segment not in self._stack_ranges:
             self._lay(segment)
         return self._stack_ranges[segment]
@@ -303,7 +317,7 @@ class AdapterStore:
             mine = [part for part in stack.parts if part.turn == key.turn and self._rank(part, own)]
             if mine and key.form == KEEP_NORM:
                 ranges[number] = (0, 1)  # whoever of them keeps it, the sum does
-            elif len(mine) == 1 and mine[0].scale == 1:
+            elif len(mine) == 1 and mine[0].scale == 1 and not self.lies_apart(mine[0].name):
                 ranges[number] = self._ranges[mine[0].name][mine[0].group][own]
             elif mine:
                 pool = self.pool_of(key.site, key.form)
@@ -315,12 +329,14 @@ class AdapterStore:
                     raise
                 ranges[number] = tuple(laid[number].span)
         self._stacks[stack], self._stack_ranges[stack] = laid, ranges
+        for part in stack.parts:  # whose own folds may be of other parameters than these
+            self._trained.forget(self.owner(part.name))
 
     def _number_turns(self, stack: Stack) -> None:
         """Numbers the stages of parts that edit behind others."""
         known = len(self._numbers)
         for part in stack.parts:
-            for one in self.adapters[part.name].interventions if part.turn else ():
+            for one in self.find(part.name).interventions if part.turn else ():
                 for key in stages_of(one) if one.group == part.group else ():
                     self._numbers.setdefault(key._replace(turn=part.turn), len(self._numbers))
         if len(self._numbers) > known:
@@ -332,7 +348,8 @@ class AdapterStore:
 
     @torch.no_grad()
     def _stack_fold(self, stack: Stack, key: StageKey, drawn: Drawn | None = None) -> AnyFold:
-        made, edits = FORMS[key.form].fold, edits_of(self.adapters, stack, key)
+        adapters = {part.name: self.find(part.name) for part in stack.parts}
+        made, edits = FORMS[key.form].fold, edits_of(adapters, stack, key)
         folds = made.meeting([one.fold(None, (drawn or {}).get(one)).times(scale) for one, scale in edits])
         return made(*(torch.cat(parts) for parts in zip(*folds)))
 
@@ -352,7 +369,7 @@ class AdapterStore:
     def _make_table(self, segments: tuple[Segment, ...]) -> Table:
         names = [it[0] for it in segments if not isinstance(it, Stack)]
         names += [part.name for it in segments if isinstance(it, Stack) for part in it.parts]
-        owners = {name: self.adapters[name] for name in names}
+        owners = {name: self.find(name) for name in names}
         ranges = self.ranges(segments)
         table = Table(segments, owners, self.version)
         busy = (ranges[:, :, 1] != 0).any(axis=1)
@@ -372,15 +389,10 @@ class AdapterStore:
             if key.form == KEEP_NORM:
                 mine[key.turn] = turn._replace(norms=spans)
                 continue
-            who = functools.partial(all_edits, table, key)
+            who = functools.partial(table.edits, key)
             stage = Stage(key.form, self.pool_of(key.site, key.form), spans, who)
             mine[key.turn] = turn._replace(stages=(*turn.stages, stage))
         for site, mine in turns.items():
             place = self.places[site]
             table.sites[site] = SiteTable(tuple(mine.values()), table.devices.index(place.device), place)
         return table
-
-
-def _padded(ranges: np.ndarray, stages: int) -> np.ndarray:
-    """Ranges [groups, fewer stages, 2] with rank 0 at the stages that they do not know."""
-    return np.pad(ranges, ((0, 0), (0, stages - ranges.shape[1]), (0, 0)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,6 +93,10 @@ class Table:
     def trainable(self) -> bool:
         return any(adapter.trainable for adapter in self.adapters.values())
 
+    def edits(self, key: StageKey) -> list[Edits]:
+        """What each segment does at a stage."""
+        return [edits_of(self.adapters, segment, key) for segment in self.segments]
+
 
 def edits_of(adapters: Mapping[str, Adapter], segment: Segment, key: StageKey) -> Edits:
     """What a segment does at a stage."""
@@ -105,6 +110,6 @@ def edits_of(adapters: Mapping[str, Adapter], segment: Segment, key: StageKey) -
     )
 
 
-def all_edits(table: Table, key: StageKey) -> list[Edits]:
-    """What each segment of a table does at a stage."""
-    return [edits_of(table.adapters, segment, key) for segment in table.segments]
+def padded(ranges: np.ndarray, stages: int) -> np.ndarray:
+    """Ranges [groups, fewer stages, 2] with rank 0 at the stages that they do not know."""
+    return np.pad(ranges, ((0, 0), (0, stages - ranges.shape[1]), (0, 0)))

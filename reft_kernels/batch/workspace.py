@@ -67,7 +67,7 @@ class DecodeWorkspace:
         self.rows = _static(rows, device)
         self.tiles = _static(np.stack([rows, rows, one], axis=1), device)
         self.unedited = _static(np.stack([-one, rows, one], axis=1), device)
-        self.spans = _static(np.zeros((store.n_stages, batch, 2), dtype=np.int32), device)
+        self.spans = _static(np.zeros((len(store.numbers), batch, 2), dtype=np.int32), device)
         self.pools: tuple[Pool, ...] = ()
         self.dtypes: tuple[torch.dtype, ...] = ()
         self.places: dict[SiteKey, tuple[tuple[int, int, str], ...]] = {}
@@ -175,7 +175,7 @@ class DecodeWorkspaces:
             return None
         key = (plan.tokens, next(iter(devices)))
         workspace = self._kept.get(key)
-        if workspace is None or workspace.spans.shape[0] != self.store.n_stages:
+        if workspace is None or workspace.spans.shape[0] != len(self.store.numbers):
             workspace = DecodeWorkspace(self.store, *key)
             if key not in self._kept and len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]  # the one that was asked for longest ago

@@ -37,9 +37,13 @@ def take_ours(kwargs: dict[str, Any], own: Collection[str] = ()) -> Ours:
     `reft_adapter_names` wins; `adapter_names` is then left to PEFT. `scale` is left to a model that has an
     argument of that name.
     """
-    names = NAMES[0] if NAMES[0] in kwargs else NAMES[1]
-    scale = SCALES[0] if SCALES[0] in kwargs or SCALES[1] in own else SCALES[1]
-    return Ours(*(kwargs.pop(name, None) for name in (names, LENGTHS, POSITIONS, scale)))
+    take = kwargs.pop
+    return Ours(
+        take(NAMES[0] if NAMES[0] in kwargs else NAMES[1], None),
+        take(LENGTHS, None),
+        take(POSITIONS, None),
+        take(SCALES[0] if SCALES[0] in kwargs or SCALES[1] in own else SCALES[1], None),
+    )
 
 
 class _Call(StandIn):

@@ -66,7 +66,7 @@ def check(runtime: Runtime, inputs: Sequence[Sequence[int]], given: Any) -> tupl
     if given is not None:
         names = planner.check_names(given, len(inputs))
     for name in names_of(names):
-        if runtime.store.adapters[name].saved_modules:
+        if runtime.store.find(name).saved_modules:
             raise ValueError(
                 f"adapter_names: {name!r} has modules_to_save, which continuous batches can't run"
             )

@@ -273,9 +273,9 @@ class Merges:
         with self._runtime.lock:
             self._merging.merge(name, adapter, self.disable_adapter)  # type: ignore[attr-defined]
             self._store.merged.add(name)
-            self._was_active = name if self._runtime.active == name else self._was_active
-            if self._runtime.active == name:
-                self._runtime.active = None
+            active = self._runtime.active
+            if active is not None and self._store.owner(active) == name:
+                self._was_active, self._runtime.active = active, None
             self._runtime.forget_compiled()
 
     @named_as_in_peft
@@ -292,6 +292,7 @@ class Merges:
             for one in self._merging.names if name is None else (name,):
                 self._merging.unmerge(one)
                 self._store.merged.discard(one)
-                if one == self._was_active:
-                    self._runtime.active, self._was_active = self._runtime.active or one, None
+                before = self._was_active
+                if before is not None and self._store.owner(before) == one:
+                    self._runtime.active, self._was_active = self._runtime.active or before, None
             self._runtime.forget_compiled()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapter import Adapter
+from ..adapter import SUBSPACE_MARK, Adapter
 from ..batch import intervals_of
 from ..batch.names import unknown
 from ..batch.steps import most_together
 from ..positions import Positions
-from .config import ServingConfig, Source, check_name, check_scale
+from .config import SUBSPACE, ServingConfig, Source, check_name, check_scale
 from .ticket import Part, Ticket, combined, content_of, read
 
 #: Position groups of one adapter, and how many of them may name one token.
@@ -83,17 +85,23 @@ class Catalog:
                 raise ValueError(f"name: {unknown(name, self.names, 'known are')}")
 
     def source(self, name: Any) -> Source:
-        """Raises ValueError for an unknown name."""
+        """name: an adapter's, or "adapter/subspace". Raises ValueError for an unknown one."""
         found = self._sources.get(name) if isinstance(name, str) else None
         if found is not None:
             return found
+        name, mark, subspace = name.partition(SUBSPACE_MARK) if isinstance(name, str) else (name, "", "")
+        found = self._sources.get(name) if isinstance(name, str) else None
         check_name(name, NAME)
-        if self.config.directory is not None:
+        if found is None and self.config.directory is not None:
             folder = Path(self.config.directory) / name
             found = Source(str(folder)) if folder.is_dir() else None
         if found is None:
             raise ValueError(f"{NAME}: {unknown(name, self.names, 'known are')}")
-        return found
+        if not mark:
+            return found
+        if SUBSPACE in found.options:
+            raise ValueError(f"{NAME}: {name!r} is a subspace already, and has no {subspace!r}")
+        return dataclasses.replace(found, options={**found.options, SUBSPACE: subspace})
 
     def ticket(self, arguments: Mapping[str, Any], prompt_length: int | None = None) -> Ticket | None:
         """What a request's arguments ask for; None for the bare model. A name may also be a `Source`.
@@ -194,9 +202,21 @@ class Catalog:
 
 def _stamp(path: str) -> tuple:
     """What the files of a folder look like; () for what is no folder (a hub's name)."""
-    root = Path(path)
-    if root.is_file():
-        files = [root]
-    else:
-        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
-    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    found: list[tuple[str, int, int]] = []
+    folders = [path]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        folders.append(entry.path)
+                    else:
+                        status = entry.stat()
+                        found.append((entry.path, status.st_mtime_ns, status.st_size))
+        except NotADirectoryError:
+            status = os.stat(folder)
+            found.append((folder, status.st_mtime_ns, status.st_size))
+        except FileNotFoundError:
+            pass
+    return tuple(sorted(found))

@@ -11,6 +11,8 @@ from typing import Any
 
 #: What `Adapter.from_pretrained` may be told about a folder.
 READING = ("positions", "act_fn", "dropout", "last_position")
+#: Which of its subspaces is meant, by name; the whole adapter where it is not given.
+SUBSPACE = "subspace"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,11 @@ class Source:
         if not isinstance(given, Mapping) or not isinstance(given.get("path"), str) or not given["path"]:
             raise ValueError(f'{where}: must be a folder, or {{"path": folder, …}}, was {given!r}')
         options = {name: value for name, value in given.items() if name != "path"}
-        unknown = sorted(set(options) - set(READING))
+        allowed = (*READING, SUBSPACE)
+        unknown = sorted(set(options) - set(allowed))
         if unknown:
             raise ValueError(
-                f"{where}: unknown {unknown[0]!r}; beside 'path' allowed are {', '.join(READING)}"
+                f"{where}: unknown {unknown[0]!r}; beside 'path' allowed are {', '.join(allowed)}"
             )
         return cls(given["path"], options)
 

@@ -17,7 +17,7 @@ import torch
 from ..adapter import Adapter
 from ..adapter.compose import folded
 from ..positions import Positions
-from .config import Source
+from .config import SUBSPACE, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,15 @@ def ticket_of(source: Source, adapter: Adapter) -> Ticket:
 
 def read(source: Source) -> Adapter:
     """Raises ValueError that names the file and what is wrong with it."""
-    return Adapter.from_pretrained(source.path, **source.options)
+    options = dict(source.options)
+    subspace = options.pop(SUBSPACE, None)
+    adapter = Adapter.from_pretrained(source.path, **options)
+    if subspace is None:
+        return adapter
+    try:
+        return adapter.select_subspace(adapter.subspace(subspace).rows)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
 
 
 @torch.no_grad()

@@ -177,10 +177,10 @@ def test_dropout_falls_behind_each_turn() -> None:
 
 def test_stages_of_turns_come_with_the_first_sequence_and_adapters_may_go() -> None:
     store, h = make_store(capacity=64), draw(2, WIDTH)
-    before, used = store.n_stages, [pool.used for pool in store.pools.values()]
+    before, used = len(store.numbers), [pool.used for pool in store.pools.values()]
     assert all(key.turn == 0 for key in store.numbers)
     found = stepped(store, [rk.Sequence("a", "b"), "a"], h)
-    assert store.n_stages == before + LAYERS and StageKey(SITES[0], "low_rank", 1) in store.numbers
+    assert len(store.numbers) == before + LAYERS and StageKey(SITES[0], "low_rank", 1) in store.numbers
     assert [pool.used for pool in store.pools.values()] == used  # the ranges that are there
     workspace = DecodeWorkspaces(store).of(planned(store, [rk.Sequence("a", "kept"), "b"]))
     assert workspace is not None

@@ -105,6 +105,17 @@ def test_scales_times_a_number_and_their_sum() -> None:
         torch.testing.assert_close(found[row], want, rtol=1e-5, atol=1e-5)
 
 
+def test_rescaled_for_good_it_is_the_scale_of_the_call() -> None:
+    store, h = make_store(), hidden(1)
+    want = stepped(store, Planner(store).check_names(["red"], 1, scale=-1.5), h, SITES[0])
+    again = red()
+    again.rescale(-1.5)
+    store.add("again", again, Place(CPU, torch.float32))
+    assert same_bits(want, stepped(store, ["again"], h, SITES[0]))
+    nothing = Planner(store).check_names([("red",)], 1, scale=0)
+    assert nothing == (None,)  # so the row is left as it is, to the bit
+
+
 def test_one_of_each_form_on_a_token_is_refused_and_names_both() -> None:
     store = make_store()
     planner = Planner(store)
@@ -155,7 +166,7 @@ def test_a_workspace_has_a_row_of_spans_for_each_stage() -> None:
     plan = planner.step(selection, np.zeros(5), np.ones(5, dtype=np.int64))
     assert plan is not None
     found = DecodeWorkspaces(store).of(plan)
-    assert found is not None and len(found.spans) == store.n_stages == 2 * LAYERS
+    assert found is not None and len(found.spans) == len(store.numbers) == 2 * LAYERS
     for key in SITES:
         (first, _, form), (second, _, other) = found.places[key]
         assert (form, other) == ("low_rank", "elementwise")

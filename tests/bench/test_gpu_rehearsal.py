@@ -50,6 +50,31 @@ sys.exit(kit.main(["--dry"]))
 """
 
 
+def test_the_first_part_has_every_kind_of_call(tmp_path: Path) -> None:
+    """Of what is to be seen in four minutes; each by tests that there are."""
+    both = ["launches", "graphs", "elementwise_and_sums", "serving_steps", "models"]
+    kinds = {
+        "tests first native": [
+            *both,
+            "ways",
+            "forward",
+            "norm",
+            "invariance",
+            "backward",
+            "sum",
+            "scale_shift",
+        ],
+        "tests first triton": both,
+    }
+    steps = {step.name: step for step in gpu_plan.first_steps(tmp_path)}
+    for name, wanted in kinds.items():
+        files = [word.partition("::") for word in steps[name].command if word.startswith("tests/")]
+        found = {Path(file).stem.removeprefix("test_") for file, _, _ in files}
+        assert found == {*wanted}
+        for file, _, test in files:
+            assert f"def {test}(" in (gpu_step.ROOT / file).read_text() or not test
+
+
 def _rehearse(tmp_path: Path, *words: str) -> dict:
     """Runs the kit with stand-ins; returns what it wrote of itself, after every step has passed."""
     variables = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(gpu_step.ROOT)}

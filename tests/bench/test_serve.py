@@ -32,7 +32,7 @@ def test_a_case_for_each_number_of_adapters_and_each_way():
 def test_a_preset_says_what_no_argument_does():
     args = arguments("--preset", "cpu", "--requests", "80", "--http", "")
     cases = serve.cases_of(args)
-    assert (args.rounds, args.requests, args.new_tokens) == (5, 80, 32)
+    assert (args.rounds, args.requests, args.new_tokens) == (5, 80, 16)
     assert [case.adapters for case in cases] == [0, 1, 8, 64] and {c.through for c in cases} == {"engine"}
     for name, preset in serve_cases.PRESETS.items():
         assert serve.cases_of(arguments("--preset", name)) and set(preset) <= set(vars(args))
@@ -45,11 +45,19 @@ def test_a_preset_says_what_no_argument_does():
         (("--http", "65", "--requests", "64"), "--http: 65"),
         (("--adapters", "few"), "--adapters"),
         (("--new-tokens", "0"), "--new-tokens"),
+        (("--lora-rounds", "1"), "--lora-rounds: must be at least 2"),
     ],
 )
 def test_wrong_numbers_are_refused(words, text):
     with pytest.raises(ResultError, match=text):
         serve.cases_of(arguments(*words))
+
+
+def test_a_system_with_fewer_rounds_is_paired_with_the_first_of_the_others():
+    bare = [1.0, 2.0, 4.0, 8.0]
+    found = serve.summarized({LORA: [2.0, 4.0], BARE: bare, CONTROL: bare, REFT: [1.1, 2.2, 4.4, 8.8]})
+    assert list(found) == [LORA, BARE, CONTROL, REFT] and found[BARE].samples == bare
+    assert found[LORA].ratio.median == 2.0 and found[REFT].ratio.median == pytest.approx(1.1)
 
 
 def test_requests_take_the_adapters_in_turn(tmp_path):
@@ -188,12 +196,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return Pretended.started
 
 
-WORDS = ("serve", "--model", "tiny", "--requests", 4, "--adapters", "0,1,4", "--http", 4, "--rounds", 2)
+WORDS = ("serve", "--model", "tiny", "--requests", 4, "--adapters", "0,1,4", "--http", 4, "--rounds", 3)
 
 
 def test_a_run_measures_both_ways_and_what_is_cold(pretended, bench, tmp_path):
     status, text = bench(*WORDS, "--out", tmp_path)
     assert status == 0, text
+    assert "http, 4 adapters, throughput over vLLM: " in text
     found = record.load(tmp_path)
     assert [(c.params["through"], c.params["adapters"]) for c in found.cases] == [
         ("engine", 0), ("engine", 1), ("engine", 4), ("http", 4),
@@ -204,8 +213,11 @@ def test_a_run_measures_both_ways_and_what_is_cold(pretended, bench, tmp_path):
         extra = one.systems[REFT].extra
         assert extra["cold_adapters"] == 4
         assert (extra["cold_s"], extra["warm_s"]) == (pytest.approx(1.44), pytest.approx(1.04))
-        assert one.systems[REFT].samples == [pytest.approx(1.04)] * 2
-        assert extra["first_s"] == pytest.approx(0.26) and len(extra["first_samples"]) == 2
+        assert one.systems[REFT].samples == [pytest.approx(1.04)] * 3
+        assert extra["first_s"] == pytest.approx(0.26) and len(extra["first_samples"]) == 3
+        assert {n: len(s.samples) for n, s in one.systems.items()} == dict.fromkeys(one.systems, 3) | {
+            LORA: 2
+        }
     assert "cold_s" not in found.cases[1].systems[REFT].extra
     kinds = [BARE, CONTROL, "reft_kernels", LORA]
     servers = [f"server-{n}" for n in range(4)]
@@ -231,3 +243,15 @@ def test_an_engine_whose_adapters_do_nothing_is_an_error(pretended, bench, tmp_p
     )
     status, text = bench(*WORDS, "--out", tmp_path)
     assert status == 2 and "its adapters do nothing" in text
+
+
+def test_a_plugin_that_changes_what_asks_for_no_adapter_is_an_error(pretended, bench, tmp_path, monkeypatch):
+    run = Pretended.run
+
+    def other(self, asked):
+        answer = run(self, asked)
+        return answer | ({"tokens": [[3, *one] for one in answer["tokens"]]} if self.adapters else {})
+
+    monkeypatch.setattr(Pretended, "run", other)
+    status, text = bench(*WORDS, "--eager", "--out", tmp_path)
+    assert status == 2 and "reft_kernels gives other tokens than vLLM" in text

@@ -20,7 +20,7 @@ WIDTH, ROWS, RANK, ADAPTERS = 512, 40, 8, 6
 def _fold(seed: int, rank: int = RANK) -> rk.Fold:
     generator = torch.Generator().manual_seed(seed)
     down, up = torch.randn(2, rank, WIDTH, generator=generator) / WIDTH**0.5
-    kind = torch.randint(0, 9, (rank,), generator=generator, dtype=torch.int32)
+    kind = torch.randint(0, len(rk.ops.Act), (rank,), generator=generator, dtype=torch.int32)
     return rk.Fold(down, up, torch.randn(rank, generator=generator), kind)
 
 

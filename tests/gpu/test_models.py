@@ -7,12 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from support.adapters import patch_with_mixed, random_adapter
 from support.models import batch_of, make_model
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import reft_kernels as rk
+from reft_kernels.huggingface import continuous
 
 pytestmark = [pytest.mark.gpu, pytest.mark.models]
 
@@ -160,6 +162,24 @@ def test_an_idle_forward_runs_what_the_bare_model_runs(fused: str) -> None:
     model = _patched("cuda")
     assert bare and _on_the_gpu(model, **batch, adapter_names=["__base__"] * len(LENGTHS)) == bare
     assert _on_the_gpu(model, **batch, adapter_names=NAMES).total() > bare.total()
+
+
+@pytest.mark.skipif(continuous.why_not() is not None, reason="it does not say which tokens are whose")
+def test_continuous_batches_are_each_request_alone(fused: str, full_precision: None) -> None:
+    """Prompts in chunks beside tokens that are generated, an adapter for each request."""
+    page = "page_size" if "page_size" in vars(transformers.ContinuousBatchingConfig()) else "block_size"
+    sizes = transformers.ContinuousBatchingConfig(**{"num_blocks": 24, "max_batch_tokens": 16, page: 32})
+    config = transformers.GenerationConfig(
+        max_new_tokens=STEPS, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    prompts = [[5, 6, 7, 8, 11, 3], [9, 10], list(range(3, 25)), [5, 6, 7, 8]]
+    alone, wanted = _patched("cpu"), []
+    with rk.backend("reference"):
+        for prompt, name in zip(prompts, NAMES):
+            options = {"adapter_names": [name], "max_new_tokens": STEPS, "do_sample": False}
+            wanted.append(alone.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist())
+    found = _patched("cuda").generate_batch(prompts, config, sizes, adapter_names=NAMES)
+    assert [result.generated_tokens for result in found.values()] == wanted
 
 
 def test_training_step_is_the_cpus(fused: str, full_precision: None) -> None:

@@ -20,6 +20,7 @@ CASES = [
     (PUSH, 64, 4096, 8, False),
     (PUSH, 64, 4096, 8, True),
     (PUSH, 3, 3584, 20, True),
+    (PUSH, 3, 3072, 40, False),  # two of eight blocks have no unit
     (RING, 256, 4096, 8, False),
     (RING, 3, 5120, 20, False),
     (RING, 4096, 4096, 8, False),

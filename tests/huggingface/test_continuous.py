@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from support.adapters import patch_with_mixed, random_adapter
+from support.adapters import elementwise_adapters, patch_with_mixed, random_adapter
 from support.models import make_model
 from transformers import GenerationConfig
 
@@ -15,6 +15,8 @@ from reft_kernels.huggingface import continuous
 pytestmark = pytest.mark.models
 PROMPTS = [[5, 6, 7, 8, 11, 3], [9, 10], [5, 6, 7, 8, 20, 30, 40], [5, 6, 7, 8], [12, 13, 14], [5, 6, 7, 8]]
 NAMES = ["tied", "untied", "generated", "everywhere", "__base__", "late"]
+PROMPTS += [[5, 6, 7, 8], [20, 21, 22, 23, 24], [9, 10, 11]]
+NAMES += ["red", "red ends", "jola"]
 
 needs_requests = pytest.mark.skipif(
     continuous.why_not() is not None, reason="this transformers does not say which tokens are whose"
@@ -39,6 +41,8 @@ def patched(**options):
     }
     for seed, (name, config) in enumerate(extra.items()):
         reft.add_adapter(name, random_adapter(config, 32, seed=seed))
+    for name, adapter in elementwise_adapters().items():
+        reft.add_adapter(name, adapter)
     return model
 
 

@@ -165,6 +165,7 @@ def test_adapters_that_the_model_can_not_have_are_refused(tmp_path: Path) -> Non
         save(tmp_path / "rank", r=9, positions="f1+l1"): "18 pool rows at one layer",
         save(tmp_path / "site", site="mlp_output"): "'mlp_output'",
         save(tmp_path / "norm", options={"keep_norm": True}): "keeps the norm of each token, which is not",
+        save(tmp_path / "scales", method="red", r=1): "red edits element by element, which is not served",
         str(tmp_path / "nothing"): "nothing",
     }
     for path, text in cases.items():
@@ -196,6 +197,33 @@ def test_edits_that_meet_at_a_token_are_refused(tmp_path: Path) -> None:
     both.save_pretrained(tmp_path / "both")
     with pytest.raises(ValueError, match="would edit the same token at one place"):
         catalog({"adapters": {"both": str(tmp_path / "both")}}).ticket({"reft_adapter": "both"})
+
+
+def test_a_subspace_is_asked_for_by_name(tmp_path: Path) -> None:
+    """As an adapter of these rows alone: by the request, in a sum, and under a name of its own."""
+    config = rk.ReftConfig(r=4, layers=[0], positions="all", subspaces={"x": [3, 0], "y": [1]})
+    adapter = rk.Adapter.from_config(config, LAYERS, WIDTH)
+    adapter.trainable = False
+    adapter.save_pretrained(tmp_path / "a")
+    part = {"path": str(tmp_path / "a"), "subspace": "x"}
+    names = catalog({"adapters": {"a": str(tmp_path / "a"), "x": part}})
+    found = names.ticket({"reft_adapter": "a/x"})
+    assert found.key == names.ticket({"reft_adapter": "x"}).key != names.ticket({"reft_adapter": "a"}).key
+    fold, (want,) = (
+        Ticket.from_dict(found.to_dict()).load().folds()[0],
+        adapter.select_subspace([3, 0]).folds(),
+    )
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(fold, want))
+    both = names.ticket({"reft_adapter": ["a/x", "a/y"]}).load().folds()[0]
+    assert torch.equal(both.up, adapter.interventions[0].R[[3, 0, 1]])
+    for name, words in {
+        "a/z": "'z'; it has 'x', 'y'",
+        "b/x": "no adapter 'b'",
+        "x/y": "'x' is a subspace already",
+        "../a": "without '/'",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            names.ticket({"reft_adapter": name})
 
 
 def test_names_come_and_go(tmp_path: Path) -> None:

@@ -24,7 +24,13 @@ uint64_t order = 0;
 std::mt19937_64 chance;
 
 // Turns without progress after which all wait for what will not come.
-constexpr int64_t kPatience = 20000;
+constexpr int64_t kPatience = 100000;
+
+// By schedules from kSlowFrom on, a warp hardly ever runs: others must wait for what they need of
+// it.
+constexpr uint64_t kSlowFrom = 64;
+constexpr int kSlowness = 100;
+int slow_warp = -1;
 
 // Who runs next, each until it waits for others: all by their numbers, or one warp, which may get
 // far ahead, its threads in any order, and now and then some of them further than others.
@@ -35,7 +41,10 @@ void fill_turns(std::vector<int>& turns, int threads) {
     std::iota(turns.begin(), turns.end(), 0);
     return;
   }
-  const int first = static_cast<int>(chance() % (threads / 32)) * 32;
+  const int warps = threads / 32;
+  int warp = static_cast<int>(chance() % warps);
+  if (warp == slow_warp && chance() % kSlowness) warp = (warp + 1) % warps;
+  const int first = warp * 32;
   for (int times = 1 + static_cast<int>(chance() % 16); times > 0; --times) {
     for (int lane = 0; lane < 32; ++lane) turns.push_back(first + lane);
     std::shuffle(turns.end() - 32, turns.end(), chance);
@@ -98,6 +107,7 @@ void run_cluster(const Launch& how, int64_t first_block, int64_t column) {
   m.warps.assign(count / 32, Group{32, 0, 0, 0});
   m.blocks.assign(how.cluster, Group{how.threads, 0, 0, 0});
   m.cluster = Group{count, 0, 0, 0};
+  slow_warp = order < kSlowFrom ? -1 : static_cast<int>(chance() % (count / 32));
   for (int i = 0; i < count; ++i) {
     Fiber& fiber = m.fibers[i];
     fiber.in_cluster = i / how.threads;
@@ -186,6 +196,22 @@ extern "C" int emulated_forward(void* h, int64_t stride, int64_t rows, int64_t d
   error = norm->out == nullptr ? launch_forward(call, nullptr) : launch_forward_norm(call, nullptr);
   invalid = fetestexcept(FE_INVALID) != 0;
   return launched_cluster;
+}
+
+// The sum that stands before an edit.
+extern "C" void emulated_sum(void* h, void* addend, int64_t stride, int64_t other, int64_t rows,
+                             int64_t d, int64_t dtype, const Tables* t) {
+  emulate(1);
+  if (t->pool_rows == 0) return;
+  launch_fold({{h, stride},
+               {addend, other},
+               d,
+               static_cast<Dtype>(dtype),
+               plan_of(*t),
+               rows,
+               t->tile_count},
+              nullptr);
+  invalid = fetestexcept(FE_INVALID) != 0;
 }
 
 // Returns the blocks of the last kernel's cluster.

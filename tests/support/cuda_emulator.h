@@ -153,6 +153,15 @@ inline float shuffle_xor(float x, int lanes) {
   return other;
 }
 
+inline int shuffle_xor(int x, int lanes) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  exchange().words[lane][0] = static_cast<uint32_t>(x);
+  meet(warp_group());
+  const uint32_t other = exchange().words[lane ^ lanes][0];
+  meet(warp_group());
+  return static_cast<int>(other);
+}
+
 inline int shuffle(int x, int from) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   exchange().words[lane][0] = static_cast<uint32_t>(x);

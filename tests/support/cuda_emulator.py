@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = (
     *(
         f"csrc/cuda/{name}.cu"
-        for name in ("forward", "forward_norm", "forward_ways", "backward", "scale_shift")
+        for name in ("forward", "forward_norm", "forward_ways", "sum", "backward", "scale_shift")
     ),
     "tests/support/cuda_emulator.cpp",
 )
@@ -99,6 +99,14 @@ class Emulated:
 
     def intervene_(self, h, down, up, bias, kind, rows, tiles, spans) -> None:
         self._forward(h, self._tables((down, up, bias, kind), rows, tiles, spans), NextNorm())
+
+    def intervene_sum_(self, h, addend, down, up, bias, kind, rows, tiles, spans) -> None:
+        tables = self._tables((down, up, bias, kind), rows, tiles, spans)
+        flat, other = h.view(-1, h.shape[-1]), addend.view(-1, h.shape[-1])
+        strides = [ctypes.c_int64(t.stride(0)) for t in (flat, other)]
+        sizes = [ctypes.c_int64(n) for n in (*flat.shape, DTYPES[h.dtype])]
+        self._library.emulated_sum(_pointer(h), _pointer(addend), *strides, *sizes, ctypes.byref(tables))
+        self.intervene_(h, down, up, bias, kind, rows, tiles, spans)
 
     def intervene_norm_(
         self, h, down, up, bias, kind, rows, tiles, spans, weight, shift, eps, norm

@@ -38,7 +38,6 @@ def parameters(
         made[name] = torch.randn(spec.shape(name, r, d), generator=generator, dtype=torch.float64).to(dtype)
     if method == "sae":
         made["target"].abs_()
-        made["threshold"].abs_()
     if "kind" in made:
         codes = [Act.NONE, Act.GELU, NO_PRODUCT | Act.TANH]
         made["kind"] = torch.tensor([codes[row % 3] for row in range(r)], dtype=torch.int32)
@@ -59,8 +58,8 @@ def _ablation(p: Mapping[str, Tensor], h: Tensor) -> Tensor:
 
 
 def _sae(p: Mapping[str, Tensor], h: Tensor, mode: str) -> Tensor:
-    a = torch.relu(h @ p["w_enc"].T + p["b_enc"])
-    a = a * (a > p["threshold"]) if "threshold" in p else a  # JumpReLU
+    z = h @ p["w_enc"].T + p["b_enc"]
+    a = torch.relu(z) * (z > p["threshold"]) if "threshold" in p else torch.relu(z)  # JumpReLU
     wanted = p["target"] if mode == "clamp" else torch.maximum(a, p["target"])
     return h + (wanted - a) @ p["w_dec"]
 
