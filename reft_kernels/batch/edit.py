@@ -99,7 +99,7 @@ def _edit_differentiable(
             restore = ops.RESTORE_NORMS[backend] if apart else _in_place(ops.RestoreNormsInPlace, backend)
             out = restore(out, norms, *keeping)
         if training:
-            out = _dropout(out, turn, rows, plan)
+            out = _dropout(out, site, turn, rows, plan)
     return out
 
 
@@ -117,19 +117,22 @@ def _in_place(function: Any, backend: str) -> Callable[..., Tensor]:
     return lambda *arguments: function.apply(*arguments, backend)
 
 
-def _dropout(out: Tensor, turn: Turn, rows: Rows, plan: BatchPlan) -> Tensor:
+def _dropout(out: Tensor, site: SiteTable, turn: Turn, rows: Rows, plan: BatchPlan) -> Tensor:
     """pyreft's dropout: it falls on the whole edited hidden state of the rows that an adapter edits."""
     # Of several adapters at a token each drops what the others left.
     by_segment = zip(*(stage.edits for stage in turn.stages))
     rates = [1 - math.prod(1 - one.dropout for edits in stages for one, _ in edits) for stages in by_segment]
     if not any(rates):
         return out
-    counts = plan.by_segment.counts
-    of_rows = np.repeat(np.array(rates, dtype=np.float32), counts)
-    # Of a row that several segments name (in turns of their own) one alone has a rate here.
-    places = np.flatnonzero(of_rows)
-    keep = 1 - to_device(of_rows[places], out.device)[:, None]
+    index, counts = rows.rows, rows.offsets.diff()
+    rate = torch.tensor(rates, device=out.device).repeat_interleave(counts, output_size=index.shape[0])
+    if len(site.turns) > 1:
+        # A row is in a segment for each of its turns, of which one alone has a rate here.
+        dropping = np.flatnonzero(np.repeat(np.array(rates) > 0, plan.by_segment.counts))
+        places = to_device(dropping, out.device)
+        index, rate = index[places], rate[places]
+    keep = 1 - rate[:, None]
     flat = out.reshape(-1, out.shape[-1])
-    index = rows.rows.index_select(0, to_device(places, out.device)).long()
+    index = index.long()
     mask = (torch.rand(len(index), flat.shape[1], device=out.device) < keep) / keep
     return flat.index_copy(0, index, flat[index] * mask.to(flat.dtype)).view(out.shape)
