@@ -165,6 +165,38 @@ CheckedScales check_scales_and_plan(const Tensor& scale_less_one, const Tensor& 
   return out;
 }
 
+Checked check_plan(const Tensor& rows, const Tensor& tiles, const Tensor& spans, const Rows& h,
+                   const Tensor* norms) {
+  Checked out{};
+  set_plan(&out, rows, tiles, spans);
+  // Any pool rows will do, as none are read.
+  out.pool_rows = int64_t{1} << 32;
+  const void* data = nullptr;
+  if (norms != nullptr) {
+    check_tensor(*norms, "norms", 1, out.positions);
+    check_dtype(*norms, "norms", ScalarType::Float);
+    data = norms->const_data_ptr();
+  }
+  const Region regions[] = {{"norms", data, norms != nullptr ? 4 * out.positions : 0},
+                            {"rows", out.plan.rows, 4 * out.positions},
+                            {"tiles", out.plan.tiles, 12 * out.tile_count},
+                            {"spans", out.plan.spans, 8 * out.segments}};
+  std::copy(std::begin(regions), std::end(regions), out.regions);
+  check_values(&out, h);
+  return out;
+}
+
+Source check_source(const Tensor& source, const Checked& checked, const Rows* h) {
+  check_tensor(source, "source", 2, -1);
+  check_dtype(source, "source", ScalarType::Float);
+  STD_TORCH_CHECK(source.size(0) == checked.positions && source.size(1) >= checked.max_rank,
+                  "source: must be [", checked.positions, ", s] with s of at least ",
+                  checked.max_rank, ", the largest rank of the plan, was ", shape_of(source));
+  const Source out{static_cast<const float*>(source.const_data_ptr()), source.size(1)};
+  if (h != nullptr) check_apart(*h, {"source", out.data, 4 * source.numel()});
+  return out;
+}
+
 void check_values(Checked* checked, const Rows& h) {
   Checked& out = *checked;
   int64_t highest = -1;

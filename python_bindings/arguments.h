@@ -62,6 +62,15 @@ CheckedScales check_scales_and_plan(const Tensor& scale_less_one, const Tensor& 
                                     const Tensor& rows, const Tensor& tiles, const Tensor& spans,
                                     const Rows& h);
 
+// The same of a plan without a pool, whose spans say by their rank alone what takes part, and of
+// the norms [n] of its rows, unless these are null.
+Checked check_plan(const Tensor& rows, const Tensor& tiles, const Tensor& spans, const Rows& h,
+                   const Tensor* norms = nullptr);
+
+// A source [n, s] for the rows of a plan, s at least the rank of its tiles. Refuses one that shares
+// memory with h, where h is written.
+Source check_source(const Tensor& source, const Checked& checked, const Rows* h = nullptr);
+
 // The part of these checks that reads the plan; sets max_rank and work, from everything above them.
 void check_values(Checked* checked, const Rows& h);
 

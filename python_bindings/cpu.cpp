@@ -31,10 +31,10 @@ const Isa& isa() {
   return *choice.isa;
 }
 
-void run_forward(const Rows& h, const Checked& checked) {
+void run_forward(const Rows& h, const Checked& checked, const Source& source = {}) {
   if (checked.max_rank == 0 || h.count == 0) return;
   const Isa& kernels = isa();
-  const Forward args{h.matrix, h.d, h.dtype, checked.pool, checked.plan};
+  const Forward args{h.matrix, h.d, h.dtype, checked.pool, checked.plan, source};
   for_each(checked.tile_count, checked.work, forward_scratch(checked.max_rank),
            [&](int64_t i, float* scratch) {
              const Tile& tile = args.plan.tiles[i];
@@ -60,7 +60,7 @@ void intervene_sum_(Tensor h, Tensor addend, const Tensor& down, const Tensor& u
   check_apart(other, checked);
   if (checked.max_rank == 0 || view.count == 0) return;
   const Isa& kernels = isa();
-  const Forward args{view.matrix, view.d, view.dtype, checked.pool, checked.plan};
+  const Forward args{view.matrix, view.d, view.dtype, checked.pool, checked.plan, {}};
   // A tile's rows are still in the cache when they are edited.
   for_each(checked.tile_count, checked.work, forward_scratch(checked.max_rank),
            [&](int64_t i, float* scratch) {
@@ -84,7 +84,7 @@ Tensor intervene_norm_(Tensor h, const Tensor& down, const Tensor& up, const Ten
   if (view.count == 0) return out;
   norms.out = {out.mutable_data_ptr(), view.d};
   const Isa& kernels = isa();
-  const Forward args{view.matrix, view.d, view.dtype, checked.pool, checked.plan};
+  const Forward args{view.matrix, view.d, view.dtype, checked.pool, checked.plan, {}};
   // A tile's rows are still in the cache when their norm reads them.
   for_each(checked.tile_count, checked.work + view.count * view.d * kNormWork,
            forward_scratch(checked.max_rank), [&](int64_t i, float* scratch) {
@@ -109,10 +109,14 @@ Tensor intervene(const Tensor& h, const Tensor& down, const Tensor& up, const Te
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
-    const Tensor& grad, const Tensor& hs, const Tensor& down, const Tensor& up, const Tensor& bias,
-    const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans,
-    const Tensor& /*offsets*/, bool need_h, bool need_pool) {
+// The gradients of both edits; of the source only where there is one.
+struct Gradients {
+  Tensor h, down, up, bias, source;
+};
+
+Gradients gradients(const Tensor& grad, const Tensor& hs, const Tensor* source, const Tensor& down,
+                    const Tensor& up, const Tensor& bias, const Tensor& kind, const Tensor& rows,
+                    const Tensor& tiles, const Tensor& spans, bool need_h, bool need_pool) {
   Tensor grad_holder, hs_holder;
   const Rows g = readable_rows(grad, "grad", &grad_holder);
   const Rows x = readable_rows(hs, "hs", &hs_holder);
@@ -120,6 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
   STD_TORCH_CHECK(x.dtype == g.dtype, "hs: must have grad's dtype");
   STD_TORCH_CHECK(hs.dim() == 2 && x.d == g.d && hs.size(0) == checked.positions,
                   "hs: must be [n, d] = [", checked.positions, ", ", g.d, "]");
+  const Source added = source != nullptr ? check_source(*source, checked) : Source{};
 
   const Tensor nothing = torch::stable::new_empty(grad, {0});
   Tensor dh = nothing;
@@ -132,7 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
                      : torch::stable::new_empty(tensor, {0});
   };
   Tensor ddown = gradient_of(down), dup = gradient_of(up), dbias = gradient_of(bias);
-  const auto result = [&] { return std::make_tuple(dh, ddown, dup, dbias); };
+  Tensor dsource = source != nullptr ? torch::stable::new_zeros(*source, source->sizes()) : nothing;
+  const auto result = [&] { return Gradients{dh, ddown, dup, dbias, dsource}; };
   if (checked.max_rank == 0 || g.count == 0) return result();
 
   const Isa& kernels = isa();
@@ -147,12 +153,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
                       checked.plan,
                       coefficients.get(),
                       coefficients.get() + checked.positions * rank_stride,
-                      rank_stride};
+                      rank_stride,
+                      added};
   for_each(checked.tile_count, checked.work, backward_scratch(checked.max_rank),
            [&](int64_t i, float* scratch) {
              const Tile& tile = args.plan.tiles[i];
              if (span_of(args.plan, tile).rank > 0) kernels.backward_tile(args, tile, scratch);
            });
+  if (source != nullptr) {
+    source_gradient(args, checked.tile_count, static_cast<float*>(dsource.mutable_data_ptr()));
+  }
   if (!need_pool) return result();
 
   const PoolGrad out{ddown.mutable_data_ptr(), dup.mutable_data_ptr()};
@@ -169,6 +179,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
              kernels.weight_grad(args, out, view, begin, std::min(begin + kSlice, g.d), scratch);
            });
   return result();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> intervene_backward(
+    const Tensor& grad, const Tensor& hs, const Tensor& down, const Tensor& up, const Tensor& bias,
+    const Tensor& kind, const Tensor& rows, const Tensor& tiles, const Tensor& spans,
+    const Tensor& /*offsets*/, bool need_h, bool need_pool) {
+  const Gradients found =
+      gradients(grad, hs, nullptr, down, up, bias, kind, rows, tiles, spans, need_h, need_pool);
+  return std::make_tuple(found.h, found.down, found.up, found.bias);
+}
+
+void intervene_source_(Tensor h, const Tensor& source, const Tensor& down, const Tensor& up,
+                       const Tensor& bias, const Tensor& kind, const Tensor& rows,
+                       const Tensor& tiles, const Tensor& spans) {
+  const Rows view = writable_rows(h);
+  const Checked checked = check_pool_and_plan(down, up, bias, kind, rows, tiles, spans, view);
+  check_apart(view, checked);
+  run_forward(view, checked, check_source(source, checked, &view));
+}
+
+Tensor intervene_source(const Tensor& h, const Tensor& source, const Tensor& down, const Tensor& up,
+                        const Tensor& bias, const Tensor& kind, const Tensor& rows,
+                        const Tensor& tiles, const Tensor& spans, const Tensor& /*offsets*/) {
+  STD_TORCH_CHECK(h.dim() >= 1, "h: must be [..., d], had no dimension");
+  Tensor out = contiguous_like(h);
+  const Rows view = writable_rows(out);
+  const Checked checked = check_pool_and_plan(down, up, bias, kind, rows, tiles, spans, view);
+  const Source added = check_source(source, checked);
+  torch::stable::copy_(out, h);
+  run_forward(view, checked, added);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> intervene_source_backward(
+    const Tensor& grad, const Tensor& hs, const Tensor& source, const Tensor& down,
+    const Tensor& up, const Tensor& bias, const Tensor& kind, const Tensor& rows,
+    const Tensor& tiles, const Tensor& spans, const Tensor& /*offsets*/, bool need_h,
+    bool need_pool) {
+  const Gradients found =
+      gradients(grad, hs, &source, down, up, bias, kind, rows, tiles, spans, need_h, need_pool);
+  return std::make_tuple(found.h, found.down, found.up, found.bias, found.source);
 }
 
 // What a stand-in calls: `body`, and what it threw as a text.
@@ -248,4 +299,7 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, library) {
   library.impl("intervene_norm_.native", TORCH_BOX(&reft::intervene_norm_));
   library.impl("intervene.native", TORCH_BOX(&reft::intervene));
   library.impl("intervene_backward.native", TORCH_BOX(&reft::intervene_backward));
+  library.impl("intervene_source_.native", TORCH_BOX(&reft::intervene_source_));
+  library.impl("intervene_source.native", TORCH_BOX(&reft::intervene_source));
+  library.impl("intervene_source_backward.native", TORCH_BOX(&reft::intervene_source_backward));
 }

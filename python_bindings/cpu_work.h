@@ -16,10 +16,20 @@ namespace reft {
 // Work (in products, see Checked::work) that is worth waking another thread for: some 20 µs.
 constexpr int64_t kThreadWork = int64_t{1} << 20;
 
+// Floats of scratch that lie on the stack.
+constexpr int64_t kStackScratch = 1024;
+
 // Runs body(item, scratch) for every item, on as many threads as the work is worth.
 template <class Body>
 void for_each(int64_t items, int64_t work, int64_t scratch, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, items * kThreadWork / std::max<int64_t>(work, 1));
+  // What one thread does is done here: the way into torch and the heap takes longer than a decode
+  // step's edit.
+  if (items <= grain && scratch <= kStackScratch) {
+    alignas(64) float buffer[kStackScratch];
+    for (int64_t i = 0; i < items; ++i) body(i, buffer);
+    return;
+  }
   torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> buffer(new float[scratch]);
     for (int64_t i = begin; i < end; ++i) body(i, buffer.get());

@@ -45,33 +45,52 @@ PyObject* hidden_of(PyObject* output) {
   return is_exactly(output, state.tensor) ? output : nullptr;
 }
 
-// The launch of a site's table, made or made anew where there is none or the pool moved; null where
-// there is none to be had, with or without an error.
-Launch* launch_of(PyObject* site, Ref* holder) {
-  holder->reset(PyObject_GetAttr(site, state.launch));
-  if (!*holder) return nullptr;
-  if (is_exactly(holder->get(), state.launch_type)) {
-    Launch* const launch = reinterpret_cast<Launch*>(holder->get());
-    const Ref rows(PyObject_GetAttr(launch->pool_object, state.rows));
-    if (!rows) return nullptr;
-    if (rows.get() == launch->pool_rows) return launch;
+// Instances end in a Tail. There is one class of each kind.
+template <bool kNorm>
+Py_ssize_t tail_offset = 0;
+
+template <bool kNorm>
+Tail* tail_of(PyObject* self) {
+  return reinterpret_cast<Tail*>(reinterpret_cast<char*>(self) + tail_offset<kNorm>);
+}
+
+// The cell of the model's runtime; null with an error.
+template <bool kNorm>
+Cell* cell_of(PyObject* self) {
+  Tail* const tail = tail_of<kNorm>(self);
+  if (tail->cell != nullptr && tail->cell->serial == tail->serial) return tail->cell;
+  const Ref runtime(PyObject_GetAttr(self, state.runtime));
+  if (!runtime) return nullptr;
+  const Ref handle(PyObject_GetAttr(runtime.get(), state.cell));
+  if (!handle) return nullptr;
+  if (!is_exactly(handle.get(), state.cell_type)) {
+    PyErr_SetString(PyExc_TypeError, "the runtime has no cell");
+    return nullptr;
   }
-  holder->reset(make_launch(site));
-  if (!*holder || PyObject_SetAttr(site, state.launch, holder->get()) < 0) return nullptr;
-  return reinterpret_cast<Launch*>(holder->get());
+  int32_t index = kNoSite;
+  if (!kNorm) {
+    const Ref number(PyObject_GetAttr(self, state.index));
+    if (!number) return nullptr;
+    index = static_cast<int32_t>(PyLong_AsLong(number.get()));
+    if (PyErr_Occurred()) return nullptr;
+  }
+  Cell* const cell = reinterpret_cast<CellHandle*>(handle.get())->cell;
+  *tail = {tail->call, cell, cell->serial, index};
+  return cell;
 }
 
 // Edits a module's output by a plan: 1 where that is done or nothing is to do, 0 where Python must
 // do it (an op that is watched, say), −1 on error.
-int edit(PyObject* self, PyObject* key, PyObject* plan, PyObject* output) {
-  const Ref sites(PyObject_GetAttr(plan, state.sites));
-  if (!sites || !PyDict_Check(sites.get())) return sites ? 0 : -1;
-  // Of a block without sites `key` is False, which is in no table.
-  PyObject* const site = PyDict_GetItemWithError(sites.get(), key);
-  if (site == nullptr && PyErr_Occurred()) return -1;
-  if (site == nullptr) {
+int edit(PyObject* self, int32_t index, const PlanLaunches* plan, PyObject* output) {
+  if (plan == nullptr || !plan->open) return 0;
+  const TableLaunches* const table = plan->table;
+  Launch* const launch = index >= 0 && index < table->count ? &table->sites[index] : nullptr;
+  const bool nothing = launch == nullptr || launch->kind == Launch::kNothing;
+  if (nothing) {
     const Ref norm(PyObject_GetAttr(self, state.norm));
     if (!norm || norm.get() == Py_None) return norm ? 1 : -1;
+  } else if (launch->kind == Launch::kByName) {
+    return 0;
   }
   PyObject* const h = hidden_of(output);
   if (h == nullptr) return 0;
@@ -79,50 +98,55 @@ int edit(PyObject* self, PyObject* key, PyObject* plan, PyObject* output) {
   if (unwatched <= 0) return unwatched;
   DLTensor view;
   if (!look_at(h, &view)) return 0;
-  if (site == nullptr) return 1;  // a norm that waits for this block's output takes care of itself
-  const Ref listed(PyObject_GetAttr(plan, state.launch_rows));
-  if (!listed || !PyTuple_Check(listed.get())) return listed ? 0 : -1;
-  Ref holder;
-  Launch* const launch = launch_of(site, &holder);
-  if (launch == nullptr) return PyErr_Occurred() ? -1 : 0;
-  PyObject* const rows_object = PyTuple_GetItem(listed.get(), launch->slot);
-  if (rows_object == nullptr) return -1;
-  if (!is_exactly(rows_object, state.rows_type)) return 0;
-  const ReftRows* const rows = &reinterpret_cast<PlanRows*>(rows_object)->rows;
+  if (nothing) return 1;  // a norm that waits for this block's output takes care of itself
+  if (launch->moves != state.moves && !renew(launch)) return PyErr_Occurred() ? -1 : 0;
+  if (launch->slot >= plan->count) return 0;
+  const PlanRows& listed = plan->rows[launch->slot];
   ReftHidden hidden;
-  if (!as_rows(view, &hidden) || hidden.dtype != launch->dtype || hidden.d != launch->pool.d ||
-      hidden.count != rows->count) {
+  if (listed.rows_object == nullptr || !as_rows(view, &hidden) || hidden.dtype != launch->dtype ||
+      hidden.d != launch->pool.d || hidden.count != listed.rows.count) {
     return 0;
   }
-  const char* const error = unlocked(rows->positions * hidden.d, [&] {
-    return state.launches->intervene_(&hidden, &launch->pool, rows);
-  });
+  // Without Python's lock another thread may renew the launch: these tensors are kept until then.
+  const int64_t elements = listed.rows.positions * hidden.d;
+  const bool shared = elements >= kLong;
+  if (shared) Py_INCREF(launch->pool_rows);
+  const Ref kept(shared ? launch->pool_rows : nullptr);
+  const ReftPool pool = launch->pool;
+  const char* const error =
+      unlocked(elements, [&] { return state.launches->intervene_(&hidden, &pool, &listed.rows); });
   if (error == nullptr) return 1;
   PyErr_SetString(PyExc_RuntimeError, error);
   return -1;
 }
 
-// A module at which something is edited: SiteForward.
-PyObject* call_site(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
+// What the short way leaves to Python: the output with its edits.
+PyObject* edit_in_python(PyObject* self, PyObject* output) {
   const Ref runtime(PyObject_GetAttr(self, state.runtime));
   if (!runtime) return nullptr;
   const Ref plan(PyObject_GetAttr(runtime.get(), state.plan));
-  if (!plan) return nullptr;
-  const bool idle = plan.get() == Py_None;
-  Ref key;
-  if (!idle) {
-    key.reset(PyObject_GetAttr(self, state.key));
-    if (!key) return nullptr;
-    if (key.get() == Py_None || !state.on) return as_python(self, args, nargsf, names);
-  }
+  return plan ? PyObject_CallMethodObjArgs(self, state.after, output, plan.get(), nullptr)
+              : nullptr;
+}
+
+// A module at which something is edited: SiteForward.
+PyObject* call_site(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
+  const Cell* const cell = cell_of<false>(self);
+  if (cell == nullptr) return nullptr;
+  const bool idle = cell->mode == Cell::kIdle;
+  const int32_t index = tail_of<false>(self)->index;
+  if (!idle && (index == kSeveral || !state.on)) return as_python(self, args, nargsf, names);
   const Ref original(PyObject_GetAttr(self, state.original));
   if (!original) return nullptr;
+  if (idle) return state.vectorcall(original.get(), args, nargsf, names);
+  PlanLaunches* const plan = cell->plan;
+  Py_XINCREF(reinterpret_cast<PyObject*>(plan));
+  const Ref kept(reinterpret_cast<PyObject*>(plan));
   Ref output(state.vectorcall(original.get(), args, nargsf, names));
-  if (idle || !output) return output.release();
-  const int done = edit(self, key.get(), plan.get(), output.get());
+  if (!output) return nullptr;
+  const int done = edit(self, index, plan, output.get());
   if (done < 0) return nullptr;
-  if (done > 0) return output.release();
-  return PyObject_CallMethodObjArgs(self, state.after, output.get(), plan.get(), nullptr);
+  return done > 0 ? output.release() : edit_in_python(self, output.get());
 }
 
 // The norm of x by the kernel, past the dispatcher; null where it can't be had so, with or without
@@ -165,21 +189,19 @@ PyObject* norm_of(PyObject* self, PyObject* x) {
 
 // A norm whose kind is known: NormForward.
 PyObject* call_norm(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
-  const Ref runtime(PyObject_GetAttr(self, state.runtime));
-  if (!runtime) return nullptr;
-  const Ref plan(PyObject_GetAttr(runtime.get(), state.plan));
-  if (!plan) return nullptr;
-  if (plan.get() == Py_None) {  // called by itself, not by its model
+  const Cell* const cell = cell_of<true>(self);
+  if (cell == nullptr) return nullptr;
+  if (cell->mode == Cell::kIdle) {  // called by itself, not by its model
     const Ref original(PyObject_GetAttr(self, state.original));
     return original ? state.vectorcall(original.get(), args, nargsf, names) : nullptr;
   }
-  if (state.on && (nargsf & ~kOffset) == 1 && (names == nullptr || PyTuple_Size(names) == 0)) {
+  if (state.on && (nargsf & ~kOffset) == 1 && (names == nullptr || PyTuple_Size(names) == 0) &&
+      cell->plan != nullptr && cell->plan->open) {
     const Ref fused(PyObject_GetAttr(self, state.fused));
     if (!fused) return nullptr;
     const Ref offered(PyObject_GetAttr(fused.get(), state.offered));
-    const Ref listed(PyObject_GetAttr(plan.get(), state.launch_rows));
-    if (!offered || !listed) return nullptr;
-    if (offered.get() == Py_None && PyTuple_Check(listed.get())) {
+    if (!offered) return nullptr;
+    if (offered.get() == Py_None) {
       PyObject* const result = norm_of(self, args[0]);
       if (result != nullptr || PyErr_Occurred()) return result;
     }
@@ -187,19 +209,18 @@ PyObject* call_norm(PyObject* self, PyObject* const* args, size_t nargsf, PyObje
   return as_python(self, args, nargsf, names);
 }
 
-// Instances end in a pointer to the function that calls them.
-Vectorcall* pointer_of(PyObject* self, Py_ssize_t size) {
-  return reinterpret_cast<Vectorcall*>(reinterpret_cast<char*>(self) + size) - 1;
-}
-
-template <Vectorcall kCall>
+template <bool kNorm>
 PyObject* make(PyTypeObject* type, PyObject*, PyObject*) {
-  const Ref size(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__basicsize__"));
-  if (!size) return nullptr;
   const auto allocate = reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc));
   PyObject* const self = allocate(type, 0);  // filled with zeros, which means: not called by us
-  if (self != nullptr) *pointer_of(self, PyLong_AsSsize_t(size.get())) = kCall;
+  if (self != nullptr) tail_of<kNorm>(self)->call = kNorm ? call_norm : call_site;
   return self;
+}
+
+// What a stand-in was bound to is looked up again: its sites are others.
+PyObject* unbind(PyObject*, PyObject* self) {
+  tail_of<false>(self)->cell = nullptr;
+  Py_RETURN_NONE;
 }
 
 // shorten(cls, kind, name): a class derived from a Python class, whose instances are called from
@@ -218,11 +239,18 @@ PyObject* shorten(PyObject*, PyObject* args) {
   names.emplace_back(name);
   PyMemberDef members[] = {{"__vectorcalloffset__", T_PYSSIZET, offset, READONLY, nullptr},
                            {nullptr, 0, 0, 0, nullptr}};
-  const newfunc creator = std::strcmp(kind, "norm") == 0 ? make<call_norm> : make<call_site>;
+  const bool norm = std::strcmp(kind, "norm") == 0;
+  Py_ssize_t& tail = norm ? tail_offset<true> : tail_offset<false>;
+  if (tail != 0) {
+    PyErr_SetString(PyExc_ValueError, "kind: there is a class of this kind already");
+    return nullptr;
+  }
+  tail = offset;
+  const newfunc creator = norm ? make<true> : make<false>;
   PyType_Slot slots[] = {
       {Py_tp_members, members}, {Py_tp_new, reinterpret_cast<void*>(creator)}, {0, nullptr}};
   // No Py_tp_call: the class's `__call__` stays the one that it inherits.
-  PyType_Spec spec{names.back().c_str(), static_cast<int>(offset + sizeof(Vectorcall)), 0,
+  PyType_Spec spec{names.back().c_str(), static_cast<int>(offset + sizeof(Tail)), 0,
                    static_cast<unsigned int>(Py_TPFLAGS_DEFAULT | kHaveVectorcall), slots};
   const Ref bases(PyTuple_Pack(1, base));
   return bases ? PyType_FromSpecWithBases(&spec, bases.get()) : nullptr;
@@ -231,7 +259,11 @@ PyObject* shorten(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"set_up", set_up, METH_VARARGS, "What is called: see huggingface/short_way.py."},
     {"shorten", shorten, METH_VARARGS, "A class whose instances are called in C."},
-    {"plan_rows", plan_rows, METH_VARARGS, "(rows, tiles, tokens) for a plan, or None."},
+    {"unbind", unbind, METH_O, "Looks up anew what a stand-in of a site is about."},
+    {"table", table_launches, METH_VARARGS, "The sites of a table by address."},
+    {"plan", plan_launches, METH_VARARGS, "The rows of a plan by address, beside its table."},
+    {"cell", make_cell, METH_NOARGS, "What a runtime tells its stand-ins through."},
+    {"moved", note_move, METH_NOARGS, "A pool has other tensors."},
     {"switch", turn, METH_O, "Turns the short way on or off; returns whether it was on."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -52,30 +52,73 @@ struct State {
   Vectorcall vectorcall = nullptr;
   const ReftLaunches* launches = nullptr;
   DLPackDLTensorFromPyObjectNoSync look = nullptr;
+  uint64_t moves = 0;  // how often a pool got other tensors
   PyObject *tensor, *parameter, *empty_like, *watchers, *autocast, *dtypes;
-  PyObject *launch_type, *rows_type;
-  PyObject *runtime, *plan, *original, *key, *norm, *sites, *launch, *launch_rows, *call, *after;
-  PyObject *fused, *offered, *how, *weights, *weight, *bias, *module, *training;
-  PyObject *pool, *spans, *slot, *place, *dtype, *rows;
+  PyObject *table_type, *plan_type, *cell_type;
+  PyObject *runtime, *plan, *original, *norm, *call, *after, *cell, *index;
+  PyObject *fused, *offered, *how, *weights, *weight, *bias, *module, *training, *rows;
 };
 extern State state;
 
-// One site's pool and ranges, by address. It keeps the tensors (pool_rows is a tuple of four), and
-// is no good (and made anew) once the pool's are others.
+// One site's pool and ranges, by address. It keeps the tensors (pool_rows is a tuple of four).
 struct Launch {
-  PyObject_HEAD;
-  ReftPool pool;
+  enum Kind { kNothing, kByAddress, kByName };
+  Kind kind;
   int32_t dtype;  // of hidden states
-  Py_ssize_t slot;
+  int32_t slot;
+  uint64_t moves;  // up to which the pool's tensors are known to be these
+  ReftPool pool;
   PyObject *pool_object, *pool_rows, *spans;
 };
 
-// The rows of a plan, by address.
-struct PlanRows {
+// The sites of a table, by their numbers.
+struct TableLaunches {
   PyObject_HEAD;
+  Py_ssize_t count;
+  Launch* sites;
+};
+
+// The rows of a plan on one device, by address; null rows_object where they are not the CPU's.
+struct PlanRows {
   ReftRows rows;
   PyObject *rows_object, *tiles_object;
 };
+
+// All that the short way reads of a plan.
+struct PlanLaunches {
+  PyObject_HEAD;
+  TableLaunches* table;
+  bool open;  // until the plan's sites are others
+  Py_ssize_t count;
+  PlanRows* rows;
+};
+
+// The plan that a model is under. Its memory is never given back, only used again, with another
+// serial: so stand-ins point to it without owning it (a derived class can't tell Python's collector
+// what it owns).
+struct Cell {
+  enum Mode : int32_t { kIdle, kByName, kShort };
+  Mode mode;
+  uint32_t serial;
+  PlanLaunches* plan;
+  Cell* next;  // of those that are free
+};
+
+struct CellHandle {
+  PyObject_HEAD;
+  Cell* cell;
+};
+
+// What an instance ends in. cell: as it was when it was bound, and null before.
+struct Tail {
+  Vectorcall call;
+  Cell* cell;
+  uint32_t serial;
+  int32_t index;  // of the one site, kNoSite or kSeveral
+};
+
+// As huggingface/sites.py has them.
+enum : int32_t { kNoSite = -1, kSeveral = -2 };
 
 inline bool is_exactly(PyObject* object, PyObject* type) {
   return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type;
@@ -103,11 +146,13 @@ bool look_at(PyObject* tensor, DLTensor* out);
 // The rows of a tensor [..., d]; false where the kernels don't take its dtype.
 bool as_rows(const DLTensor& view, ReftHidden* out);
 
+// Elements from which on Python's lock is handed over.
+constexpr int64_t kLong = 1 << 15;
+
 // Runs what does not touch Python, without Python's lock where it takes longer than handing that
 // over.
 template <class Body>
 const char* unlocked(int64_t elements, const Body& body) {
-  constexpr int64_t kLong = 1 << 15;
   if (elements < kLong) return body();
   PyThreadState* const thread = PyEval_SaveThread();
   const char* const result = body();
@@ -115,13 +160,16 @@ const char* unlocked(int64_t elements, const Body& body) {
   return result;
 }
 
-// A new Launch for a SiteTable; null where its tensors are not what the kernels take, or with an
-// error.
-PyObject* make_launch(PyObject* site);
+// The launch once more, after pools moved; false where its tensors are no longer what the kernels
+// take.
+bool renew(Launch* launch);
 
 bool prepare_state();
 PyObject* set_up(PyObject*, PyObject* args);
-PyObject* plan_rows(PyObject*, PyObject* args);
+PyObject* table_launches(PyObject*, PyObject* args);
+PyObject* plan_launches(PyObject*, PyObject* args);
+PyObject* make_cell(PyObject*, PyObject*);
+PyObject* note_move(PyObject*, PyObject*);
 PyObject* turn(PyObject*, PyObject* on);
 
 }  // namespace reft

@@ -48,22 +48,78 @@ void free_record(PyObject* self) {
   Py_DECREF(reinterpret_cast<PyObject*>(type));
 }
 
-void free_launch(PyObject* self) {
-  Launch* const launch = reinterpret_cast<Launch*>(self);
-  for (PyObject* one : {launch->pool_object, launch->pool_rows, launch->spans}) Py_XDECREF(one);
+void free_table(PyObject* self) {
+  TableLaunches* const table = reinterpret_cast<TableLaunches*>(self);
+  for (Py_ssize_t i = 0; i < table->count; ++i) {
+    const Launch& one = table->sites[i];
+    for (PyObject* kept : {one.pool_object, one.pool_rows, one.spans}) Py_XDECREF(kept);
+  }
+  PyMem_Free(table->sites);
   free_record(self);
 }
 
-void free_rows(PyObject* self) {
-  Py_XDECREF(reinterpret_cast<PlanRows*>(self)->rows_object);
-  Py_XDECREF(reinterpret_cast<PlanRows*>(self)->tiles_object);
+void free_plan(PyObject* self) {
+  PlanLaunches* const plan = reinterpret_cast<PlanLaunches*>(self);
+  for (Py_ssize_t i = 0; i < plan->count; ++i) {
+    Py_XDECREF(plan->rows[i].rows_object);
+    Py_XDECREF(plan->rows[i].tiles_object);
+  }
+  PyMem_Free(plan->rows);
+  Py_XDECREF(reinterpret_cast<PyObject*>(plan->table));
   free_record(self);
 }
 
-PyObject* record_type(const char* name, size_t size, destructor free) {
-  PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(free)},
-                         {Py_tp_methods, record_methods},
-                         {0, nullptr}};
+// plan.close(): its sites are others now, and all goes by name.
+PyObject* close(PyObject* self, PyObject*) {
+  reinterpret_cast<PlanLaunches*>(self)->open = false;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef plan_methods[] = {{"__reduce__", reduce, METH_NOARGS, nullptr},
+                              {"close", close, METH_NOARGS, nullptr},
+                              {nullptr, nullptr, 0, nullptr}};
+
+Cell* free_cells = nullptr;
+
+void let_go(Cell* cell, Cell::Mode mode, PlanLaunches* plan) {
+  PyObject* const before = reinterpret_cast<PyObject*>(cell->plan);
+  Py_XINCREF(reinterpret_cast<PyObject*>(plan));
+  cell->plan = plan;
+  cell->mode = mode;
+  Py_XDECREF(before);
+}
+
+// cell.hold(plan): False for none, None for one whose ops are all called by name, or its launches.
+PyObject* hold(PyObject* self, PyObject* plan) {
+  Cell* const cell = reinterpret_cast<CellHandle*>(self)->cell;
+  if (plan == Py_False) {
+    let_go(cell, Cell::kIdle, nullptr);
+  } else if (is_exactly(plan, state.plan_type)) {
+    let_go(cell, Cell::kShort, reinterpret_cast<PlanLaunches*>(plan));
+  } else {
+    let_go(cell, Cell::kByName, nullptr);
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef cell_methods[] = {{"__reduce__", reduce, METH_NOARGS, nullptr},
+                              {"hold", hold, METH_O, nullptr},
+                              {nullptr, nullptr, 0, nullptr}};
+
+void free_cell(PyObject* self) {
+  Cell* const cell = reinterpret_cast<CellHandle*>(self)->cell;
+  if (cell != nullptr) {
+    let_go(cell, Cell::kIdle, nullptr);
+    ++cell->serial;
+    cell->next = free_cells;
+    free_cells = cell;
+  }
+  free_record(self);
+}
+
+PyObject* record_type(const char* name, size_t size, destructor free, PyMethodDef* methods) {
+  PyType_Slot slots[] = {
+      {Py_tp_dealloc, reinterpret_cast<void*>(free)}, {Py_tp_methods, methods}, {0, nullptr}};
   PyType_Spec spec{name, static_cast<int>(size), 0, Py_TPFLAGS_DEFAULT, slots};
   return PyType_FromSpec(&spec);
 }
@@ -78,6 +134,7 @@ Record* new_record(PyObject* type) {
 // Reads the addresses; false where the tensors are not what the kernels take.
 bool fill(Launch* launch) {
   PyObject* const pool = launch->pool_rows;  // ops/arguments.py, PoolRows
+  launch->moves = state.moves;
   if (!PyTuple_Check(pool) || PyTuple_Size(pool) != 4) return false;
   DLTensor down, up, bias, kind, spans;
   if (!look_at(PyTuple_GetItem(pool, 0), &down) || !look_at(PyTuple_GetItem(pool, 1), &up) ||
@@ -134,47 +191,132 @@ bool as_rows(const DLTensor& view, ReftHidden* out) {
   return out->dtype >= 0;
 }
 
-PyObject* make_launch(PyObject* site) {
-  Launch* const launch = new_record<Launch>(state.launch_type);
-  Ref holder(reinterpret_cast<PyObject*>(launch));
-  if (launch == nullptr) return nullptr;
-  PyObject* const pool = launch->pool_object = PyObject_GetAttr(site, state.pool);
-  if (pool == nullptr) return nullptr;
-  launch->pool_rows = PyObject_GetAttr(pool, state.rows);
-  launch->spans = PyObject_GetAttr(site, state.spans);
-  const Ref slot(PyObject_GetAttr(site, state.slot)), place(PyObject_GetAttr(site, state.place));
-  if (PyErr_Occurred()) return nullptr;
-  launch->slot = PyLong_AsSsize_t(slot.get());
-  const Ref dtype(PyObject_GetAttr(place.get(), state.dtype));
-  if (!dtype || PyErr_Occurred()) return nullptr;
-  launch->dtype = -1;
-  for (int32_t code = 0; code < 3; ++code) {
-    if (PyTuple_GetItem(state.dtypes, code) == dtype.get()) launch->dtype = code;
+bool renew(Launch* launch) {
+  PyObject* const rows = PyObject_GetAttr(launch->pool_object, state.rows);
+  if (rows == nullptr) return false;
+  PyObject* const before = launch->pool_rows;
+  launch->pool_rows = rows;
+  const bool same = rows == before;
+  if (same) {
+    launch->moves = state.moves;
+  } else if (!fill(launch)) {
+    launch->kind = Launch::kByName;
   }
-  return launch->dtype >= 0 && fill(launch) ? holder.release() : nullptr;
+  Py_DECREF(before);
+  return launch->kind == Launch::kByAddress;
 }
 
-PyObject* plan_rows(PyObject*, PyObject* args) {
-  PyObject *rows, *tiles;
-  long long tokens;
-  if (!PyArg_ParseTuple(args, "OOL", &rows, &tiles, &tokens)) return nullptr;
+// table(count, [(number, pool, spans, slot, dtype), …]): pool is None where ops are called by name.
+PyObject* table_launches(PyObject*, PyObject* args) {
+  Py_ssize_t count;
+  PyObject* sites;
+  if (!PyArg_ParseTuple(args, "nO!", &count, &PyList_Type, &sites)) return nullptr;
+  TableLaunches* const table = new_record<TableLaunches>(state.table_type);
+  Ref holder(reinterpret_cast<PyObject*>(table));
+  if (table == nullptr) return nullptr;
+  table->sites = static_cast<Launch*>(PyMem_Calloc(count > 0 ? count : 1, sizeof(Launch)));
+  if (table->sites == nullptr) return PyErr_NoMemory();
+  table->count = count;
+  for (Py_ssize_t i = 0; i < PyList_Size(sites); ++i) {
+    Py_ssize_t number;
+    PyObject *pool, *spans, *dtype;
+    int slot;
+    if (!PyArg_ParseTuple(PyList_GetItem(sites, i), "nOOiO", &number, &pool, &spans, &slot,
+                          &dtype)) {
+      return nullptr;
+    }
+    if (number < 0 || number >= count) {
+      PyErr_SetString(PyExc_IndexError, "a site's number is beyond the table");
+      return nullptr;
+    }
+    Launch* const launch = &table->sites[number];
+    launch->kind = Launch::kByName;
+    launch->slot = slot;
+    launch->dtype = -1;
+    for (int32_t code = 0; code < 3; ++code) {
+      if (PyTuple_GetItem(state.dtypes, code) == dtype) launch->dtype = code;
+    }
+    if (pool == Py_None || launch->dtype < 0) continue;
+    Py_INCREF(pool);
+    Py_INCREF(spans);
+    launch->pool_object = pool;
+    launch->spans = spans;
+    launch->pool_rows = PyObject_GetAttr(pool, state.rows);
+    if (launch->pool_rows == nullptr) return nullptr;
+    if (fill(launch)) launch->kind = Launch::kByAddress;
+  }
+  return holder.release();
+}
+
+namespace {
+
+// Reads one device's rows [n] and tiles [n_tiles, 3]; where they are not the CPU's, nothing.
+void fill_rows(PyObject* rows, PyObject* tiles, int64_t tokens, PlanRows* out) {
   DLTensor row_view, tile_view;
   if (!is_exactly(rows, state.tensor) || !is_exactly(tiles, state.tensor) ||
       !look_at(rows, &row_view) || !look_at(tiles, &tile_view) || row_view.ndim != 1 ||
       tile_view.ndim != 2 || tile_view.shape[1] != 3 || !is_int32(row_view) ||
       !is_int32(tile_view)) {
-    Py_RETURN_NONE;
+    return;
   }
-  PlanRows* const made = new_record<PlanRows>(state.rows_type);
-  if (made == nullptr) return nullptr;
   Py_INCREF(rows);
   Py_INCREF(tiles);
-  made->rows_object = rows;
-  made->tiles_object = tiles;
-  made->rows = {static_cast<const int32_t*>(row_view.data),
-                static_cast<const int32_t*>(tile_view.data), row_view.shape[0], tile_view.shape[0],
-                static_cast<int64_t>(tokens)};
-  return reinterpret_cast<PyObject*>(made);
+  out->rows_object = rows;
+  out->tiles_object = tiles;
+  out->rows = {static_cast<const int32_t*>(row_view.data),
+               static_cast<const int32_t*>(tile_view.data), row_view.shape[0], tile_view.shape[0],
+               tokens};
+}
+
+}  // namespace
+
+// plan(table, [(rows, tiles), …], tokens): for each slot.
+PyObject* plan_launches(PyObject*, PyObject* args) {
+  PyObject *table, *listed;
+  long long tokens;
+  if (!PyArg_ParseTuple(args, "OO!L", &table, &PyList_Type, &listed, &tokens)) return nullptr;
+  if (!is_exactly(table, state.table_type)) {
+    PyErr_SetString(PyExc_TypeError, "table: must be one that `table` made");
+    return nullptr;
+  }
+  PlanLaunches* const plan = new_record<PlanLaunches>(state.plan_type);
+  Ref holder(reinterpret_cast<PyObject*>(plan));
+  if (plan == nullptr) return nullptr;
+  Py_INCREF(table);
+  plan->table = reinterpret_cast<TableLaunches*>(table);
+  plan->open = true;
+  const Py_ssize_t count = PyList_Size(listed);
+  plan->rows = static_cast<PlanRows*>(PyMem_Calloc(count > 0 ? count : 1, sizeof(PlanRows)));
+  if (plan->rows == nullptr) return PyErr_NoMemory();
+  plan->count = count;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject *rows, *tiles;
+    if (!PyArg_ParseTuple(PyList_GetItem(listed, i), "OO", &rows, &tiles)) return nullptr;
+    fill_rows(rows, tiles, tokens, &plan->rows[i]);
+  }
+  return holder.release();
+}
+
+PyObject* make_cell(PyObject*, PyObject*) {
+  CellHandle* const handle = new_record<CellHandle>(state.cell_type);
+  if (handle == nullptr) return nullptr;
+  Cell* cell = free_cells;
+  if (cell != nullptr) {
+    free_cells = cell->next;
+  } else {
+    cell = static_cast<Cell*>(PyMem_Calloc(1, sizeof(Cell)));
+    if (cell == nullptr) {
+      Py_DECREF(reinterpret_cast<PyObject*>(handle));
+      return PyErr_NoMemory();
+    }
+  }
+  handle->cell = cell;
+  return reinterpret_cast<PyObject*>(handle);
+}
+
+PyObject* note_move(PyObject*, PyObject*) {
+  ++state.moves;
+  Py_RETURN_NONE;
 }
 
 // set_up(exchange, launches, Tensor, Parameter, empty_like, watchers, autocast, dtypes)
@@ -223,24 +365,21 @@ bool prepare_state() {
   void* const exported = dlsym(RTLD_DEFAULT, "PyObject_Vectorcall");
   state.vectorcall = exported ? reinterpret_cast<Vectorcall>(exported) : call_by_tuple;
   const std::pair<PyObject**, const char*> names[] = {
-      {&state.runtime, "runtime"},   {&state.plan, "plan"},
-      {&state.original, "original"}, {&state.key, "key"},
-      {&state.norm, "norm"},         {&state.sites, "sites"},
-      {&state.launch, "launch"},     {&state.launch_rows, "launch_rows"},
-      {&state.call, "__call__"},     {&state.after, "after"},
-      {&state.fused, "fused"},       {&state.offered, "_offered"},
-      {&state.how, "how"},           {&state.weights, "weights"},
-      {&state.weight, "weight"},     {&state.bias, "bias"},
-      {&state.module, "module"},     {&state.training, "training"},
-      {&state.pool, "pool"},         {&state.spans, "spans"},
-      {&state.slot, "slot"},         {&state.place, "place"},
-      {&state.dtype, "dtype"},       {&state.rows, "rows"}};
+      {&state.runtime, "runtime"},   {&state.plan, "plan"},     {&state.original, "original"},
+      {&state.norm, "norm"},         {&state.call, "__call__"}, {&state.after, "after"},
+      {&state.cell, "cell"},         {&state.index, "index"},   {&state.fused, "fused"},
+      {&state.offered, "_offered"},  {&state.how, "how"},       {&state.weights, "weights"},
+      {&state.weight, "weight"},     {&state.bias, "bias"},     {&state.module, "module"},
+      {&state.training, "training"}, {&state.rows, "rows"}};
   for (const auto& [slot, name] : names) {
     if ((*slot = PyUnicode_InternFromString(name)) == nullptr) return false;
   }
-  state.launch_type = record_type("reft_kernels.Launch", sizeof(Launch), free_launch);
-  state.rows_type = record_type("reft_kernels.PlanRows", sizeof(PlanRows), free_rows);
-  return state.launch_type != nullptr && state.rows_type != nullptr;
+  state.table_type =
+      record_type("reft_kernels.TableLaunches", sizeof(TableLaunches), free_table, record_methods);
+  state.plan_type =
+      record_type("reft_kernels.PlanLaunches", sizeof(PlanLaunches), free_plan, plan_methods);
+  state.cell_type = record_type("reft_kernels.Cell", sizeof(CellHandle), free_cell, cell_methods);
+  return state.table_type != nullptr && state.plan_type != nullptr && state.cell_type != nullptr;
 }
 
 }  // namespace reft

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from . import functional
-from .adapter import Adapter, Method, Option, ReftConfig, register_method, unregister_method
+from .adapter import Adapter, Method, Option, ReftConfig, register_method, sae_features, unregister_method
+from .batch import Sequence
 from .huggingface import NotPatchable, Reft, patch, unpatch
 from .ops import BackendUnavailable, backend, current_backend
 from .plan import Plan, make_plan
@@ -32,6 +33,7 @@ __all__ = [
     "ReftTrainer",
     "ScaleFold",
     "ScalePool",
+    "Sequence",
     "Span",
     "backend",
     "current_backend",
@@ -39,6 +41,7 @@ __all__ = [
     "make_plan",
     "patch",
     "register_method",
+    "sae_features",
     "unpatch",
     "unregister_method",
 ]

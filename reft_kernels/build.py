@@ -57,9 +57,11 @@ def _cpu_library() -> Library:
         "csrc/cpu/weight_ranges.cpp": [],
         "csrc/cpu/isa_scalar.cpp": [],
         "csrc/cpu/scale_shift.cpp": [],
+        "csrc/cpu/keep_norm.cpp": [],
         "python_bindings/arguments.cpp": [],
         "python_bindings/cpu.cpp": [],
         "python_bindings/cpu_scale_shift.cpp": [],
+        "python_bindings/cpu_keep_norm.cpp": [],
     }
     if platform.machine().lower() in ("x86_64", "amd64"):
         avx2 = ["-mavx2", "-mfma", "-mf16c"]

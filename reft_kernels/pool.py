@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .ops import launch
 from .ops.arguments import PoolRows
 
 
@@ -101,6 +102,15 @@ def claims_of(spans: Sequence[Span], name: str) -> Claims | None:
     return None if book is None else Claims(known, book)
 
 
+class Rows(Protocol):
+    """What a pool lays down: tensors of `rank` rows each. A `Fold`, or a `ScaleFold`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
 class Fold(PoolRows):
     """An intervention in the one form h + Uᵀ φ(D h + c): the pool rows that it is.
 
@@ -112,6 +122,8 @@ class Fold(PoolRows):
     """
 
     __slots__ = ()
+    #: Which kind of edit it is: that of the pool it lies in, and of the op that applies it.
+    form: ClassVar[str] = "low_rank"
 
     @property
     def rank(self) -> int:
@@ -120,6 +132,15 @@ class Fold(PoolRows):
     @property
     def width(self) -> int:
         return self.up.shape[1]
+
+    def times(self, number: float) -> Fold:
+        """The fold whose edit is this one's times a number."""
+        return self if number == 1 else self._replace(up=self.up * number)
+
+    @staticmethod
+    def meeting(folds: Sequence[Fold]) -> Sequence[Fold]:
+        """The folds that, one behind the other, are the sum of these edits, each of the unedited h."""
+        return folds
 
 
 class PoolFull(RuntimeError):
@@ -235,6 +256,7 @@ class Pool:
             torch._dynamo.mark_static_address(grown)
             made.append(grown)
         self.rows = type(self.rows)(*made)
+        launch.pool_moved()
         self._size = size
         self._release(_Range(old, size - old))
 
@@ -284,7 +306,7 @@ class Pool:
                 f"span: {span} is no range that add returned; its rows are free already, or others'"
             )
 
-    def _check(self, fold: Fold) -> None:
+    def _check(self, fold: Any) -> None:
         if not isinstance(fold, tuple) or len(fold) != 4 or not all(isinstance(t, Tensor) for t in fold):
             raise ValueError(
                 "fold: must be a Fold of the tensors down [r, d], up [r, d], bias [r] and kind [r], was "
@@ -308,7 +330,7 @@ class Pool:
         if fold.kind.dtype is not torch.int32:
             raise ValueError(f"fold: kind must be torch.int32, was {fold.kind.dtype}")
 
-    def add(self, fold: Fold) -> Span:
+    def add(self, fold: Rows) -> Span:
         """Lays a fold into the pool and returns its range, rank 0 for an empty one.
 
         Raises PoolFull; ValueError: no fold, or one whose shapes or dtypes don't fit.
@@ -336,7 +358,7 @@ class Pool:
             self.book.owners[first] = (span.rank, span.ticket)
         return span
 
-    def write(self, span: Span, fold: Fold) -> None:
+    def write(self, span: Span, fold: Rows) -> None:
         """Renews the rows of a range in place (one rounding, from the fold's dtype to the pool's).
 
         Raises ValueError: a fold of another shape, or a range that this pool did not give out or took back.
@@ -350,7 +372,7 @@ class Pool:
 
     # Under the lock: a row written while another thread copies the pool to grow it would be lost.
     @torch.no_grad()
-    def _write(self, span: Span, fold: Fold) -> None:
+    def _write(self, span: Span, fold: Rows) -> None:
         for mine, values in zip(self.rows, fold, strict=True):
             mine[span.first : span.first + span.rank].copy_(values)
 

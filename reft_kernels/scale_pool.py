@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from .ops import ScaleRows
-from .pool import Pool
+from .pool import Fold, Pool
 
-__all__ = ["ScaleFold", "ScalePool"]
+__all__ = ["AnyFold", "ScaleFold", "ScalePool"]
 
 
 class ScaleFold(ScaleRows):
@@ -21,6 +24,8 @@ class ScaleFold(ScaleRows):
     """
 
     __slots__ = ()
+    #: As `Fold.form`.
+    form: ClassVar[str] = "elementwise"
 
     @classmethod
     def of(cls, scale: Tensor, shift: Tensor) -> ScaleFold:
@@ -35,6 +40,21 @@ class ScaleFold(ScaleRows):
     @property
     def width(self) -> int:
         return self.shift.shape[1]
+
+    def times(self, number: float) -> ScaleFold:
+        """The fold whose edit is this one's times a number: of s − 1 and v."""
+        return self if number == 1 else ScaleFold(*(tensor * number for tensor in self))
+
+    @staticmethod
+    def meeting(folds: Sequence[ScaleFold]) -> Sequence[ScaleFold]:
+        """The one fold that is the sum of these edits, each of the unedited h: Σ (s − 1) and Σ v."""
+        if len(folds) < 2:
+            return folds
+        return [ScaleFold(*(torch.stack(parts).sum(0) for parts in zip(*folds)))]
+
+
+#: A fold of any form.
+AnyFold = Fold | ScaleFold
 
 
 class ScalePool(Pool):
@@ -72,7 +92,7 @@ class ScalePool(Pool):
             *(torch.zeros(0, self.width, dtype=self.dtype, device=self.device) for _ in range(2))
         )
 
-    def _check(self, fold: ScaleFold) -> None:  # type: ignore[override]
+    def _check(self, fold: ScaleFold) -> None:
         if not isinstance(fold, ScaleFold) or not all(isinstance(t, Tensor) for t in fold):
             raise ValueError(
                 "fold: must be a ScaleFold of the tensors scale_less_one [1, d] and shift [1, d], was a "

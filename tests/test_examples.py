@@ -57,6 +57,16 @@ def test_memorisation(tmp_path, monkeypatch):
     assert kept.config.hidden_size == 64
 
 
+def test_steering(tmp_path):
+    pytest.importorskip("rich")
+    said = run("steering.py", "--out", str(tmp_path))
+    assert "the vector, and no random direction, brings capitals: yes" in said
+    found = json.loads((tmp_path / "steering.json").read_text())["capitals"]
+    assert found["vector"]["2"] > 0.5 > max(found["__base__"]["0"], found["vector"]["-1"])
+    assert max(found["random"].values()) < 0.2
+    assert (tmp_path / "vector/reft_model.safetensors").exists()
+
+
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory) -> Path:
     """A BERT of random weights that reads letters."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.cases import DTYPES, same_bits
@@ -13,6 +16,14 @@ import reft_kernels as rk
 from reft_kernels import functional
 
 ROWS = [[4, 0, 3], None, torch.tensor([1, 5]), []]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that takes `backend` runs on it."""
+    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
+    with rk.backend(name) if name else contextlib.nullcontext():
+        yield
 
 
 def _where(rows, edited: Tensor, flat: Tensor) -> Tensor:
@@ -71,8 +82,12 @@ def test_gradients_in_float64(device: str, rows) -> None:
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_interchange_takes_what_lies_along_R_from_the_source(dtype, rows, masked: bool, device: str) -> None:
+def test_interchange_takes_what_lies_along_R_from_the_source(
+    dtype, rows, masked: bool, backend: str, device: str
+) -> None:
     """With orthonormal R it is the swap itself: R out = R source, and the rest of h stays."""
+    if dtype is torch.float64 and backend != "reference":
+        pytest.skip("float64 is the reference backend's")
     count = 6 if rows is None else len(rows)
     h, source, square = draw(7, (2, 3, 8), (count, 8), (8, 8), dtype=torch.float64, device=device)
     h, source, R = h.to(dtype), source.to(dtype), torch.linalg.qr(square).Q[:3].to(dtype)
@@ -114,3 +129,31 @@ def test_bad_input_is_refused_by_name(device: str) -> None:
         with pytest.raises(ValueError, match=message):
             call()
         assert torch.equal(h, before)
+
+
+def test_many_adapters_take_a_source_for_each_row(backend: str, device: str) -> None:
+    """Rows of two adapters of different rank: as interchange by itself, with each one's R."""
+    h, square, states = draw(11, (2, 3, 8), (8, 8), (4, 8), device=device)
+    R = torch.linalg.qr(square.cpu()).Q.to(device)
+    pool, spans = rk.Pool(8, device=device), []
+    for basis in (R[:2], R[2:5]):
+        kind = torch.zeros(len(basis), dtype=torch.int32)
+        spans.append(pool.add(rk.Fold(-basis, basis, torch.zeros(len(basis)), kind)))
+    plan = rk.make_plan([(spans[0], [4, 0]), (spans[1], [2, 5])], device)
+    source = torch.zeros(4, 3, device=device)
+    source[:2, :2], source[2:] = states[:2] @ R[:2].T, states[2:] @ R[2:5].T
+    want = functional.interchange(h, states[:2], R[:2], [4, 0])
+    want = functional.interchange(want, states[2:], R[2:5], [2, 5])
+    leaf = source.requires_grad_()
+    out = functional.intervene(h, pool, plan, leaf)
+    torch.testing.assert_close(out, want)
+    (dsource,) = torch.autograd.grad(out.sum(), leaf)
+    torch.testing.assert_close(dsource[3], R[2:5].sum(1))
+    edited = h.clone()
+    assert functional.intervene_(edited, pool, plan, source.detach()) is edited
+    assert same_bits(edited, out)
+    scales = rk.ScalePool(8, device=device)
+    with pytest.raises(ValueError, match="source: a ScalePool takes none"):
+        functional.intervene(h, scales, plan._replace(spans=plan.spans.clone()), source)
+    with pytest.raises(ValueError, match="source: must"):
+        functional.intervene_(edited, pool, plan, source.detach()[:3])

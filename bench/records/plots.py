@@ -140,7 +140,8 @@ def _finish(figure: Any, title: str, shown: dict[str, Any], path: Path) -> Path:
 
 
 def _fixed_text(line: Line, shown: Sequence[str]) -> str:
-    return ", ".join(f"{name} {line.fixed[name]}" for name in shown if name in line.fixed)
+    parts = [f"{name} {line.fixed[name]}" for name in shown if name in line.fixed]
+    return ", ".join([*parts, *names.unusual(line.fixed)])
 
 
 def _ends_title(results: Results, swept: Sequence[Line]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from . import serve_costs
 from .answers import percent_over, plus_minus
 from .record import CaseResult, Results
 
@@ -70,6 +71,18 @@ QUESTIONS = (
         "host",
         {"mode": "generate"},
         ("reft_kernels fused mixed", *_HOST),
+    ),
+    Question(
+        "64 requests to vLLM, each with its own adapter at every position, over bare vLLM",
+        "serve",
+        {"through": "engine", "adapters": 64},
+        (serve_costs.REFT, serve_costs.LORA, None),
+    ),
+    Question(
+        "the same with adapters of the prompt alone (f3+l3)",
+        "serve",
+        {"through": "engine", "adapters": 64},
+        (serve_costs.PROMPT_ONLY, serve_costs.LORA, None),
     ),
 )
 

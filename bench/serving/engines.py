@@ -16,10 +16,7 @@ from safetensors.torch import save_file
 import reft_kernels as rk
 
 from ..records.record import ResultError
-
-BARE, CONTROL = "vLLM", "vLLM (A/A)"
-REFT, PROMPT_ONLY, LORA = "reft_kernels, every position", "reft_kernels, prompt only", "vLLM's LoRA"
-IDLE = "reft_kernels, no adapter used"
+from ..records.serve_costs import BARE, CONTROL, IDLE, LORA, PROMPT_ONLY, REFT
 
 #: Positions of the adapters of a system.
 POSITIONS = {REFT: "all", PROMPT_ONLY: "f3+l3"}
@@ -29,9 +26,6 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # Engines that wait for their turn must not keep the cores.
-    "KMP_BLOCKTIME": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -97,15 +91,17 @@ def _rounded(tokens: int) -> int:
     return -(-tokens // 64) * 64
 
 
-def save_adapters(folder: Path, count: int, positions: str, shape: tuple[int, int], rank: int) -> None:
-    """Random LoReFT adapters 0 to count − 1, one folder each."""
+def save_adapters(
+    folder: Path, name: str, count: int, positions: str, shape: tuple[int, int], rank: int
+) -> None:
+    """Random LoReFT adapters NAME-0 to NAME-(count − 1), one folder each."""
     width, depth = shape
     config = rk.ReftConfig(r=rank, layers="all", positions=positions, share_weights=True)
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         adapter = rk.Adapter.from_config(config, depth, width, torch.bfloat16, generator)
         adapter.trainable = False
-        adapter.save_pretrained(folder / str(number))
+        adapter.save_pretrained(folder / f"{name}-{number}")
 
 
 #: The linear layers of a block that a LoRA of ours goes to, and where they lie.

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,17 @@ def _post(port: int, body: dict[str, Any], timeout: float) -> Any:
 
 
 @contextlib.contextmanager
-def server(model: Path, log: Path, options: dict[str, Any], patience: float = 600) -> Iterator[int]:
+def server(
+    model: Path,
+    log: Path,
+    options: dict[str, Any],
+    patience: float = 600,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[int]:
     """A server of `model` on a free port, which is given, until the block ends.
 
     options: of vLLM's command line by their Python names; dicts go as JSON, lists as several words.
+    environment: variables beside those of this process.
 
     Raises ServerError.
     """
@@ -61,10 +68,10 @@ def server(model: Path, log: Path, options: dict[str, Any], patience: float = 60
         else:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
             command += [flag] if value is True else [flag, text]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **_ENVIRONMENT}
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **_ENVIRONMENT, **(environment or {})}
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=variables, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         end = time.monotonic() + patience
@@ -87,15 +94,22 @@ def server(model: Path, log: Path, options: dict[str, Any], patience: float = 60
 class HttpEngine:
     """A server under many clients, with the interface of `engines.Engine`: each request from its own thread.
 
-    prompts: of the requests, token ids. options: as in `server`.
+    prompts: of the requests, token ids. options, environment: as in `server`.
     """
 
     def __init__(
-        self, model: Path, log: Path, options: dict[str, Any], prompts: list[list[int]], new: int
+        self,
+        model: Path,
+        log: Path,
+        options: dict[str, Any],
+        prompts: list[list[int]],
+        new: int,
+        environment: Mapping[str, str],
     ) -> None:
         self.prompts, self.new = prompts, new
         self._stack = contextlib.ExitStack()
-        self._port = self._stack.enter_context(server(model, log, {"served_model_name": "base", **options}))
+        options = {"served_model_name": "base", **options}
+        self._port = self._stack.enter_context(server(model, log, options, environment=environment))
         self._pool = self._stack.enter_context(ThreadPoolExecutor(len(prompts)))
 
     def run(self, requests: Sequence[Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import reft_kernels as rk
 
-from . import models
+from . import adapters, models
 
 BASELINE, CONTROL = "merged LoRA", "merged LoRA (A/A)"
 
@@ -34,7 +34,8 @@ def quiet() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What is swept, apart from the phase. adapters: distinct ones in the batch; layers: how many edited."""
+    """What is swept, apart from the phase. adapters: distinct ones in the batch; layers: how many edited;
+    heads: of each layer, at sites of one head."""
 
     batch: int
     prompt: int
@@ -42,6 +43,9 @@ class Point:
     layers: int
     positions: str
     adapters: int
+    method: str = adapters.METHOD
+    site: str = adapters.SITE
+    heads: int | None = None
 
 
 class Setup:
@@ -55,18 +59,22 @@ class Setup:
         input_ids: [batch, prompt]. next_ids: [batch, 1], the tokens of the decode step.
         layers: numbers of the edited layers.
         adapter_of: [batch] number of each row's adapter.
-        adapters: LoReFT adapters, not trainable.
+        adapters: of the point's method at its site, not trainable.
         compiled: whether generations have a static cache and a compiled decode step.
         compile_options: for transformers' CompileConfig, where they are; its defaults otherwise.
     """
 
     def __init__(self, original: nn.Module, point: Point, seed: int, compiled: bool = False) -> None:
         self.original, self.point, self.seed, self.compiled = original, point, seed, compiled
-        depth, width = models.depth(original), models.width(original)
+        depth = models.depth(original)
+        try:
+            width = adapters.width_at(original, point.site, point.heads)
+        except ValueError as error:
+            raise Unable(str(error)) from error
         if point.layers > depth:
             raise Unable(f"{point.layers} layers are to be edited, the model has {depth}")
         if point.rank > width:
-            raise Unable(f"rank {point.rank} is more than the model's width {width}")
+            raise Unable(f"rank {point.rank} is more than the model's width {width} at {point.site}")
         if point.adapters > point.batch:
             raise Unable(f"{point.adapters} distinct adapters don't fit a batch of {point.batch}")
         limit = getattr(original.config.get_text_config(), "max_position_embeddings", None)
@@ -81,14 +89,10 @@ class Setup:
         self.input_ids, self.next_ids = tokens[:, :-1].contiguous(), tokens[:, -1:].contiguous()
         self.layers = models.spread(point.layers, depth)
         self.adapter_of = [row % point.adapters for row in range(point.batch)]
-        config = rk.ReftConfig(
-            method="loreft", r=point.rank, layers=self.layers, positions=point.positions, share_weights=True
+        config = adapters.config_of(
+            point.method, point.site, point.heads, point.rank, self.layers, point.positions
         )
-        self.adapters = [
-            rk.Adapter.from_config(config, depth, width, generator=generator) for _ in range(point.adapters)
-        ]
-        for adapter in self.adapters:
-            adapter.trainable = False
+        self.adapters = [adapters.make(config, depth, width, generator) for _ in range(point.adapters)]
         self.merged: nn.Module = original
         self.compile_options: dict[str, Any] = {}
 

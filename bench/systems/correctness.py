@@ -118,11 +118,11 @@ class References:
 def check(references: References, system: System, runner: Runner, tokens: int) -> dict[str, float]:
     """What is known of a system that is right: its error and, for ReFT, its share of right tokens.
 
-    Without PEFT the baseline is the bare model, which there is nothing to hold against.
+    The bare model, which without PEFT the baseline is too, there is nothing to hold against.
 
     Raises: Unable for one that is wrong.
     """
-    if system.family == "lora" and peft_missing() is not None:
+    if system.family == "bare" or (system.family == "lora" and peft_missing() is not None):
         return {}
     try:
         error = references.error(runner, system.family, decode=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,6 +100,29 @@ class _Bare(System):
         return Runner(setup, models.twin(setup.original))
 
 
+class _OneOp(System):
+    """The cheapest edit that torch can make behind a block: one operation, and the Python call around it.
+
+    What it costs is a floor for whatever calls torch once a layer. The vector is 0, so nothing changes.
+    """
+
+    def build(self, setup: Setup) -> Runner:
+        runner = Runner(setup, models.twin(setup.original))
+        vector = torch.zeros(models.width(runner.model), device=setup.device, dtype=setup.dtype)
+        for block in models.blocks(runner.model):
+            block.forward = _adding(block.forward, vector)
+        return runner
+
+
+def _adding(original: Callable[..., Any], vector: torch.Tensor) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        (output[0] if isinstance(output, tuple) else output).add_(vector)
+        return output
+
+    return forward
+
+
 class _Ours(System):
     def __init__(self, backend: str, fuse_norm: bool, idle: bool = False) -> None:
         self.backend, self.fuse_norm, self.idle = backend, fuse_norm, idle
@@ -121,6 +145,7 @@ def all_systems() -> dict[str, HostSystem]:
         found.append(HostSystem(f"{head} one adapter", ONE, _Ours(backend, fuse_norm)))
         found.append(HostSystem(f"{head} mixed", MIXED, _Ours(backend, fuse_norm)))
     found += [
+        HostSystem("one torch op", MIXED, _OneOp(), idle=True),
         HostSystem("eager hooks", ONE, EagerHooks()),
         HostSystem("eager hooks mixed", MIXED, EagerHooks()),
         HostSystem("PEFT LoRA", ONE, UnmergedLora()),

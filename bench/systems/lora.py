@@ -66,6 +66,17 @@ class MergedLora(System):
         return runner
 
 
+class BareModel(System):
+    """The model as it was loaded: what the baseline costs but for what PEFT leaves behind."""
+
+    name, family = "bare model", "bare"
+
+    def build(self, setup):
+        runner = Runner(setup, models.twin(setup.original))
+        runner.single = True
+        return runner
+
+
 class LoraRunner(Runner):
     def __init__(self, setup: Setup, count: int) -> None:
         super().__init__(setup, lora(setup, models.twin(setup.original), count))

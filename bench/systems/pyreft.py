@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import models
+from . import adapters, models
 from .base import Runner, Setup, System, Unable, quiet
 
 
@@ -88,6 +88,8 @@ class Pyreft(System):
     name = "pyreft"
 
     def why_not(self, setup):
+        if (setup.point.method, setup.point.site) != (adapters.METHOD, adapters.SITE):
+            return f"set up for {adapters.METHOD} at {adapters.SITE}"
         return pyreft_missing()
 
     def build(self, setup):

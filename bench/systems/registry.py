@@ -6,14 +6,14 @@ from reft_kernels import ops
 
 from .base import System
 from .eager_hooks import EagerHooks
-from .lora import MergedLora, MixedLora, UnmergedLora
+from .lora import BareModel, MergedLora, MixedLora, UnmergedLora
 from .ours import Ours
 from .pyreft import Pyreft
 
 
 def all_systems() -> dict[str, System]:
     """Name → system, the baseline first."""
-    found: list[System] = [MergedLora()]
+    found: list[System] = [MergedLora(), BareModel()]
     for backend in ops.BACKENDS:
         found.append(Ours(backend))
         if backend != "reference":

@@ -68,12 +68,20 @@ struct Matrix {
   int64_t stride;
 };
 
+// What is added to c in each row: [n, stride], in the plan's order, one column for each pool row of
+// the row's span. data is null where there is none.
+struct Source {
+  const float* data;
+  int64_t stride;
+};
+
 struct Forward {
   Matrix h;
   int64_t d;
   Dtype dtype;  // of h
   Pool pool;
   Plan plan;
+  Source source;
 };
 
 // out[row] = the norm of h[row]; see Norm in reft_kernels/ops/schema.py.
@@ -100,6 +108,7 @@ struct Backward {
   float* p;
   float* v;
   int64_t rank_stride;
+  Source source;
 };
 
 // The rows of one segment as one term of a weight gradient: plan positions [start, stop), and the

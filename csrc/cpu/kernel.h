@@ -8,6 +8,7 @@
 #pragma once
 
 #include "intervene.h"
+#include "source.h"
 
 namespace reft {
 namespace {
@@ -216,6 +217,7 @@ void forward_typed(const Forward& a, const Tile& tile, float* z) {
   }
   if (count == 0) return;
   project(rows, count, static_cast<const P*>(a.pool.down) + skip, kind, span.rank, a.d, z);
+  if (a.source.data != nullptr) add_source(a.source, a.plan, tile, span.rank, z);
   for (int64_t r = 0; r < span.rank; ++r)
     for (int64_t m = 0; m < count; ++m)
       z[r * kTile + m] = activate(z[r * kTile + m] + bias[r], kind[r]);
@@ -250,6 +252,7 @@ void backward_typed(const Backward& a, const Tile& tile, float* z) {
   float* p = z + span.rank * kTile;
   project(x, count, down, kind, span.rank, a.d, z);
   project(g, count, up, static_cast<const int32_t*>(nullptr), span.rank, a.d, p);
+  if (a.source.data != nullptr) add_source(a.source, a.plan, tile, span.rank, z);
   for (int64_t r = 0; r < span.rank; ++r) {
     for (int64_t m = 0; m < count; ++m) {
       const float before = z[r * kTile + m] + bias[r];

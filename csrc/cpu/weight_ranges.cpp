@@ -66,4 +66,16 @@ void bias_gradient(const Backward& args, const WeightRange& range, float* dbias)
   }
 }
 
+void source_gradient(const Backward& args, int64_t tile_count, float* dsource) {
+  for (int64_t t = 0; t < tile_count; ++t) {
+    const Tile tile = args.plan.tiles[t];
+    const int64_t rank = span_of(args.plan, tile).rank;
+    for (int64_t at = tile.start; at < int64_t{tile.start} + tile.count; ++at) {
+      if (args.plan.rows[at] < 0) continue;
+      const float* const p = args.p + at * args.rank_stride;
+      std::copy(p, p + rank, dsource + at * args.source.stride);
+    }
+  }
+}
+
 }  // namespace reft

@@ -22,4 +22,7 @@ std::vector<WeightRange> weight_ranges(const Plan& plan, int64_t tile_count);
 // dc = Σ p, for the rows of one range.
 void bias_gradient(const Backward& args, const WeightRange& range, float* dbias);
 
+// dsource = p, [n, source.stride], of the rows of all tiles; others are not written.
+void source_gradient(const Backward& args, int64_t tile_count, float* dsource);
+
 }  // namespace reft

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import AdapterRecord, BaseModel, CheckpointError, native, read
-from ..pool import Fold
 from ..positions import LastPosition, Positions
-from .compose import check_together, check_weights, common_base, summed, with_rows
+from ..scale_pool import AnyFold
+from .compose import check_together, check_weights, common_base, summed
 from .config import ReftConfig
 from .construct import Where, from_tensors
-from .intervention import Intervention
+from .intervention import Drawn, Intervention
 from .methods import METHODS
-from .orthonormal import orthonormal_rows
+from .orthonormal import only_rows, orthonormal_rows
 from .saved_modules import SavedModules
+from .subspaces import Subspaces
 
 
-class Adapter(nn.Module):
+class Adapter(Subspaces, nn.Module):
     """Interventions at layers, sites and positions; what a checkpoint holds and what a pool is filled from.
 
     >>> import reft_kernels as rk
@@ -40,6 +40,7 @@ class Adapter(nn.Module):
         saved_modules: copies of the model's modules that belong to the adapter; by default those that the
             config's `modules_to_save` names, made when it is added to a model.
         base: the model that it was made for, if known; a patched model sets it on adapters that train.
+        subspaces: rows by name, see `subspaces`; by default the config's.
 
     Attributes:
         interventions: the `Intervention`s, in a stable order.
@@ -61,6 +62,7 @@ class Adapter(nn.Module):
         n_layers: int | None = None,
         saved_modules: SavedModules | None = None,
         base: BaseModel | None = None,
+        subspaces: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         listed = list(interventions)
@@ -76,6 +78,7 @@ class Adapter(nn.Module):
         self._trainable = False
         #: Called when the adapter becomes trainable; set by the patched model that it is on.
         self.on_trainable: Callable[[], None] | None = None
+        self.subspaces = subspaces or (config and config.subspaces) or {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to no model, and must not bring one along.
@@ -140,10 +143,13 @@ class Adapter(nn.Module):
         self.saved_modules.requires_grad_(True)
         self._trainable = True
 
-    def folds(self) -> list[Fold]:
+    def folds(self, drawn: Drawn | None = None, rows: Sequence[int] | None = None) -> list[AnyFold]:
         """The fold of every intervention, in order; the same values as `intervention.fold()` one by one.
 
         While the adapter is trainable, R is made orthonormal in one batch for all interventions of a shape.
+
+        drawn: as of `Intervention.fold`, for those that drew something. rows: of a subspace; the other rows
+        of R then get no gradient.
         """
         batches: dict[tuple, list[tuple[int, str, Tensor]]] = {}
         for index, one in enumerate(self.interventions):
@@ -153,10 +159,11 @@ class Adapter(nn.Module):
                 batches.setdefault(key, []).append((index, name, tensor))
         ready: list[dict[str, Tensor]] = [{} for _ in self.interventions]
         for batch in batches.values():
-            results = orthonormal_rows(torch.stack([tensor for _, _, tensor in batch])).unbind()
+            stacked = only_rows(torch.stack([tensor for _, _, tensor in batch]), rows)
+            results = orthonormal_rows(stacked).unbind()
             for (index, name, _), result in zip(batch, results):
                 ready[index][name] = result
-        return [one.fold(found) for one, found in zip(self.interventions, ready)]
+        return [one.fold(found, (drawn or {}).get(one)) for one, found in zip(self.interventions, ready)]
 
     def check_scale(self, scale: float, argument: str = "scale") -> None:
         """Raises ValueError, which names the argument, where the edits times this mean nothing."""
@@ -175,9 +182,9 @@ class Adapter(nn.Module):
     def penalty(self) -> Tensor:
         """What the methods add to the loss in training, a scalar; 0 where they add nothing.
 
-        Differentiable; `loss + adapter.penalty()` is what a step of training then minimises.
+        Differentiable; `ReftTrainer` adds it to the loss of a step, and so does a loop of your own.
         """
-        found = [penalty for one in self.interventions if (penalty := one.penalty()) is not None]
+        found = [it for one in self.interventions if (it := one.penalty()) is not None]
         if not found:
             return torch.zeros((), device=next(self.parameters()).device)
         return torch.stack(found).sum()
@@ -288,9 +295,9 @@ class Adapter(nn.Module):
         """Reads an adapter from a folder, or from the Hugging Face hub by its "organisation/name".
 
         Args:
-            path: a folder that `save_pretrained` wrote, or one that pyreft's `save` wrote.
+            path: a folder that `save_pretrained` wrote, pyreft's `save`, or RED's code (delta_vector.pth).
             positions, act_fn, dropout, last_position: for a folder of pyreft's only, which does not hold
-                them; positions is required there. The others default to None, 0.0 and "length".
+                them; positions is required there, and of RED. The others: None, 0.0 and "length".
             scale: what its edits are multiplied by; by default what the file says.
 
         Returns:
@@ -328,7 +335,7 @@ class Adapter(nn.Module):
         try:
             config = None if record.config is None else ReftConfig.from_dict(record.config)
             saved = SavedModules((config and config.modules_to_save) or tuple(record.modules), record.modules)
-            adapter = cls(made, config, record.n_layers, saved, record.base)
+            adapter = cls(made, config, record.n_layers, saved, record.base, record.subspaces)
         except ValueError as error:
             raise CheckpointError(f"{record.where}: {error}") from error
         if adapter.width != record.width:
@@ -351,10 +358,11 @@ class Adapter(nn.Module):
             interventions=tuple(one.to_record(raw) for one in self.interventions),
             width=self.width,
             n_layers=self.n_layers,
-            config=None if self.config is None else self.config.to_dict(),
+            config=None if self.config is None else self.config.without_subspaces().to_dict(),
             modules=self.saved_modules.tensors(),
             raw=raw and self.trainable,
             base=self.base,
+            subspaces=self.subspaces,
         )
 
     @classmethod
@@ -382,19 +390,6 @@ class Adapter(nn.Module):
             raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
         parts = [(one, w) for adapter, w in zip(adapters, factors) for one in adapter.interventions]
         return cls(summed(parts), n_layers=depths.pop() if depths else None, base=common_base(adapters))
-
-    def select_subspace(self, rows: Sequence[int]) -> Adapter:
-        """An adapter that keeps only the given of the r rows of D, U and c, in that order.
-
-        For LoReFT this is R[rows], W[rows], b[rows]; for a "folded" adapter, rows of the fold. The tensors
-        are copies, and the result is not trainable.
-
-        Raises:
-            ValueError: rows that are empty, named twice, or that an intervention lacks.
-        """
-        kept = with_rows(self.interventions, rows)
-        config = self.config and dataclasses.replace(self.config, r=kept[0].rank)
-        return type(self)(kept, config, self.n_layers, self.saved_modules.stored_copy(), self.base)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, groups={[str(g) for g in self.groups]}, trainable={self.trainable}"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import BaseModel
 from ..positions import Positions
+from ..scale_pool import AnyFold
 from .intervention import Intervention
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+
+#: What holds the fold of each form as it is.
+_METHOD_OF = {"low_rank": "folded", "elementwise": "folded_scale"}
 
 
 @torch.no_grad()
@@ -29,14 +33,46 @@ def summed(interventions: Iterable[tuple[Intervention, float]]) -> list[Interven
     for one, weight in interventions:
         gathered.setdefault((one.site, one.layer, one.head, one.positions), []).append((one, weight))
     sums = []
-    for (site, layer, head, positions), parts in gathered.items():
+    for (site, layer, *_), parts in gathered.items():
         widths = {one.width for one, _ in parts}
         if len(widths) > 1:
             raise ValueError(f"adapters: widths {sorted(widths)} meet at {site} of layer {layer}")
-        folds = [fold._replace(up=fold.up * weight) for one, weight in parts for fold in [one.fold()]]
-        tensors = {name: torch.cat([getattr(fold, name) for fold in folds]) for name in folds[0]._fields}
-        sums.append(Intervention("folded", layer, site, positions, tensors, head=head))
+        check_forms([(one.method, one) for one, _ in parts], "adapters")
+        keep_norm = any(one.keeps_norm and weight != 0 for one, weight in parts)
+        sums.append(folded(parts[0][0], [one.fold().times(weight) for one, weight in parts], keep_norm))
     return sums
+
+
+def folded(like: Intervention, folds: Sequence[AnyFold], keep_norm: bool = False) -> Intervention:
+    """The sum of folds of one form, where another intervention stands.
+
+    keep_norm: whether edited tokens get the norm back that they had.
+    """
+    parts: Any = type(folds[0]).meeting(folds)  # type: ignore[arg-type]
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in folds[0]._fields}
+    return Intervention(
+        _METHOD_OF[folds[0].form],
+        like.layer,
+        like.site,
+        like.positions,
+        tensors,
+        head=like.head,
+        options={"keep_norm": keep_norm},
+    )
+
+
+def check_forms(named: Sequence[tuple[str, Intervention]], argument: str) -> None:
+    """Raises ValueError, which names the argument, where interventions at one site are of several forms.
+
+    named: each with what it shall be called.
+    """
+    (first, one), *others = named
+    for name, other in others:
+        if other.form != one.form:
+            raise ValueError(
+                f"{argument}: {first} and {name} meet at {one.site} of layer {one.layer}, and one of them "
+                "edits element by element: with an edit of low rank that has no sum"
+            )
 
 
 @torch.no_grad()
@@ -121,6 +157,8 @@ def check_together(interventions: list[Intervention], n_layers: int | None) -> b
             raise ValueError(f"layer: the model has no layer {one.layer}; it has {n_layers}")
         others = places.setdefault((one.site, one.layer, one.head), [])
         for other in others:
+            if one.positions.overlaps(other.positions):
+                check_forms([(other.method, other), (one.method, one)], "interventions")
             if one.positions == other.positions:
                 raise ValueError(
                     f"positions: two interventions at {one.site} of layer {one.layer} have the positions "

@@ -10,6 +10,9 @@ from ..positions import LastPosition, Positions
 from ..sites import SITES, canonical, has_layers, takes_heads
 from .methods import METHODS, activation
 
+#: Stands between an adapter's name and that of its subspace, so none of these may have it.
+SUBSPACE_MARK = "/"
+
 
 def _integers(name: str, value: Any, what: str) -> tuple[int, ...]:
     """`value` as a tuple of distinct integers, at least one."""
@@ -50,6 +53,8 @@ class ReftConfig:
         modules_to_save: names of modules of which the adapter trains and saves a copy of its own, such as
             ["classifier"] or ["score"]; every module of the model whose path ends so.
         options: settings of the method by name, such as {"coefficient": 2.0}.
+        subspaces: rows of the r by name, such as {"happy": [0, 1], "formal": [2, 3]}; calls take
+            "adapter/happy" for an adapter's name, and edit and train those rows alone.
 
     Raises:
         ValueError: a field is not what it may be.
@@ -67,6 +72,7 @@ class ReftConfig:
     heads: Sequence[int] | None = None
     modules_to_save: Sequence[str] | None = None
     options: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    subspaces: Mapping[str, Sequence[int]] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
@@ -98,6 +104,9 @@ class ReftConfig:
         METHODS[self.method].check_site(self.site)
         check_dropout(self.dropout)
         self._set("options", self._checked_options())
+        if self.subspaces is not None:
+            METHODS[self.method].check_subspaces()
+            self._set("subspaces", check_named_rows(self.subspaces, self.r))
         if self.modules_to_save is not None:
             self._set("modules_to_save", _module_names(self.modules_to_save))
         if isinstance(self.positions, Positions):
@@ -148,6 +157,10 @@ class ReftConfig:
         parsed = Positions.parse(self.positions, self.last_position)
         return (parsed,) if self.share_weights else parsed.untied()
 
+    def without_subspaces(self) -> ReftConfig:
+        """The same but for names of rows."""
+        return self if self.subspaces is None else dataclasses.replace(self, subspaces=None)
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ReftConfig:
         """What `to_dict` gave. Raises ValueError, also for fields that a config does not have."""
@@ -159,8 +172,11 @@ class ReftConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them; `from_dict` makes an equal config of them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if fields["options"] is None:
-            del fields["options"]  # earlier versions don't know the field
+        for name in ("options", "subspaces"):
+            if fields[name] is None:
+                del fields[name]  # earlier versions don't know the field
+        if "subspaces" in fields:
+            fields["subspaces"] = {name: list(rows) for name, rows in fields["subspaces"].items()}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
 
 
@@ -177,3 +193,20 @@ def check_dropout(dropout: float) -> None:
     """Raises ValueError unless `dropout` is a probability below 1."""
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: must be a probability in [0, 1), was {dropout!r}")
+
+
+def check_named_rows(given: Any, rank: int) -> dict[str, tuple[int, ...]]:
+    """The rows of each subspace by its name. Raises ValueError that names `subspaces`."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"subspaces: must be rows by name, such as {{'happy': [0, 1]}}; was {given!r}")
+    for name, rows in given.items():
+        if not isinstance(name, str) or not name or SUBSPACE_MARK in name:
+            raise ValueError(f"subspaces: a name must be a string without {SUBSPACE_MARK!r}, was {name!r}")
+        listed = isinstance(rows, Sequence) and not isinstance(rows, str)
+        if not listed or not rows or any(isinstance(i, bool) or not isinstance(i, int) for i in rows):
+            raise ValueError(f"subspaces: {name!r} must be a list of row numbers, was {rows!r}")
+        if len(set(rows)) < len(rows) or min(rows) < 0 or max(rows) >= rank:
+            raise ValueError(
+                f"subspaces: the rows of {name!r} must be distinct and from 0 to {rank - 1}, was {list(rows)}"
+            )
+    return {name: tuple(rows) for name, rows in given.items()}

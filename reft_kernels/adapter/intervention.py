@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, InterventionRecord
 from ..ops.schema import Act
-from ..pool import Fold
 from ..positions import Positions
+from ..scale_pool import AnyFold
 from ..sites import canonical, takes_heads
 from .config import check_dropout
 from .methods import METHODS, Method, activation
-from .orthonormal import orthonormal_rows, orthonormality_error
+from .orthonormal import only_rows, orthonormal_rows, orthonormality_error
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,8 +24,12 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ORTHONORMAL = 1e-3
 
 
+#: The random numbers of one forward in training, of the interventions that drew any.
+Drawn = Mapping["Intervention", Mapping[str, Tensor]]
+
+
 class Intervention(nn.Module):
-    """A low-rank edit of the hidden states at one place.
+    """An edit of the hidden states at one place.
 
     Args:
         method: a name of `METHODS`.
@@ -40,9 +44,11 @@ class Intervention(nn.Module):
         scale: what the edit is multiplied by.
 
     Attributes:
+        keeps_norm: whether an edited token gets the norm back that it had before the edit.
         group: index of `positions` among the adapter's position groups (set by the adapter).
         orthonormalize: whether the fold takes the parameters named in the method's `orthonormal` through
             `orthonormal_rows` (set by the adapter while it is trainable).
+        row_order: [pool_rows] int64, the order of the fold's rows, where the adapter has subspaces.
 
     Raises:
         ValueError: an argument is not what it may be; shapes or dtypes don't fit each other.
@@ -68,12 +74,18 @@ class Intervention(nn.Module):
         self.positions, self.act_fn, self.dropout = positions, act_fn, float(dropout)
         self.group = 0
         self.orthonormalize = False
-        self.options = self.spec.stored(self.spec.resolve(options))
+        resolved = self.spec.resolve(options)
+        self.options = self.spec.stored(resolved)
+        self.keeps_norm = bool(resolved.get("keep_norm"))
+        if self.keeps_norm:  # what folders without it mean is not written
+            self.options["keep_norm"] = True
         _check_tensors(self.spec, tensors)
         self.spec.check(tensors, activation(act_fn), self.options)
         self.scale = self.spec.check_scale(scale)
         self.names = tuple(name for name in self.spec.shapes if name in tensors)
-        self._pool_rows: int | None = None
+        self._folded_to: tuple[int, str] | None = None
+        self.row_order: Tensor | None
+        self.register_buffer("row_order", None, persistent=False)
         for name in self.names:
             if name in self.spec.fixed:
                 self.register_buffer(name, tensors[name].detach())
@@ -142,11 +154,21 @@ class Intervention(nn.Module):
 
     @property
     def pool_rows(self) -> int:
-        """Pool rows that the fold takes: r, or more where an edit is a sum of several."""
-        if self._pool_rows is None:
+        """Pool rows that the fold takes: r, or more where an edit is a sum of several; 1 if elementwise."""
+        return self._fold_shape[0]
+
+    @property
+    def form(self) -> str:
+        """What the fold is: "low_rank" (`Fold`) or "elementwise" (`ScaleFold`)."""
+        return self._fold_shape[1]
+
+    @property
+    def _fold_shape(self) -> tuple[int, str]:
+        if self._folded_to is None:
             with torch.no_grad():  # as it is: only the shape counts
-                self._pool_rows = self.fold({name: getattr(self, name) for name in self.names}).rank
-        return self._pool_rows
+                fold = self.fold({name: getattr(self, name) for name in self.names})
+            self._folded_to = fold.rank, fold.form
+        return self._folded_to
 
     @property
     def wants_grad(self) -> bool:
@@ -169,18 +191,33 @@ class Intervention(nn.Module):
             orthonormal = {name: orthonormal_rows(tensors[name]) for name in self.trains_orthonormal}
         return tensors | dict(orthonormal)
 
-    def fold(self, orthonormal: Mapping[str, Tensor] | None = None) -> Fold:
-        """The one form h + Uᵀ φ(D h + c): `pool_rows` rows, in the widest of the parameters' dtypes and
-        float32. Differentiable in the parameters; sums and differences are taken in that dtype.
+    def fold(
+        self, orthonormal: Mapping[str, Tensor] | None = None, drawn: Mapping[str, Tensor] | None = None
+    ) -> AnyFold:
+        """The one form h + Uᵀ φ(D h + c), or s ⊙ h + v: `pool_rows` rows, in the widest of the parameters'
+        dtypes and float32. Differentiable in the parameters; sums and differences are taken in that dtype.
 
         Args:
             orthonormal: as in `materialized`.
+            drawn: what `draw` gave, for a forward in training.
         """
-        return self._folded(self._widened(orthonormal))
+        return self._folded(self._widened(orthonormal) | dict(drawn or {}))
+
+    @torch.no_grad()
+    def draw(self) -> dict[str, Tensor]:
+        """The random numbers of one forward in training; none for nearly all methods."""
+        if type(self.spec).draw is Method.draw:
+            return {}
+        return self.spec.draw({name: getattr(self, name) for name in self.names}, self.options)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the method has one."""
+        return type(self.spec).penalty is not Method.penalty
 
     def penalty(self) -> Tensor | None:
         """What the method adds to the loss in training, a scalar; None for nothing."""
-        return self.spec.penalty(self._widened(), self.options)
+        return self.spec.penalty(self._widened(), self.options) if self.has_penalty else None
 
     def _widened(self, orthonormal: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """`materialized` in one dtype: the widest of the parameters' and float32."""
@@ -191,11 +228,36 @@ class Intervention(nn.Module):
                 wide = torch.promote_types(wide, tensor.dtype)
         return {name: t.to(wide) if t.is_floating_point() else t for name, t in tensors.items()}
 
-    def _folded(self, tensors: dict[str, Tensor]) -> Fold:
-        fold = self.spec.fold(tensors, activation(self.act_fn), self.options)
-        if self.scale != 1:
-            fold = fold._replace(up=fold.up * self.scale)
-        return Fold(*(tensor.contiguous() for tensor in fold))
+    def _folded(self, tensors: dict[str, Tensor]) -> AnyFold:
+        fold = self.spec.fold(tensors, activation(self.act_fn), self.options).times(self.scale)
+        order = self._buffers["row_order"]  # past nn.Module's way of finding it, which is slow
+        parts = fold if order is None else (tensor.index_select(0, order) for tensor in fold)
+        return type(fold)(*(tensor.contiguous() for tensor in parts))
+
+    def orthonormal_of(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The parameters that training keeps orthonormal, made so; only these rows get a gradient."""
+        return {n: orthonormal_rows(only_rows(getattr(self, n), rows)) for n in self.trains_orthonormal}
+
+    def check_rows_apart(self) -> None:
+        """Raises ValueError, which names `subspaces`, where a row of the parameters is no edit by itself."""
+        self.spec.check_subspaces()
+        shared = [name for name in self.names if "r" not in self.spec.shapes[name]]
+        if shared:
+            raise ValueError(f"subspaces: {self.method} has {', '.join(shared)}, which belongs to no row")
+        if self.pool_rows % self.rank:
+            raise ValueError(
+                f"subspaces: {self.method} folds {self.rank} rows to {self.pool_rows}, which tells none apart"
+            )
+
+    def lay_rows(self, order: Sequence[int] | None) -> None:
+        """In which order the fold has the parameters' rows; None for theirs. Rows of the fold that are of one
+        row (those r apart) come to lie side by side."""
+        if order is None:
+            self.row_order = None
+        else:
+            times = self.pool_rows // self.rank
+            index = [part * self.rank + row for row in order for part in range(times)]
+            self.row_order = torch.tensor(index, device=self._first.device)
 
     def widen_orthonormal(self) -> None:
         """Makes R float32 at least, as half precision can't hold orthonormal rows; warns if they are not."""
@@ -213,9 +275,10 @@ class Intervention(nn.Module):
     def extra_repr(self) -> str:
         head = "" if self.head is None else f", head={self.head}"
         act = "" if self.act_fn is None else f", act_fn={self.act_fn!r}"
+        norm = ", keep_norm=True" if self.keeps_norm else ""
         return (
             f"{self.method}, r={self.rank}, width={self.width}, layer={self.layer}, site={self.site!r}{head}"
-            f", positions={str(self.positions)!r}{act}"
+            f", positions={str(self.positions)!r}{act}{norm}"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops.schema import NO_PRODUCT, Act
 from ..pool import Fold
+from ..scale_pool import AnyFold
 from ..sites import SITES
 
 #: Names of activations (transformers' ACT2FN) → codes of the kernels.
@@ -78,6 +79,10 @@ def word(default: str, *others: str) -> Option:
     return Option(default, lambda value: value in words, f"one of {', '.join(map(repr, words))}")
 
 
+#: Options of every method. keep_norm: edited tokens get the norm back that they had before the edit.
+EVERY: dict[str, Option] = {"keep_norm": flag(False)}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -104,9 +109,12 @@ class Method:
             filled with the option.
         orthonormal: parameters [r, d] whose rows training keeps orthonormal; their r is at most d.
         takes_activation: whether an act_fn means something.
-        options: settings by name. Those that are no fixed parameter's are given to `fold` and stored.
+        options: settings by name, beside `EVERY`. Those that are no fixed parameter's are given to `fold` and
+            stored.
         sites: where the method means something; None for every site.
         trainable: whether it can be trained.
+        separable: whether the edit is a sum over the rows, so that some of them are an edit by themselves (a
+            subspace). Of k·r rows of the fold those r apart are one row's, as `joined` leaves them.
         scalable: whether the edit times a number (an adapter's `scale`) means something.
         rank: the r of a config that names none.
         name: what it is registered as.
@@ -120,18 +128,25 @@ class Method:
     options: ClassVar[Mapping[str, Option]] = {}
     sites: ClassVar[tuple[str, ...] | None] = None
     trainable: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
     scalable: ClassVar[bool] = True
     rank: ClassVar[int] = 4
     name: str = ""
 
     # What a method of one's own says -----------------------------------------------------------------
 
-    def fold(self, p: Parameters, act: Act, options: Options) -> Fold:
-        """The edit in the one form, differentiable in the parameters; `rows` and `joined` make it.
+    def fold(self, p: Parameters, act: Act, options: Options) -> AnyFold:
+        """The edit in the one form, differentiable in the parameters; `rows` and `joined` make it. Or s ⊙ h +
+        v, a `ScaleFold`. A method has one of the two forms, whatever its options.
 
         p: in one dtype, float32 at least. act: the code of the act_fn. options: all of them.
         """
         raise NotImplementedError(f"method {self.name!r} has no fold")
+
+    def draw(self, p: Parameters, options: Options) -> dict[str, Tensor]:
+        """The random numbers of one forward in training, by names that no parameter has: `fold` finds them
+        among p there, and does not elsewhere. Drawn once a forward, whatever checkpointing runs again."""
+        return {}
 
     def init(
         self, name: str, tensor: Tensor, width: int, options: Options, generator: torch.Generator | None
@@ -180,19 +195,25 @@ class Method:
         return tuple({"r": rank, "d": width}[axis] for axis in self.shapes[name])
 
     def resolve(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
-        """All options, of which some were given. Raises ValueError that names one that is none."""
-        given = {} if given is None else given
+        """All options of its own, of which some were given, and of `EVERY` those that are set.
+
+        Raises ValueError that names one that is none.
+        """
+        given, known = {} if given is None else given, {**self.options, **EVERY}
         for name, value in given.items():
-            if name not in self.options:
-                known = ", ".join(map(repr, self.options)) or "none"
-                raise ValueError(f"options: {self.name} has no {name!r}; it has {known}")
-            if not self.options[name].fits(value):
-                raise ValueError(f"options: {name} must be {self.options[name].allowed}, was {value!r}")
-        return {name: given.get(name, option.default) for name, option in self.options.items()}
+            if name not in known:
+                listed = ", ".join(map(repr, known))
+                raise ValueError(f"options: {self.name} has no {name!r}; it has {listed}")
+            if not known[name].fits(value):
+                raise ValueError(f"options: {name} must be {known[name].allowed}, was {value!r}")
+        own = {name: given.get(name, option.default) for name, option in self.options.items()}
+        return {**own, **{name: value for name in EVERY if (value := given.get(name))}}
 
     def stored(self, options: Options) -> dict[str, Any]:
         """The options that are kept beside the parameters: those that no fixed parameter has taken in."""
-        return {name: value for name, value in options.items() if name not in self.fixed}
+        return {
+            name: value for name, value in options.items() if name not in self.fixed and name not in EVERY
+        }
 
     def check_site(self, site: str) -> None:
         """Raises ValueError where the method means nothing at a site."""
@@ -207,6 +228,14 @@ class Method:
         if scale != 1 and not self.scalable:
             raise ValueError(f"{argument}: an edit of the method {self.name} can't be multiplied")
         return float(scale)
+
+    def check_subspaces(self) -> None:
+        """Raises ValueError where some of the rows are no edit by themselves."""
+        if not self.separable:
+            raise ValueError(
+                f"subspaces: the rows of {self.name} are made into its edit together, so some of them are "
+                "none by themselves"
+            )
 
     def check_trainable(self) -> None:
         """Raises ValueError where the method can't be trained."""
@@ -243,8 +272,8 @@ METHODS: dict[str, Method] = {}
 
 #: What an intervention has already, so that no parameter may be called so.
 _TAKEN = frozenset(
-    "act_fn dropout group head layer method names options orthonormalize pool_rows positions rank scale site "
-    "spec width".split()
+    "act_fn dropout group head keeps_norm layer method names options orthonormalize pool_rows positions rank "
+    "row_order scale site spec width".split()
 )
 
 
@@ -296,6 +325,8 @@ def _check_shapes(method: Method) -> None:
         if shapes[name] != "rd" or name in method.fixed:
             raise ValueError(f'orthonormal: {name} must have the axes "rd" and not be fixed')
     for name, option in method.options.items():
+        if name in EVERY:
+            raise ValueError(f"options: {name} is one that every method has")
         if not isinstance(option, Option) or not option.fits(option.default):
             raise ValueError(f"options: {name} must be an Option whose default is allowed, was {option!r}")
     for site in method.sites or ():

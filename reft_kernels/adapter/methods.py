@@ -13,6 +13,7 @@ from torch import Tensor
 from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
 from ..pool import Fold
 from .bottleneck import Bottleneck
+from .elementwise import FoldedScale, Jola, Red
 from .method import ACTIVATIONS, METHODS, Method, Options, Parameters, activation, flag, register_method
 from .steering import Ablation, Concept, LoFiT, Sae, Vector
 
@@ -136,4 +137,7 @@ register_method("ablation", Ablation())
 register_method("concept", Concept())
 register_method("sae", Sae())
 register_method("adapter", Bottleneck())
+register_method("red", Red())
+register_method("jola", Jola())
 register_method("folded", Folded())
+register_method("folded_scale", FoldedScale())

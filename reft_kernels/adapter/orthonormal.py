@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,15 @@ def orthonormal_rows(x: Tensor) -> Tensor:
     lower = _lower(wide @ wide.mT, checked=wide.device.type == "cpu")
     # The solver leaves columns contiguous; the kernels read rows.
     return torch.linalg.solve_triangular(lower, wide, upper=False).to(out).contiguous()
+
+
+def only_rows(x: Tensor, rows: Sequence[int] | None) -> Tensor:
+    """x [..., r, d], of which only these rows get a gradient; None for all."""
+    if rows is None or not x.requires_grad:
+        return x
+    mine = torch.zeros(x.shape[-2], 1, dtype=torch.bool)
+    mine[list(rows)] = True
+    return torch.where(mine.to(x.device), x, x.detach())
 
 
 def _lower(gram: Tensor, checked: bool) -> Tensor:

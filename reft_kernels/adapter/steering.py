@@ -8,7 +8,7 @@ Most of them are computed and not trained, see `Adapter.from_tensors`. Sources o
 - ablation, and ablation and addition: the package steering-vectors 0.12, `ablation_operator`
 - clamping a concept's direction, or adding it below a threshold: Wu et al. 2025, arXiv 2501.17148 (AxBench);
   replacing one concept by another: the package EasySteer, `concept_replace`
-- clamping a feature of a sparse autoencoder: AxBench, with a ReLU encoder as of SAELens
+- clamping a feature of a sparse autoencoder: AxBench, with the ReLU and JumpReLU encoders of SAELens
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Ablation(Method):
     fixed = frozenset({"alpha", "add"})
     optional = frozenset({"add"})
     options = {"alpha": number(1.0), "add": number(0.0)}
+    separable = False  # a direction is taken out but for what those before it took
     rank = 1
 
     def has(self, name: str, options: Options) -> bool:
@@ -106,23 +107,46 @@ class Ablation(Method):
 
 
 class Sae(Method):
-    """Clamps features a = relu(w_enc h + b_enc) of a sparse autoencoder to a target, along w_dec:
+    """Clamps features a of a sparse autoencoder to a target, along w_dec:
 
     clamp: h + Σᵢ (targetᵢ − aᵢ) w_decᵢ; minimum: h + Σᵢ (max(aᵢ, targetᵢ) − aᵢ) w_decᵢ, targetᵢ ≥ 0
+
+    With z = w_enc h + b_enc, a is relu(z); with a threshold θ (JumpReLU) it is relu(z) where z > θ, else 0,
+    so that a negative θ is as 0.
     """
 
-    shapes = {"w_enc": "rd", "b_enc": "r", "w_dec": "rd", "target": "r"}
+    shapes = {"w_enc": "rd", "b_enc": "r", "w_dec": "rd", "target": "r", "threshold": "r"}
     fixed = frozenset({"target"})
+    optional = frozenset({"threshold"})
     options = {"mode": word("clamp", "minimum"), "target": number(0.0)}
     trainable = False
     rank = 1
 
     def fold(self, p: Parameters, act: Act, options: Options) -> Fold:
         enc, dec, b, target = p["w_enc"], p["w_dec"], p["b_enc"], p["target"]
-        if options["mode"] == "clamp":
+        theta = p["threshold"].clamp_min(0) if "threshold" in p else None
+        clamp = options["mode"] == "clamp"
+        if theta is None and clamp:
             return self.joined(self.rows(enc, -dec, b, Act.RELU), self.rows(None, dec, target))
-        # max(a, t) − a = relu(t − g) − relu(−g), where a = relu(g) and t ≥ 0.
-        return self.joined(self.rows(-enc, dec, target - b, Act.RELU), self.rows(-enc, -dec, -b, Act.RELU))
+        if theta is None:
+            # max(a, t) − a = relu(t − z) − relu(−z), where a = relu(z) and t ≥ 0.
+            return self.joined(
+                self.rows(-enc, dec, target - b, Act.RELU), self.rows(-enc, -dec, -b, Act.RELU)
+            )
+        on = self.rows(enc, dec, b - theta, Act.STEP)  # 1 where z > θ, as 0 is no step
+        if clamp:
+            # a = relu(z − θ) + θ step(z − θ)
+            above = self.rows(enc, -dec, b - theta, Act.RELU)
+            return self.joined(above, _times(on, -theta), self.rows(None, dec, target))
+        # max(a, t) − a is t where z ≤ θ, and relu(t − z) above:
+        # relu(max(t, θ) − z) − relu(θ − z) + min(t, θ) (1 − step(z − θ))
+        below = torch.minimum(target, theta)
+        return self.joined(
+            self.rows(-enc, dec, torch.maximum(target, theta) - b, Act.RELU),
+            self.rows(-enc, -dec, theta - b, Act.RELU),
+            self.rows(None, dec, below),
+            _times(on, -below),
+        )
 
     def check(self, p: Parameters, act: Act, options: Options) -> None:
         if options["mode"] == "minimum" and bool((p["target"] < 0).any()):
@@ -130,6 +154,11 @@ class Sae(Method):
                 f'target: must be 0 or more with mode "minimum", as activations are; was '
                 f"{p['target'].min().item():g}"
             )
+
+
+def _times(fold: Fold, factors: Tensor) -> Fold:
+    """The edit of each row times a factor of its own, [r]."""
+    return fold._replace(up=factors[:, None] * fold.up)
 
 
 class Concept(Method):

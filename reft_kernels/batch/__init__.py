@@ -7,13 +7,16 @@ library of models. docs/engine.md shows an engine's loop on it.
 from .batch_plan import BatchPlan
 from .edit import edit
 from .intervals import intervals_of
-from .planner import BASE, Planner
+from .names import BASE
+from .planner import Planner
 from .prompts import Prompts, read_prompts
 from .selection import Selection, select
+from .sequence import Sequence
 from .stacks import Segment
+from .stages import SiteKey
 from .steps import StepTables
 from .store import AdapterStore
-from .tables import Place, SiteKey
+from .tables import Place
 from .workspace import DecodeWorkspace, DecodeWorkspaces
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "Prompts",
     "Segment",
     "Selection",
+    "Sequence",
     "SiteKey",
     "StepTables",
     "edit",

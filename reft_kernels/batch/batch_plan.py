@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..ops import launch
 from ..plan import Rows, SegmentRows, cover, pack_rows
-from ..pool import Fold
-from .tables import Place, SiteKey, SiteTable, Table
+from ..scale_pool import AnyFold
+from .stages import SiteKey
+from .tables import Place, SiteTable, Table
 
 if TYPE_CHECKING:
     from ..adapter import Intervention
@@ -37,10 +39,12 @@ class BatchPlan:
         sites: the table's. rows: for each device of the table. backends: of each device.
         recomputing: whether a block is being run again under reentrant checkpointing.
         folds: with autograd, the folds of adapters that want a gradient, made once a forward for all layers.
-        stale: whether the pools may hold trainable adapters as they were. A step with autograd reads no pool,
-            so they are renewed only once something does.
-        launch_rows: the rows by address, one a device, None for a device whose ops are all called by name; or
-            None, where all are: see docs/architecture.md, the short way.
+        drawn: the random numbers of this forward, where it is one of training: its folds are of them, whoever
+            makes them and when.
+        stale: whether the pools may hold adapters that train as they were. A step with autograd reads no
+            pool, so they are renewed only once something does.
+        launches: the plan by address, or None, where all ops are called by name: see docs/architecture.md,
+            the short way.
         workspace: what compiled code reads in the plan's place, or None.
     """
 
@@ -49,9 +53,10 @@ class BatchPlan:
         "backends",
         "by_segment",
         "covers",
+        "drawn",
         "folds",
         "head_rows_by_key",
-        "launch_rows",
+        "launches",
         "recomputing",
         "rows",
         "saved_modules",
@@ -79,9 +84,10 @@ class BatchPlan:
         self.head_rows_by_key: dict[tuple[int, int, int], Rows] = {}
         self.covers: dict[tuple[torch.device, bool], Rows] = {}
         self.recomputing = False
-        self.folds: dict[Intervention, Fold] = {}
-        self.stale = table.trainable
-        self.launch_rows: tuple[Any, ...] | None = None
+        self.folds: dict[Intervention, AnyFold] = {}
+        self.drawn: dict[Intervention, dict[str, Tensor]] = {}
+        self.stale = store.stale(table.adapters)
+        self.launches: Any = None
         self.workspace: DecodeWorkspace | None = None
 
     def prepare(self) -> None:
@@ -99,23 +105,27 @@ class BatchPlan:
         # Asked each time, as PEFT and users freeze as they go.
         for adapter in self.table.adapters.values():
             if any(one.wants_grad for one in adapter.interventions):
-                self.folds.update(zip(adapter.interventions, adapter.folds()))
+                if adapter.training:
+                    self.drawn.update(
+                        (one, numbers) for one in adapter.interventions if (numbers := one.draw())
+                    )
+                self.folds.update(zip(adapter.interventions, adapter.folds(self.drawn)))
 
     def _open_short_way(self) -> None:
         """For the CPU's native kernels, under a plan that no gradient comes through."""
         if launch.missing is None and ops.current_backend("cpu") == "native":
-            self.launch_rows = tuple(
-                launch.plan_rows(rows.rows, rows.tiles, self.tokens) if device.type == "cpu" else None
-                for device, rows in zip(self.table.devices, self.rows)
-            )
+            table = self.table.by_address(self.store.places)
+            self.launches = launch.plan(table, [(rows.rows, rows.tiles) for rows in self.rows], self.tokens)
 
     def trains(self, site: SiteTable) -> bool:
         """Whether something at the site wants a gradient."""
-        return bool(self.folds) and any(one in self.folds for edits in site.edits for one, _ in edits)
+        return bool(self.folds) and any(
+            one in self.folds for stage in site.stages for edits in stage.edits for one, _ in edits
+        )
 
     def renew(self) -> None:
         """Makes the pools what the parameters are now."""
-        self.store.refresh(self.table.adapters)
+        self.store.refresh(self.table.adapters, self.drawn)
         self.stale = False
 
     def move(self, key: SiteKey, place: Place) -> SiteTable:
@@ -125,17 +135,19 @@ class BatchPlan:
         self.sites = self.table.sites
         self.rows = [pack_rows(self.by_segment, device) for device in self.table.devices]
         self.head_rows_by_key.clear()
-        self.launch_rows = None  # the sites' slots may be others
+        if self.launches is not None:
+            self.launches.close()  # the sites' slots may be others
+            self.launches = None
         self.backends[place.device] = ops.current_backend(place.device)
         return self.sites[key]
 
     def row_spans(self) -> np.ndarray:
-        """The pool range that each row of h takes at each site, int32 [sites, tokens, 2]; rank 0 for none."""
+        """The pool range that each row of h takes at each stage, int32 [stages, tokens, 2]; else rank 0."""
         ranges = self.store.ranges(self.table.segments)
         rows, counts = self.by_segment
         spans = np.zeros((len(ranges), self.tokens, 2), dtype=np.int32)
         mine = ranges[:, np.repeat(np.arange(len(counts)), counts)]
-        # Added, as a row may be in two segments, of which one alone does something at a site.
+        # Added, as a row may be in two segments, of which one alone does something at a stage.
         np.add.at(spans.transpose(1, 0, 2), rows, mine.transpose(1, 0, 2))
         return spans
 

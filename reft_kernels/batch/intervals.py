@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,10 +20,16 @@ def intervals_of(groups: Sequence[Positions], prompt_length: int) -> np.ndarray:
     [[0, 0, 2], [0, 8, 9], [1, 9, 2147483647]]
 
     Returns (group, first position, the one behind the last), int64 [n, 3], of each group in ascending order.
+    It is remembered, as many requests ask for the same, and can't be written to.
 
     Raises ValueError: an empty prompt where positions need one, an index that the prompt lacks, and positions
     that this does not tell, as some of the generated tokens, or token ids.
     """
+    return _intervals_of(tuple(groups), prompt_length)
+
+
+@functools.lru_cache(maxsize=4096)
+def _intervals_of(groups: tuple[Positions, ...], prompt_length: int) -> np.ndarray:
     found = []
     for group, positions in enumerate(groups):
         if positions.dynamic:
@@ -40,4 +47,6 @@ def intervals_of(groups: Sequence[Positions], prompt_length: int) -> np.ndarray:
         if positions.generated:
             ends[-1] = NO_END
         found.append(np.stack([np.full(len(starts), group), starts, ends], axis=1))
-    return np.concatenate(found) if found else np.zeros((0, 3), dtype=np.int64)
+    intervals = np.concatenate(found) if found else np.zeros((0, 3), dtype=np.int64)
+    intervals.flags.writeable = False
+    return intervals

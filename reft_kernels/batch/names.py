@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 #: Arguments with one adapter's name a row. The first wins: under PEFT the second is PEFT's own.
 NAMES = ("reft_adapter_names", "adapter_names")
+#: The name of the bare model in a list of adapter names, as in PEFT.
+BASE = "__base__"
 #: The argument with the length of each row's prompt.
 LENGTHS = "prompt_lengths"
 #: The argument with the tokens that each row's adapter edits, in place of the adapter's own positions.

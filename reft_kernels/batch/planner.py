@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..plan import SegmentRows
 from .batch_plan import BatchPlan
 from .lists import read_lists
-from .names import POSITIONS, unknown
+from .names import BASE, POSITIONS
 from .prompts import Prompts
 from .selection import Selection, select
+from .sequence import Sequence as InTurn
 from .stacks import Mix, RowNames, joined, names_of, terms_of, with_scales
+from .stages import SiteKey
 from .store import AdapterStore
 
-#: The name of the bare model in a list of adapter names, as in PEFT.
-BASE = "__base__"
+if TYPE_CHECKING:
+    from ..adapter import Intervention
 
 #: What a list of adapter names mostly holds.
 _PLAIN = {str, type(None)}
@@ -28,15 +30,28 @@ class Planner:
 
     def __init__(self, store: AdapterStore) -> None:
         self.store = store
+        #: The last list of plain names that was found right, the store's version then, and what it means.
+        self._right: tuple[list[str | None], int, tuple[RowNames, ...]] | None = None
 
     def check_names(self, given: Any, batch: int, scale: Any = None) -> tuple[RowNames, ...]:
         """What each row takes, None for the bare model.
 
-        given: a list with one entry a row, an adapter's name or a list of several. scale: what their edits
-        are multiplied by; see `stacks.with_scales`.
+        given: a list with one entry a row, an adapter's name, a list of several, or a `Sequence` of them.
+        scale: what their edits are multiplied by; see `stacks.with_scales`.
 
         Raises ValueError that names `adapter_names` or `scale`.
         """
+        right, store = self._right, self.store
+        if (
+            right is not None
+            and scale is None
+            and type(given) is list
+            and given == right[0]
+            and len(given) == batch
+            and right[1] == store.version
+            and not store.merged
+        ):
+            return right[2]  # as in each step of a loop
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise ValueError(f"adapter_names: must be a list with one name a row, was {given!r}")
         if len(given) != batch:
@@ -44,6 +59,7 @@ class Planner:
         if scale is None and set(map(type, given)) <= _PLAIN:  # as most calls are: one name a row
             plain = tuple(None if name == BASE else name for name in given)
             self._check_known([name for name in dict.fromkeys(plain) if name is not None])
+            self._right = (list(given), store.version, plain)
             return plain
         rows = [self._names_of_row(row, entry) for row, entry in enumerate(given)]
         self._check_known([name for row in rows for name in row])
@@ -52,7 +68,7 @@ class Planner:
         return names
 
     def _names_of_row(self, row: int, entry: Any) -> tuple[str, ...]:
-        """The adapters of one row: none for the bare model, one for a name, those in a list."""
+        """The adapters of one row: none for the bare model, one for a name, those in a list or a sequence."""
         listed = tuple(entry) if isinstance(entry, list | tuple) else (entry,)
         for name in listed:
             if not isinstance(name, str | None):
@@ -62,13 +78,15 @@ class Planner:
             raise ValueError(f"adapter_names: row {row} names the bare model beside adapters: {entry!r}")
         if len(set(named)) < len(named):
             raise ValueError(f"adapter_names: row {row} has an adapter twice: {entry!r}; give scale instead")
-        return named
+        return InTurn(*named) if isinstance(entry, InTurn) else named
 
     def _check_known(self, names: Sequence[str]) -> None:
         adapters = self.store.adapters
         for name in names:
             if name not in adapters:
-                raise ValueError(f"adapter_names: {unknown(name, [*adapters, BASE], 'known are')}")
+                if name not in self.store.subspaces:
+                    raise ValueError(f"adapter_names: {self.store.unknown(name)}")
+                name = self.store.owner(name)
             if name in self.store.merged:
                 raise ValueError(
                     f"adapter_names: {name!r} is merged into the weights, so every row has it; "
@@ -77,7 +95,7 @@ class Planner:
 
     def _check_scales(self, names: Sequence[RowNames]) -> None:
         for term in dict.fromkeys(term for row in names for term in terms_of(row)):
-            self.store.adapters[term.name].check_scale(term.scale)
+            self.store.find(term.name).check_scale(term.scale)
 
     def needs_prompt(self, names: Sequence[RowNames]) -> bool:
         """Whether what these adapters edit depends on which tokens are prompt."""
@@ -98,12 +116,31 @@ class Planner:
         self._check_known(listed)
         lists = None
         if positions is not None:
-            lists = read_lists(positions, _single(names), prompts, self.store.adapters.__getitem__)
+            lists = read_lists(positions, _single(names), prompts, self.store.find)
         selection = select(names, prompts, self.store.groups, lists)
-        selection.owners = {name: self.store.adapters[name] for name in listed}
-        several = any(isinstance(row, Mix) and len(row.terms) > 1 for row in dict.fromkeys(names))
-        selection.stacked = several or not self.store.overlapping.isdisjoint(listed)
+        selection.owners = {name: self.store.find(name) for name in listed}
+        several = [row for row in dict.fromkeys(names) if isinstance(row, Mix) and len(row.terms) > 1]
+        if len(self.store.forms) > 1:
+            for row in several:
+                self._check_meeting(row)
+        selection.stacked = bool(several) or not self.store.overlapping.isdisjoint(listed)
         return selection
+
+    def _check_meeting(self, row: Mix) -> None:
+        """Raises ValueError where two adapters of a row edit a token at one site, in two forms that have no
+        sum."""
+        seen: dict[tuple[SiteKey, int], list[tuple[str, Intervention]]] = {}
+        for name, _, turn in row.terms:
+            for one in self.store.find(name).interventions:
+                for other, theirs in seen.get((SiteKey.of(one), turn), ()):
+                    if theirs.form != one.form and theirs.positions.overlaps(one.positions):
+                        raise ValueError(
+                            f"adapter_names: {other!r} ({theirs.method}) and {name!r} ({one.method}) would "
+                            f"edit the same tokens at {one.site} of layer {one.layer}, one of them element "
+                            "by element: with an edit of low rank that has no sum; a row takes one of the "
+                            "two, or one behind the other (Sequence)"
+                        )
+                seen.setdefault((SiteKey.of(one), turn), []).append((name, one))
 
     def plan(
         self,
@@ -172,8 +209,9 @@ class Planner:
                 return None
             nothing = np.zeros(0, dtype=np.int64)
             by_segment = SegmentRows(nothing, np.zeros(len(selection.segments), dtype=np.int64))
+        adapters, subspaces = self.store.adapters, self.store.subspaces
         for name, adapter in selection.owners.items():
-            if self.store.adapters.get(name) is not adapter:
+            if adapters.get(name) is not adapter and subspaces.get(name) is not adapter:
                 raise ValueError(f"adapter {name!r} was deleted while a generate call used it")
         segments = selection.segments
         if selection.stacked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -180,39 +181,34 @@ def select(
     Raises ValueError: an empty prompt where positions need one, an index that a prompt lacks, and positions
     that count generated tokens where nobody knows how many there were.
     """
-    segments: list[Segment] = []
-    specs: dict[int, tuple[Positions, list[int], list[int]]] = {}  # rows, and the segment of each
-    rows_by_taken: dict[RowNames, list[int]] = {}
-    for row, taken in enumerate(names):
-        rows_by_taken.setdefault(taken, []).append(row)
-    rows_of: dict[Term, list[int]] = {}
-    for taken, mine in rows_by_taken.items():
-        for term in terms_of(taken):
-            rows_of[term] = sorted(rows_of[term] + mine) if term in rows_of else mine
+    terms, which, pair_rows = _pairs(names)
+    groups = [groups_of(term.name if isinstance(term, Term) else term) for term in terms]
+    sizes = np.fromiter(map(len, groups), dtype=np.int64, count=len(groups))
+    first = np.cumsum(sizes) - sizes  # segment of each term
+    segments: tuple[Segment, ...] = tuple(
+        [
+            segment_of(term, group) if isinstance(term, Term) else (term, group)
+            for term, mine in zip(terms, groups)
+            for group in range(len(mine))
+        ]
+    )
     picked = [(_NOTHING, _NOTHING, _NOTHING)]
-    told = lists or {}
-    for term in sorted(rows_of):
-        for group, positions in enumerate(groups_of(term.name)):
-            mine = [row for row in rows_of[term] if row not in told] if told else rows_of[term]
-            if mine:
-                # A store has one object for equal specs.
-                _, listed, owned = specs.setdefault(id(positions), (positions, [], []))
-                listed += mine
-                owned += [len(segments)] * len(mine)
-            for row in (row for row in rows_of[term] if row in told) if told else ():
-                columns = told[row][group]
-                picked.append((np.full(len(columns), len(segments)), np.full(len(columns), row), columns))
-            segments.append(segment_of(term, group))
+    if lists:
+        listed = np.isin(pair_rows, list(lists))
+        for number, row in zip(which[listed].tolist(), pair_rows[listed].tolist()):
+            for owner, columns in zip(range(first[number], first[number] + sizes[number]), lists[row]):
+                picked.append((np.full(len(columns), owner), np.full(len(columns), row), columns))
+        which, pair_rows = which[~listed], pair_rows[~listed]
+    specs = _by_spec(groups, first, which, pair_rows)
     generated = [(_NOTHING, _NOTHING)]
     dynamic: list[Asked] = []
-    for positions, listed, owned in specs.values():
-        rows, owners = np.array(listed), np.array(owned)
+    for positions, owners, rows in specs:
         if positions.dynamic:
             _check(positions, prompts, rows, names)
             dynamic.append(Asked(positions, owners, rows))
             continue
-        which, columns = _columns(positions, prompts, rows, names)
-        picked.append((owners[which], rows[which], columns))
+        found, columns = _columns(positions, prompts, rows, names)
+        picked.append((owners[found], rows[found], columns))
         if positions.generated:
             generated.append((owners, rows))
     owners, rows, columns = (np.concatenate(parts) for parts in zip(*picked))
@@ -223,7 +219,7 @@ def select(
     ends = prompts.lengths if prompts.width == 0 else None
     return Selection(
         tuple(names),
-        tuple(segments),
+        segments,
         rows[order],
         columns[order],
         np.bincount(owners, minlength=len(segments)),
@@ -234,6 +230,62 @@ def select(
         tuple(dynamic),
         prompts,
     )
+
+
+def _pairs(names: Sequence[RowNames]) -> tuple[Sequence[str | Term], np.ndarray, np.ndarray]:
+    """The terms of a batch, sorted, and which rows have them: (term, row) pairs, by term and then by row.
+
+    Where all are adapters as they are, the terms are their names.
+    """
+    distinct = dict.fromkeys(names)
+    numbers: dict[RowNames, tuple[int, ...]]
+    plain = [taken for taken in distinct if isinstance(taken, str)]
+    terms: Sequence[str | Term]
+    if len(plain) + (None in distinct) == len(distinct):
+        terms = plain = sorted(plain)
+        numbers = {name: (number,) for number, name in enumerate(plain)}
+        numbers[None] = ()
+    else:
+        terms = several = sorted({term for taken in distinct for term in terms_of(taken)})
+        number_of = {term: number for number, term in enumerate(several)}
+        numbers = {taken: tuple([number_of[term] for term in terms_of(taken)]) for taken in distinct}
+    by_row = [numbers[taken] for taken in names]
+    counts = np.fromiter(map(len, by_row), dtype=np.int64, count=len(by_row))
+    which = np.fromiter(itertools.chain.from_iterable(by_row), dtype=np.int64, count=int(counts.sum()))
+    order = np.argsort(which, kind="stable")
+    return terms, which[order], np.repeat(np.arange(len(by_row)), counts)[order]
+
+
+def _by_spec(
+    groups: Sequence[tuple[Positions, ...]], first: np.ndarray, which: np.ndarray, rows: np.ndarray
+) -> list[Asked]:
+    """What each position spec is asked for: its segments and rows, sorted by segment.
+
+    groups: of each term. first: the segment of its first group. which, rows: (term, row) pairs, by term.
+    """
+    # A store has one object for equal specs, and for equal tuples of them.
+    alike: dict[int, tuple[tuple[Positions, ...], list[int]]] = {}
+    for term, mine in enumerate(groups):
+        alike.setdefault(id(mine), (mine, []))[1].append(term)
+    kind_of = np.zeros(len(groups), dtype=np.int64)
+    for kind, (_, terms) in enumerate(alike.values()):
+        kind_of[terms] = kind
+    kinds = kind_of[which]
+    specs: dict[int, tuple[Positions, list[np.ndarray], list[np.ndarray]]] = {}
+    for kind, (mine, _) in enumerate(alike.values()):
+        inside = kinds == kind if len(alike) > 1 else slice(None)
+        segment, taken = first[which[inside]], rows[inside]
+        if len(taken):
+            for group, positions in enumerate(mine):
+                _, owners, taken_by = specs.setdefault(id(positions), (positions, [], []))
+                owners.append(segment + group)
+                taken_by.append(taken)
+    found = []
+    for positions, parts, taken_by in specs.values():
+        of_all = np.concatenate(parts)
+        order = np.argsort(of_all, kind="stable")
+        found.append(Asked(positions, of_all[order], np.concatenate(taken_by)[order]))
+    return found
 
 
 def _check(positions: Positions, prompts: Prompts, rows: np.ndarray, names: Sequence[RowNames]) -> np.ndarray:

@@ -14,13 +14,16 @@ import numpy as np
 
 from ..plan import SegmentRows
 from .names import SCALE
+from .sequence import Sequence as InTurn
 
 
 class Term(NamedTuple):
-    """An adapter of a row, and what its edit is multiplied by."""
+    """An adapter of a row, what its edit is multiplied by, and its turn: those of turn 1 edit what those of
+    turn 0 left, and so on."""
 
     name: str
     scale: float = 1.0
+    turn: int = 0
 
     def __repr__(self) -> str:
         return repr(self.name) if self.scale == 1 else f"{self.name!r} times {self.scale:g}"
@@ -32,7 +35,8 @@ class Mix(NamedTuple):
     terms: tuple[Term, ...]
 
     def __repr__(self) -> str:
-        return " and ".join(map(repr, self.terms))
+        in_turn = sorted(self.terms, key=lambda term: term.turn)
+        return (" then " if in_turn[-1].turn else " and ").join(map(repr, in_turn))
 
 
 #: What a row takes: None is the bare model, a name an adapter as it is.
@@ -59,7 +63,9 @@ def names_of(rows: Sequence[RowNames]) -> list[str]:
 
 def row_of(terms: Sequence[Term]) -> RowNames:
     """The shortest form of these terms. An edit times 0 is none at all."""
-    kept = tuple(sorted(term for term in terms if term.scale != 0))
+    left = [term for term in terms if term.scale != 0]
+    turns = {turn: number for number, turn in enumerate(sorted({term.turn for term in left}))}
+    kept = tuple(sorted(term._replace(turn=turns[term.turn]) for term in left))
     if not kept:
         return None
     return kept[0].name if len(kept) == 1 and kept[0].scale == 1 else Mix(kept)
@@ -69,15 +75,17 @@ def row_of(terms: Sequence[Term]) -> RowNames:
 
 
 class Part(NamedTuple):
-    """A position group of an adapter, times a number."""
+    """A position group of an adapter, times a number, in its turn."""
 
     name: str
     group: int
     scale: float = 1.0
+    turn: int = 0
 
 
 class Stack(NamedTuple):
-    """A segment that is not one position group as it is: several on the same tokens, or times a number."""
+    """A segment that is not one position group as it is: several on the same tokens, times a number, or in a
+    turn behind others."""
 
     parts: tuple[Part, ...]
 
@@ -87,7 +95,9 @@ Segment = tuple[str, int] | Stack
 
 
 def segment_of(term: Term, group: int) -> Segment:
-    return (term.name, group) if term.scale == 1 else Stack((Part(term.name, group, term.scale),))
+    if term.scale == 1 and term.turn == 0:
+        return (term.name, group)
+    return Stack((Part(term.name, group, term.scale, term.turn),))
 
 
 def parts_of(segment: Segment) -> tuple[Part, ...]:
@@ -137,13 +147,14 @@ def joined(
 def with_scales(rows: Sequence[tuple[str, ...]], given: Any) -> tuple[RowNames, ...]:
     """What each row takes: names, and the `scale` of a call.
 
-    rows: the names of each row's adapters. given: None; a number, for all of them; numbers by adapter; or a
-    list with one entry a row: a number, or one for each of the row's names.
+    rows: the names of each row's adapters, of a `sequence.Sequence` in their turn. given: None; a number, for
+    all of them; numbers by adapter; or a list with one entry a row: a number, or one for each of the row's
+    names.
 
     Raises ValueError that names `scale`.
     """
     if given is None:
-        return tuple(row_of([Term(name) for name in row]) for row in rows)
+        return tuple(row_of(_terms(row, [1.0] * len(row))) for row in rows)
     if isinstance(given, Mapping):
         unknown = [name for name in given if not any(name in row for row in rows)]
         if unknown:
@@ -155,9 +166,12 @@ def with_scales(rows: Sequence[tuple[str, ...]], given: Any) -> tuple[RowNames, 
         numbers = [_numbers(entry, row, f"row {i}") for i, (entry, row) in enumerate(zip(given, rows))]
     else:
         numbers = [[_number(given, "all rows")] * len(row) for row in rows]
-    return tuple(
-        row_of([Term(name, scale) for name, scale in zip(row, scales)]) for row, scales in zip(rows, numbers)
-    )
+    return tuple(row_of(_terms(row, scales)) for row, scales in zip(rows, numbers))
+
+
+def _terms(row: tuple[str, ...], scales: list[float]) -> list[Term]:
+    follow = isinstance(row, InTurn)
+    return [Term(name, scale, turn if follow else 0) for turn, (name, scale) in enumerate(zip(row, scales))]
 
 
 def _numbers(entry: Any, row: tuple[str, ...], where: str) -> list[float]:

@@ -7,6 +7,7 @@ request's positions are resolved once, when it comes, and a step is a few operat
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,9 +16,21 @@ from torch import Tensor
 
 from ..ops.schema import TILE
 from ..plan import _tiles
-from .intervals import intervals_of
+from .intervals import NO_END, intervals_of
+from .stages import LOW_RANK, SiteKey
 from .store import AdapterStore
-from .tables import SiteKey
+
+
+@dataclasses.dataclass
+class _Steady:
+    """Decode steps of the same requests, of which the tables hold the same rows.
+
+    starts: of the step that comes next. left: how many there are, until an edit begins or ends.
+    """
+
+    requests: np.ndarray
+    starts: np.ndarray
+    left: int
 
 
 class StepTables:
@@ -58,6 +71,7 @@ class StepTables:
             self.spans = torch.zeros(len(self.sites), max_segments, 2, dtype=torch.int32, device=self.device)
         self.used = (0, 0)
         self._filled = 0
+        self._steady: _Steady | None = None
         self._free = list(range(max_segments))[::-1]
         self._segments: dict[str, list[int]] = {}
         #: (segment, first, end) of each request, by its row.
@@ -91,8 +105,9 @@ class StepTables:
         segments = self._segments[name]
         ranges = self.store.ranges(tuple((name, group) for group in range(len(segments))))
         spans = np.zeros((len(self.sites), len(segments), 2), dtype=np.int32)
-        for key, number in self.store.numbers.items():
-            spans[self.sites[key]] = ranges[number]
+        for stage, number in self.store.numbers.items():
+            if stage.form == LOW_RANK and not stage.turn:
+                spans[self.sites[stage.site]] = ranges[number]
         self.spans[:, segments] = torch.from_numpy(spans).to(self.device)
 
     # Requests ----------------------------------------------------------------------------------------------
@@ -109,25 +124,52 @@ class StepTables:
 
     def clear(self, row: int) -> None:
         """The request of that row takes none."""
+        self._steady = None
         self._intervals[:, row] = 0
 
     # Steps -------------------------------------------------------------------------------------------------
 
     def idle(self) -> None:
         """The next forward edits nothing."""
-        self.used = (0, 0)
+        self._steady = None
+        if self.used != (0, 0):
+            self._clear()
+
+    def _clear(self) -> None:
         self._write(np.zeros(0, dtype=np.int32), np.zeros((0, 3), dtype=np.int32))
 
     def fill(self, requests: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
         """The next forward computes of requests[i] the tokens starts[i] … starts[i] + counts[i] − 1 of its
         sequence, one request behind the other. requests: their rows. All int64 [n]."""
+        steady = self._steady
+        if (
+            steady is not None
+            and steady.left > 0
+            and np.array_equal(steady.starts, starts)
+            and np.array_equal(steady.requests, requests)
+            and (counts == 1).all()
+        ):
+            steady.left -= 1
+            steady.starts += 1
+            return
+        self._steady = None
+        self._fill(requests, starts, counts)
+        if (counts == 1).all():
+            _, first, end = self._intervals[:, requests]
+            now = starts[:, None]
+            ahead = np.where(now < first, first, end) - now  # steps until it begins, or ends
+            left = int(ahead[ahead > 0].min(initial=NO_END)) - 1
+            self._steady = _Steady(requests.copy(), starts + 1, left)
+
+    def _fill(self, requests: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
         segment, first, end = self._intervals[:, requests]
         offset = np.cumsum(counts) - counts
         first = np.maximum(first, starts[:, None])
         length = np.minimum(end, (starts + counts)[:, None]) - first
         there = length > 0
         if not there.any():
-            self.idle()
+            if self.used != (0, 0):
+                self._clear()
             return
         segment, length = segment[there], length[there]
         begin = (first + (offset - starts)[:, None])[there]

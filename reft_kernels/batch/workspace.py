@@ -20,8 +20,8 @@ from ..ops.arguments import PoolRows
 from ..plan import to_device
 from ..pool import Pool
 from .batch_plan import BatchPlan
+from .stages import KEEP_NORM, SiteKey, StageKey, in_turn, stages_of
 from .store import AdapterStore
-from .tables import SiteKey, keys_of
 
 #: How many workspaces are kept. Each batch size is compiled for anew, and torch.compile keeps fewer still.
 _KEPT = 32
@@ -36,8 +36,10 @@ class DecodeWorkspace:
     Attributes:
         rows: [batch] int32, row i of h at i. tiles: [batch, 3] int32, segment i at row i. Neither changes.
         unedited: like tiles, but of segment −1, for a norm of rows that nobody edits.
-        spans: [sites, batch, 2] int32: the pool range that each row takes at each site of the store, rank 0
+        spans: [stages, batch, 2] int32: the pool range that each row takes at each stage of the store, rank 0
             where it takes none. `hold` refills it.
+        places: of each site's stages the number (of its row of spans), the index of its pool, and the form.
+            One that keeps norms stands first and last of its turn, with the index of another's pool.
         blanks: what an op takes of a pool where nobody edits anything, one for each dtype and width.
         pools: those of the sites. dtypes: of the hidden states that come to each of them.
         backend: that the ops of these steps take.
@@ -65,10 +67,10 @@ class DecodeWorkspace:
         self.rows = _static(rows, device)
         self.tiles = _static(np.stack([rows, rows, one], axis=1), device)
         self.unedited = _static(np.stack([-one, rows, one], axis=1), device)
-        self.spans = _static(np.zeros((store.n_sites, batch, 2), dtype=np.int32), device)
+        self.spans = _static(np.zeros((len(store.numbers), batch, 2), dtype=np.int32), device)
         self.pools: tuple[Pool, ...] = ()
         self.dtypes: tuple[torch.dtype, ...] = ()
-        self.places: dict[SiteKey, tuple[int, int]] = {}
+        self.places: dict[SiteKey, tuple[tuple[int, int, str], ...]] = {}
         self.backend, self.layout = "", ""
         self.blanks: tuple[Blank, ...] = ()
         self._held: weakref.ref[BatchPlan] | None = None
@@ -77,10 +79,10 @@ class DecodeWorkspace:
         """Whether the tables are those of this plan."""
         return self._held is not None and self._held() is plan
 
-    def hold(self, plan: BatchPlan, sites: Iterable[SiteKey]) -> None:
+    def hold(self, plan: BatchPlan, stages: Iterable[StageKey]) -> None:
         """Refills the tables, for a plan of a decode step that was prepared. One copy, not waited for.
 
-        sites: that may be asked for.
+        stages: that may be asked for.
         """
         device = self.spans.device
         if plan.table.segments:
@@ -89,20 +91,28 @@ class DecodeWorkspace:
             self.spans.copy_(_pinned(plan.row_spans(), device), non_blocking=True)
         else:
             self.spans.zero_()
-        self._find_places(plan.store, sites)
+        self._find_places(plan.store, stages)
         self.backend = plan.backends[device]
         self._held = weakref.ref(plan)
 
-    def _find_places(self, store: AdapterStore, sites: Iterable[SiteKey]) -> None:
+    def _find_places(self, store: AdapterStore, stages: Iterable[StageKey]) -> None:
         found: dict[tuple[int, torch.dtype], int] = {}
         pools: list[tuple[Pool, torch.dtype]] = []
         self.places = {}
-        for key in sites:
-            pool, dtype = store.pool_of(key), store.places[key].dtype
+        begins: dict[tuple[SiteKey, int], int] = {}
+        for stage in sorted(stages, key=in_turn):
+            site, form, turn = stage
+            listed = self.places.get(site, ())
+            begin = begins.setdefault((site, turn), len(listed))
+            if form == KEEP_NORM:  # around the others of its turn, behind which it is sorted
+                around = (store.numbers[stage], listed[begin][1], form)
+                self.places[site] = (*listed[:begin], around, *listed[begin:], around)
+                continue
+            pool, dtype = store.pool_of(site, form), store.places[site].dtype
             index = found.setdefault((id(pool), dtype), len(found))
             if index == len(pools):
                 pools.append((pool, dtype))
-            self.places[key] = (store.numbers[key], index)
+            self.places[site] = (*listed, (store.numbers[stage], index, form))
         self.pools = tuple(pool for pool, _ in pools)
         self.dtypes = tuple(dtype for _, dtype in pools)
 
@@ -128,7 +138,7 @@ def no_pool_rows(width: int, dtype: torch.dtype, device: torch.device) -> Blank:
 
 
 class DecodeWorkspaces:
-    """The workspaces of a store: made when first asked for, and again once there are other sites."""
+    """The workspaces of a store: made when first asked for, and again once there are more stages."""
 
     def __init__(self, store: AdapterStore) -> None:
         self.store = store
@@ -136,7 +146,7 @@ class DecodeWorkspaces:
 
     def _forget(self) -> None:
         self._kept: dict[tuple[int, torch.device], DecodeWorkspace] = {}
-        self._sites: tuple[int, dict[SiteKey, None]] = (-1, {})
+        self._stages: tuple[int, dict[StageKey, None]] = (-1, {})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"store": self.store}
@@ -146,22 +156,26 @@ class DecodeWorkspaces:
         self._forget()
 
     @property
-    def sites(self) -> dict[SiteKey, None]:
+    def stages(self) -> dict[StageKey, None]:
         """Those of the adapters that there are."""
-        if self._sites[0] != self.store.version:
-            adapters = self.store.adapters.values()
-            self._sites = self.store.version, {key: None for one in adapters for key in keys_of(one)}
-        return self._sites[1]
+        if self._stages[0] != self.store.version:
+            found = (one for adapter in self.store.adapters.values() for one in adapter.interventions)
+            first = {key for one in found for key in stages_of(one)}
+            # Of adapters that follow others as often as they were asked for so.
+            known = {key: None for key in self.store.numbers if key._replace(turn=0) in first}
+            self._stages = self.store.version, known
+        return self._stages[1]
 
     def of(self, plan: BatchPlan) -> DecodeWorkspace | None:
         """The workspace of a prepared plan's decode step, which holds the plan then. None where there are
         sites on several devices: compiled code reads the plan itself there."""
-        devices = dict.fromkeys([*plan.backends, *(self.store.places[key].device for key in self.sites)])
+        places = (self.store.places[key.site] for key in self.stages)
+        devices = dict.fromkeys([*plan.backends, *(place.device for place in places)])
         if len(devices) != 1:
             return None
         key = (plan.tokens, next(iter(devices)))
         workspace = self._kept.get(key)
-        if workspace is None or workspace.spans.shape[0] != self.store.n_sites:
+        if workspace is None or workspace.spans.shape[0] != len(self.store.numbers):
             workspace = DecodeWorkspace(self.store, *key)
             if key not in self._kept and len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]  # the one that was asked for longest ago
@@ -169,7 +183,7 @@ class DecodeWorkspaces:
             del self._kept[key]
         self._kept[key] = workspace
         if not workspace.holds(plan):
-            workspace.hold(plan, self.sites)
+            workspace.hold(plan, self.stages)
         return workspace
 
 

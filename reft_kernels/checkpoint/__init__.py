@@ -1,4 +1,5 @@
-"""Files of adapters, read to records and written from them: the native format, folders of pyreft's, the hub.
+"""Files of adapters, read to records and written from them: the native format, folders of pyreft's and RED's,
+the hub.
 
 Nothing here knows what an adapter does; `reft_kernels.adapter` makes one of a record.
 """
@@ -9,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from ..positions import LastPosition, Positions
-from . import native, pyreft
+from . import native, pyreft, red
 from .errors import CheckpointError
 from .hub import local_folder
 from .records import AdapterRecord, BaseModel, InterventionRecord
@@ -36,6 +37,8 @@ def read(
             if value is not None:
                 raise CheckpointError(f"{name}: {folder} is a native folder and stores its own; leave it out")
         return native.read(folder)
+    if (folder / red.WEIGHTS).exists():
+        return red.read(folder, positions, act_fn=act_fn, dropout=dropout, last_position=last_position)
     return pyreft.read(
         folder, positions=positions, act_fn=act_fn, dropout=dropout, last_position=last_position
     )

@@ -1,4 +1,4 @@
-"""What every reader of checkpoints shares: its error, its warning, and reading JSON."""
+"""What every reader of checkpoints shares: its error, its warning, and reading JSON and tensors."""
 
 from __future__ import annotations
 
@@ -66,3 +66,20 @@ def warn_if_not_finite(file: Path, name: str, tensor: Tensor) -> None:
         )
     if not tensor.isfinite().all():
         warnings.warn(f"{file}: {name!r} holds NaN or Inf", stacklevel=2)
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """The tensors by name in a file of torch.save. Runs no code from it. Raises CheckpointError."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
+        raise CheckpointError(
+            f"{file}: is damaged, or holds more than tensors and was refused, as loading it could run code"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise CheckpointError(f"{file}: must hold a dict of tensors")
+    for name, tensor in state.items():
+        warn_if_not_finite(file, name, tensor)
+    return dict(state)

@@ -11,7 +11,7 @@ from .errors import CheckpointError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 #: What is downloaded: no weights of a whole model, which pyreft may have put beside the adapter.
-_FILES = ["reft_config.json", "reft_model.safetensors", "config.json", "intkey_*.bin"]
+_FILES = ["reft_config.json", "reft_model.safetensors", "config.json", "intkey_*.bin", "delta_vector.pth"]
 
 
 def local_folder(path: str | os.PathLike[str]) -> Path:

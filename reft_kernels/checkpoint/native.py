@@ -5,8 +5,8 @@ in the dtypes they have, so that a round trip keeps every bit. Version 2 adds, w
 modules that it trained copies of (`modules_to_save.<path>.<tensor>`), and for training checkpoints the raw
 parameters instead of the orthonormal rows that the fold makes of them ("raw": true). Version 3 adds what the
 edits of an intervention are multiplied by ("scale"). What is written has the least version that says it. The
-key base_model, which says what model the adapter is for, may stand in every version: readers that don't know
-it pass it by.
+key base_model, which says what model the adapter is for, and the key subspaces, which names some of its rows,
+may stand in every version: readers that don't know them pass them by.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ def write(record: AdapterRecord, path: str | os.PathLike[str]) -> None:
         added["modules_to_save"] = {module: list(parts) for module, parts in record.modules.items()}
     if record.raw:
         added["raw"] = True
+    if record.subspaces:
+        added["subspaces"] = {name: list(rows) for name, rows in record.subspaces.items()}
     config = {
         "format_version": _version(record),
         "width": record.width,
@@ -163,6 +165,7 @@ def read(folder: Path) -> AdapterRecord:
         modules=modules,
         raw=found.get("raw") is True,
         base=_base(where, found),
+        subspaces=take(where, {"subspaces": {}, **found}, "subspaces", dict),
         where=where,
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..positions import LastPosition, Positions
 from ..sites import REGISTRY
-from .errors import CheckpointError, read_json, take, warn_if_not_finite
+from .errors import CheckpointError, read_json, read_state, take
 from .hub import adapters_below
 from .records import AdapterRecord, InterventionRecord
 
@@ -298,7 +298,9 @@ def _parts(folder: Path, places: list[_Place], positions: Positions) -> tuple[Po
 
 
 def _tensors(file: Path, kind: _Class) -> dict[str, Tensor]:
-    state = _read_state(file)
+    if not file.exists():
+        raise CheckpointError(f"{file}: is missing, though config.json names its intervention")
+    state = read_state(file)
     try:
         tensors = {name: take_out(state) for name, take_out in kind.parameters.items()}
         for name, take_out in kind.optional.items():
@@ -317,21 +319,3 @@ def _tensors(file: Path, kind: _Class) -> dict[str, Tensor]:
     if tensors[first].dim() != 2:
         raise CheckpointError(f"{file}: {first}: must be [r, d], was {list(tensors[first].shape)}")
     return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _read_state(file: Path) -> dict[str, Tensor]:
-    if not file.exists():
-        raise CheckpointError(f"{file}: is missing, though config.json names its intervention")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
-        raise CheckpointError(
-            f"{file}: is damaged, or holds more than tensors and was refused, as loading it could run code"
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise CheckpointError(f"{file}: must hold a dict of tensors")
-    for name, tensor in state.items():
-        warn_if_not_finite(file, name, tensor)
-    return dict(state)

@@ -6,7 +6,7 @@ records carry where they were read, so that its errors can name the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,7 @@ class AdapterRecord:
         raw: whether the parameters are those of a training that goes on: the fold makes orthonormal rows of
             some of them.
         base: the model that it was made for, if known.
+        subspaces: rows by name.
         where: the file or folder that it was read from.
     """
 
@@ -92,4 +93,5 @@ class AdapterRecord:
     modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     raw: bool = False
     base: BaseModel | None = None
+    subspaces: Mapping[str, Sequence[int]] = field(default_factory=dict)
     where: str = ""

@@ -37,9 +37,13 @@ def take_ours(kwargs: dict[str, Any], own: Collection[str] = ()) -> Ours:
     `reft_adapter_names` wins; `adapter_names` is then left to PEFT. `scale` is left to a model that has an
     argument of that name.
     """
-    names = NAMES[0] if NAMES[0] in kwargs else NAMES[1]
-    scale = SCALES[0] if SCALES[0] in kwargs or SCALES[1] in own else SCALES[1]
-    return Ours(*(kwargs.pop(name, None) for name in (names, LENGTHS, POSITIONS, scale)))
+    take = kwargs.pop
+    return Ours(
+        take(NAMES[0] if NAMES[0] in kwargs else NAMES[1], None),
+        take(LENGTHS, None),
+        take(POSITIONS, None),
+        take(SCALES[0] if SCALES[0] in kwargs or SCALES[1] in own else SCALES[1], None),
+    )
 
 
 class _Call(StandIn):
@@ -91,7 +95,7 @@ class _Call(StandIn):
             runtime.depth += 1
             runtime.prepared = False
             try:
-                runtime.plan = self._plan(args, kwargs)
+                runtime.take(self._plan(args, kwargs))
                 runtime.logits_to_keep = kwargs.get("logits_to_keep", 0)
                 result = self.original(*args, **kwargs)
                 runtime.fused.abandon()
@@ -100,7 +104,7 @@ class _Call(StandIn):
                 return result
             finally:
                 runtime.depth -= 1
-                runtime.plan = before if runtime.depth else None
+                runtime.take(before if runtime.depth else None)
                 runtime.fused.forget()
 
 
@@ -155,7 +159,8 @@ class PrepareInputs(_Call):
             with self.runtime.lock:  # adapters neither come nor go meanwhile
                 plan = self.reader.generate(scope, columns, compiled)
         if compiled:
-            self.runtime.plan, self.runtime.prepared = plan, True
+            self.runtime.take(plan)
+            self.runtime.prepared = True
         scope.pending = Pending(cache, plan, columns)
         return inputs
 

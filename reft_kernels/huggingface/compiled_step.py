@@ -17,16 +17,17 @@ from torch import Tensor
 from .. import ops
 from ..batch import DecodeWorkspace, SiteKey, edit
 from ..batch.batch_plan import BatchPlan
+from ..batch.stages import FORMS, KEEP_NORM, LOW_RANK
 
 if TYPE_CHECKING:
     from .fused_norm import NextNorm
     from .sites import SiteForward
 
 
-#: One site: its row of `spans`, index into `pools`, and attention head or None; the stretch (first, width) of
-#: the last dimension that it is, or None for all; whether its tensor must be copied. A plain tuple, which a
-#: trace takes for a constant.
-Where = tuple[int, int, int | None, tuple[int, int] | None, bool]
+#: One site: of each of its stages the row of `spans`, index into `pools` and form; attention head or None;
+#: the stretch (first, width) of the last dimension that it is, or None for all; whether its tensor must be
+#: copied. A plain tuple, which a trace takes for a constant.
+Where = tuple[tuple[tuple[int, int, str], ...], int | None, tuple[int, int] | None, bool]
 
 
 class Work(NamedTuple):
@@ -66,7 +67,7 @@ def layout_of(sites: list[SiteForward], workspace: DecodeWorkspace) -> str:
     def where(site: SiteForward, key: SiteKey) -> Where:
         place = site.places[key]
         part = None if place.first is None or place.width is None else (place.first, place.width)
-        return (*workspace.places[key], key.head, part, place.shared)
+        return (workspace.places[key], key.head, part, place.shared)
 
     layout = {}
     for site in sites:
@@ -80,33 +81,49 @@ def layout_of(sites: list[SiteForward], workspace: DecodeWorkspace) -> str:
     return name_layout(layout)
 
 
+def _is_low_rank(where: Where) -> bool:
+    """Whether a site has one stage, of the form that is fused with norms."""
+    return [form for _, _, form in where[0]] == [LOW_RANK]
+
+
 def _expected(h: Tensor, where: Where, workspace: DecodeWorkspace) -> bool:
     """Whether hidden states are those that the site's pool and the workspace are for."""
     rows = workspace.rows.shape[0]
-    return h.dtype is workspace.dtypes[where[1]] and h.numel() == rows * h.shape[-1]
+    return h.dtype is workspace.dtypes[where[0][0][1]] and h.numel() == rows * h.shape[-1]
 
 
 def _edit(
     h: Tensor, where: Where, keys: tuple[SiteKey, ...], i: int, plan: BatchPlan, workspace: DecodeWorkspace
 ) -> Tensor:
     """The edit at one site. keys: read only where hidden states are not as expected."""
-    number, index, head, stretch, shared = where
+    stages, head, stretch, shared = where
     if shared:
         h = h.clone()
     if stretch is not None:
         first, length = stretch
         part = h.narrow(-1, first, length)
-        edited = _edit(part, (number, index, head, None, False), keys, i, plan, workspace)
+        edited = _edit(part, (stages, head, None, False), keys, i, plan, workspace)
         return h if edited is part else h.slice_scatter(edited, -1, first, first + length)
     if not _expected(h, where, workspace):
         return edit(h, keys[i], plan)
-    pool, rows, flat = workspace.pools[index], workspace.rows, h
-    width = pool.rows.down.shape[1]
+    rows, flat = workspace.rows, h
+    width = workspace.pools[stages[0][1]].rows[0].shape[1]
     heads = h.shape[-1] // width
     if head is not None and heads > 1:
         flat = h.view(*h.shape[:-1], heads, width)
         rows = rows * heads + head
-    ops.INTERVENE_[workspace.backend](flat, *pool.rows, rows, workspace.tiles, workspace.spans[number])
+    norms = None
+    for number, index, form in stages:
+        if form == KEEP_NORM:  # read before the stages of its turn, and restored behind them
+            keeping = (rows, workspace.tiles, workspace.spans[number])
+            if norms is None:
+                norms = ops.ROW_NORMS[workspace.backend](flat, *keeping)
+            else:
+                ops.RESTORE_NORMS_[workspace.backend](flat, norms, *keeping)
+                norms = None
+            continue
+        op = FORMS[form].edit_[workspace.backend]
+        op(flat, *workspace.pools[index].rows, rows, workspace.tiles, workspace.spans[number])
     return h
 
 
@@ -120,7 +137,7 @@ def _edit_and_norm(
     """h's norm, after the edit of h where there is one."""
     eps, kind, blank = how
     if outputs:
-        number, index = outputs[0][:2]
+        ((number, index, _),) = outputs[0][0]
         pool = workspace.pools[index].rows
         tiles, spans = workspace.tiles, workspace.spans[number]
     else:
@@ -156,6 +173,9 @@ def run_site(
         norm = site.norm
         assert norm is not None
         if norm.fits(h) and len(outputs) < 2 and (not outputs or _expected(h, outputs[0], workspace)):
+            if outputs and not _is_low_rank(outputs[0]):  # edited first, and then normed
+                _edit(h, outputs[0], site.outputs, 0, plan, workspace)
+                outputs = ()
             site.runtime.fused.offer(norm, h, _edit_and_norm(h, outputs, norm, how, workspace))
             return output
     edited = h

@@ -66,7 +66,7 @@ def check(runtime: Runtime, inputs: Sequence[Sequence[int]], given: Any) -> tupl
     if given is not None:
         names = planner.check_names(given, len(inputs))
     for name in names_of(names):
-        if runtime.store.adapters[name].saved_modules:
+        if runtime.store.find(name).saved_modules:
             raise ValueError(
                 f"adapter_names: {name!r} has modules_to_save, which continuous batches can't run"
             )
@@ -100,6 +100,9 @@ class Batching:
         self.laid: _Laid | None = None
         self._selected: tuple[tuple, Selection] | None = None
         self._lock = threading.Lock()
+        #: Requests on their way to the scheduler, and between its queues seen by nobody.
+        self._coming: set[str] = set()
+        _all.add(self)
 
     def attach(self) -> None:
         """Blocks are not shared between requests from here on, as their keys and values are edited. Graphs
@@ -120,29 +123,45 @@ class Batching:
 
     def add_request(self, input_ids: Any, *args: Any, adapter_name: str | None = None, **kwargs: Any) -> Any:
         """`ContinuousBatchingManager.add_request`, with the request's adapter."""
-        names = check(self.runtime, [input_ids], None if adapter_name is None else [adapter_name])
         bound = inspect.signature(self._add).bind(input_ids, *args, **kwargs)
         with self._lock:
+            names = check(self.runtime, [input_ids], None if adapter_name is None else [adapter_name])
             if bound.arguments.get("request_id") is None:
                 # As the manager numbers them; under its own lock.
                 with self.manager._request_lock:
                     bound.arguments["request_id"] = f"req_{self.manager._request_counter}"
                     self.manager._request_counter += 1
-            self.names[bound.arguments["request_id"]] = names[0]
-        return self._add(*bound.args, **bound.kwargs)
+            request = bound.arguments["request_id"]
+            self._note(request, names[0])
+        return self._put(request, *bound.args, **bound.kwargs)
+
+    def _note(self, request: str, names: RowNames) -> None:
+        self.names[request] = names
+        self._coming.add(request)
+
+    def _put(self, request: str, *args: Any, **kwargs: Any) -> Any:
+        """The manager's own `add_request`; a request that it drops or refuses is no longer on its way."""
+        put = None
+        try:
+            put = self._add(*args, **kwargs)
+        finally:
+            if put is None:
+                self._coming.discard(request)
+        return put
 
     def add_requests(
         self, inputs: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         """`ContinuousBatchingManager.add_requests`, with an adapter for each."""
-        left = iter(check(self.runtime, inputs, said.take() if adapter_names is None else adapter_names))
+        given = said.take() if adapter_names is None else adapter_names
         manager = self.manager
 
         def add_next(*args: Any, **kwargs: Any) -> Any:
-            self.names[kwargs["request_id"]] = next(left)
-            return self._add(*args, **kwargs)
+            self._note(kwargs["request_id"], next(left))
+            return self._put(kwargs["request_id"], *args, **kwargs)
 
         with self._lock:  # it calls add_request for one after the other, in their order
+            left = iter(check(self.runtime, inputs, given))
             manager.add_request = add_next
             try:
                 return self._add_many(inputs, *args, **kwargs)
@@ -155,6 +174,24 @@ class Batching:
             self.names[request] = self.names[request.rpartition("__child#")[0]]
         return self.names[request]
 
+    def users(self, name: str) -> list[str]:
+        """Requests with that adapter that wait or run."""
+        manager = self.manager
+        alive = {state.request_id for state in list(manager.input_queue.queue)}
+        if manager.is_running():  # else those that it had were answered, and these wait for its start
+            alive |= self._coming
+            processor = manager.batch_processor
+            if processor is not None:
+                scheduler = processor.scheduler
+                # Scheduled requests are in both for a moment; those thrown out of a full cache go back.
+                for queue in (scheduler.waiting_requests, scheduler.active_requests):
+                    alive |= set(queue)
+                alive |= set(scheduler.waiting_requests)
+        return sorted(one for one in alive if name in names_of([self._known(one)]))
+
+    def _known(self, request: str) -> RowNames:
+        return self.names.get(request, self.names.get(request.rpartition("__child#")[0]))
+
     # Batches ---------------------------------------------------------------------------------------------
 
     def create_processor(self) -> Any:
@@ -164,7 +201,27 @@ class Batching:
         if not isinstance(ios.prepare_batch_tensors, _Listener):
             _batchings[processor.cache] = self
             ios.prepare_batch_tensors = _Listener(ios.prepare_batch_tensors, self)
+            self._follow_arrivals(processor)
+        # Of a loop that was stopped: what it had taken out of the queue is gone.
+        self._coming &= {state.request_id for state in list(self.manager.input_queue.queue)}
         return processor
+
+    def _follow_arrivals(self, processor: Any) -> None:
+        """A request is on its way until the scheduler has it, or it failed before."""
+        scheduler = processor.scheduler
+        arrive, fail = scheduler.add_waiting_request, processor._handle_request_error
+
+        def add_waiting_request(state: Any, *args: Any, **kwargs: Any) -> Any:
+            found = arrive(state, *args, **kwargs)
+            self._coming.discard(state.request_id)
+            return found
+
+        def _handle_request_error(error: Exception, state: Any) -> Any:
+            self._coming.discard(state.request_id)
+            return fail(error, state)
+
+        scheduler.add_waiting_request = add_waiting_request
+        processor._handle_request_error = _handle_request_error
 
     def lay_out(self, listed: Sequence[Any]) -> None:
         """Notes a batch before its forward. listed: transformers' FutureRequestStates."""
@@ -207,6 +264,30 @@ class _Listener:
 
 #: The batching that a cache is of: a forward is given the cache, and nothing else that tells.
 _batchings: weakref.WeakKeyDictionary[Any, Batching] = weakref.WeakKeyDictionary()
+
+
+#: All that are alive, started or not.
+_all: weakref.WeakSet[Batching] = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def unused(runtime: Runtime, name: str) -> Iterator[None]:
+    """Inside, no request of continuous batching has that adapter, and none that comes gets it.
+
+    Raises ValueError where some wait or run with it.
+    """
+    mine = [batching for batching in list(_all) if batching.runtime is runtime]
+    with contextlib.ExitStack() as stack:
+        for batching in mine:
+            stack.enter_context(batching._lock)
+        users = [request for batching in mine for request in batching.users(name)]
+        if users:
+            shown = ", ".join(users[:3]) + (", …" if len(users) > 3 else "")
+            raise ValueError(
+                f"name: {name!r} has {len(users)} unfinished request(s) of continuous batching ({shown}); "
+                "wait for their results, or cancel_request them, before it is deleted"
+            )
+        yield
 
 
 def batching_of(call: dict[str, Any]) -> Batching | None:

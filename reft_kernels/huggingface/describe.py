@@ -44,7 +44,9 @@ def describe(name: str, adapter: Adapter) -> str:
         f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}",
         " and ".join(dict.fromkeys(one.site for one in parts)),
         f"positions {' and '.join(map(str, adapter.groups))}",
+        *(f"subspace {each} of rows {_ranges(rows)}" for each, rows in adapter.subspaces.items()),
         _size(sum(tensor.numel() * tensor.element_size() for tensor in adapter.parameters())),
+        *(["keeps the norm"] if any(one.keeps_norm for one in parts) else []),
         *(["trainable"] if adapter.trainable else []),
     ]
     return f"{name!r}: {', '.join(words)}"
@@ -85,6 +87,9 @@ class Names:
         if not isinstance(name, str):
             raise ValueError(f"name: must be one adapter's name, was {name!r}")
         if name not in self._adapters:
+            for owner, adapter in self._adapters.items():
+                if (why := adapter.why_unknown(name, owner)) is not None:
+                    raise ValueError(f"name: {why}")
             raise ValueError(f"name: {unknown(name, self._adapters, 'loaded are')}")
         return self._adapters[name]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..batch import BatchPlan
 from ..batch.batch_plan import unedited
+from ..batch.edit import apply_
 from ..batch.tables import SiteTable
 from ..batch.workspace import Blank, no_pool_rows
 from ..ops import Norm, launch
@@ -186,15 +187,19 @@ def stand_in_of(norm: nn.Module, kind: Norm, eps: float, fused: FusedNorms) -> N
 def edit_and_norm(h: Tensor, site: SiteTable | None, plan: BatchPlan, norm: NextNorm) -> Tensor:
     """Applies the plan to h [..., d] in place (site: None where nothing is edited), and returns h's norm."""
     device = h.device
+    backend = plan.backends.get(device) or ops.current_backend(device)
+    if site is not None and plan.stale:
+        plan.renew()
+    if site is not None and not site.low_rank:  # edited first, and then normed
+        apply_(h, site, plan.rows[site.slot], backend)
+        site = None
     if site is None:
         pool, spans = norm.stand_in.without_edit(h)
     else:
-        if plan.stale:
-            plan.renew()
         pool, spans = site.pool.rows, site.spans
     rows = plan.covers.get((device, site is not None)) or plan.covering(device, site is not None)
     parameters = norm.parameters
-    return ops.INTERVENE_NORM_[plan.backends.get(device) or ops.current_backend(device)](
+    return ops.INTERVENE_NORM_[backend](
         h, *pool, rows.rows, rows.tiles, spans,
         parameters["weight"], parameters.get("bias"), norm.eps, norm.kind,
     )  # fmt: skip

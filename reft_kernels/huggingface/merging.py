@@ -1,8 +1,9 @@
 """Adapters merged into the weights of the projection that they stand behind or in front of.
 
 An edit of every token that is linear in h, or constant, is a change of that projection: behind y = W x + b it
-makes (I + Uᵀ D) W and (I + Uᵀ D) b + Uᵀ c of them, in front of it W (I + Uᵀ D) and b + W Uᵀ c. Which
-projection's output a site is, is found out by running the model once.
+makes (I + Uᵀ D) W and (I + Uᵀ D) b + Uᵀ c of them, in front of it W (I + Uᵀ D) and b + W Uᵀ c. Of an
+elementwise edit the matrix in brackets is diag(s), and what is added v. Which projection's output a site is,
+is found out by running the model once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..adapter import Adapter, Intervention
 from ..batch import SiteKey
 from ..ops.reference import activate
 from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
+from ..scale_pool import ScaleFold
 from .describe import named_as_in_peft
 from .projections import Bare, as_matrix, is_projection, projections_behind
 from .sites import Sites
@@ -23,13 +25,16 @@ from .sites import Sites
 if TYPE_CHECKING:
     from ..batch import AdapterStore
     from ..pool import Fold
+    from ..scale_pool import AnyFold
     from .runtime import Runtime
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def is_linear(fold: Fold) -> bool:
+def is_linear(fold: AnyFold) -> bool:
     """Whether an edit is linear in h, or constant: no activation acts on anything of h."""
+    if isinstance(fold, ScaleFold):
+        return True
     active = (fold.kind & ACT_MASK) != Act.NONE
     return not bool((active & ((fold.kind & NO_PRODUCT) == 0)).any())
 
@@ -44,7 +49,7 @@ class _Change(NamedTuple):
     out; part: which elements of that."""
 
     module: Any  # a linear layer, as `is_projection` knows them
-    fold: Fold
+    fold: AnyFold
     before: bool
     part: slice
     what: str
@@ -172,12 +177,14 @@ class Merging:
             )
 
 
-def _check_exact(one: Intervention, fold: Fold) -> None:
+def _check_exact(one: Intervention, fold: AnyFold) -> None:
     what = f"{one.method} at {one.site} of layer {one.layer}"
     if str(one.positions) != "all":
         raise ValueError(
             f"positions: {what} edits {str(one.positions)!r}; only edits of all tokens can be merged"
         )
+    if one.keeps_norm:
+        raise ValueError(f"options: {what} keeps the norm of each token, so weights can't hold it")
     if not is_linear(fold):
         raise ValueError(f"act_fn: {what} is not linear in h, so weights can't hold it")
 
@@ -199,11 +206,21 @@ def _changed(module: nn.Module, kept: _Kept, changes: list[_Change]) -> _Kept:
     if kept.bias is not None:
         bias += kept.bias
     for change in changes:
-        down, up = (t.to(device, wide) for t in (change.fold.down, change.fold.up))
-        c = _constant(change.fold).to(device, wide)
+        fold, part = change.fold, change.part
+        if isinstance(fold, ScaleFold):
+            less, v = (t[0].to(device, wide) for t in fold)
+            if change.before:
+                bias = bias + weight[:, part] @ v
+                weight[:, part] += weight[:, part] * less
+            else:
+                weight[part] += less[:, None] * weight[part]
+                bias[part] += less * bias[part] + v
+            continue
+        down, up = (t.to(device, wide) for t in (fold.down, fold.up))
+        c = _constant(fold).to(device, wide)
         # A row without a product leaves the weight alone, whatever it holds.
-        product = (change.fold.kind & NO_PRODUCT).to(device) == 0
-        part, d, u = change.part, down[product], up[product]
+        product = (fold.kind & NO_PRODUCT).to(device) == 0
+        d, u = down[product], up[product]
         if change.before:
             through = weight[:, part] @ up.mT
             bias = bias + through @ c
@@ -256,9 +273,9 @@ class Merges:
         with self._runtime.lock:
             self._merging.merge(name, adapter, self.disable_adapter)  # type: ignore[attr-defined]
             self._store.merged.add(name)
-            self._was_active = name if self._runtime.active == name else self._was_active
-            if self._runtime.active == name:
-                self._runtime.active = None
+            active = self._runtime.active
+            if active is not None and self._store.owner(active) == name:
+                self._was_active, self._runtime.active = active, None
             self._runtime.forget_compiled()
 
     @named_as_in_peft
@@ -275,6 +292,7 @@ class Merges:
             for one in self._merging.names if name is None else (name,):
                 self._merging.unmerge(one)
                 self._store.merged.discard(one)
-                if one == self._was_active:
-                    self._runtime.active, self._was_active = self._runtime.active or one, None
+                before = self._was_active
+                if before is not None and self._store.owner(before) == one:
+                    self._runtime.active, self._was_active = self._runtime.active or before, None
             self._runtime.forget_compiled()

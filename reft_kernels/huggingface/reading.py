@@ -71,7 +71,7 @@ class CallReader:
         if call.get("inputs_embeds") is None:
             return
         for name in names_of(names):
-            if any(key.site == "embedding_output" for key in keys_of(self.runtime.store.adapters[name])):
+            if any(key.site == "embedding_output" for key in keys_of(self.runtime.store.find(name))):
                 raise ValueError(
                     f"inputs_embeds: pass the embeddings by that adapter {name!r} edits; give input_ids"
                 )

@@ -20,6 +20,7 @@ from .base_model import meet_base
 from .blocks import Blocks, place_of
 from .calls import ContinuousBatching, Forward, Generate, PrepareInputs, StackForward
 from .checkpointing import forget_plans
+from .continuous import unused
 from .describe import Names, named_as_in_peft
 from .freezing import Freeze
 from .fused_norm import Kinds, next_norms, other_norms
@@ -172,7 +173,7 @@ class Reft(Names, Merges, nn.Module):
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not name or name == BASE:
             raise ValueError(f"name: must be a non-empty string other than {BASE!r}, was {name!r}")
-        if name in self._store.adapters:
+        if name in self._store.adapters or name in self._store.subspaces:
             raise ValueError(f"name: there is an adapter {name!r} already; delete it first")
 
     def _check_fit(self, adapter: Adapter) -> None:
@@ -194,6 +195,7 @@ class Reft(Names, Merges, nn.Module):
             raise ValueError("adapter: is loaded under another name already; copy it (copy.deepcopy) first")
 
     def _install(self, name: str, adapter: Adapter) -> None:
+        self._store.check_name(name, adapter)
         self._check_fit(adapter)
         warn_of_bad_values(name, adapter)
         meet_base(name, adapter, self.model)
@@ -204,7 +206,7 @@ class Reft(Names, Merges, nn.Module):
                 raise ValueError(
                     f"pool_dtype: must be the model's ({place.dtype}) or torch.float32, was {wanted}"
                 )
-            adapter.to(place.device)
+            adapter.to(place.device).train(self.model.training)
             adapter.saved_modules.meet(self.model, adapter.trainable)
             self._store.add(name, adapter, self._place_of)
             self._modules_of[_module_key(name, self._modules_of)] = adapter
@@ -231,17 +233,21 @@ class Reft(Names, Merges, nn.Module):
 
     @named_as_in_peft
     def delete_adapter(self, name: str) -> None:
-        """Removes an adapter and frees its room. Raises ValueError for an unknown name."""
+        """Removes an adapter and frees its room.
+
+        Raises ValueError for an unknown name, one that is merged, and one that requests of continuous
+            batching wait or run with.
+        """
         self._known(name)
         if name in self._store.merged:
             raise ValueError(f"name: {name!r} is merged into the weights; unmerge_adapter first")
-        with self._runtime.lock:
+        with unused(self._runtime, name), self._runtime.lock:
             adapter = self._store.remove(name)
             adapter.on_trainable = None
             for key, module in list(self._modules_of.items()):
                 if module is adapter:
                     del self._modules_of[key]
-            if self._runtime.active == name:
+            if self._runtime.active is not None and not self._has(self._runtime.active):
                 self._runtime.active = None
             others = self._store.adapters.values()
             self._sites.keep({key for other in others for key in keys_of(other)})
@@ -249,15 +255,16 @@ class Reft(Names, Merges, nn.Module):
 
     @named_as_in_peft
     def set_adapter(self, name: str | None) -> None:
-        """Makes `name` the adapter of calls that name none; None or "__base__" for the bare model.
+        """Makes `name` (or "adapter/subspace") the adapter of calls that name none; None or "__base__" for
+        the bare model.
 
         Raises ValueError for an unknown name, and for several: a call takes those as adapter_names.
         """
         if name == BASE:
             name = None
         if name is not None:
-            self._known(name)
-            if name in self._store.merged:
+            self._named(name)
+            if self._store.owner(name) in self._store.merged:
                 raise ValueError(f"name: {name!r} is merged into the weights; unmerge_adapter first")
         self._runtime.active, self._runtime.told.active_chosen = name, True
 
@@ -268,15 +275,30 @@ class Reft(Names, Merges, nn.Module):
         try:
             yield
         finally:
-            self._runtime.active = before if before in self._store.adapters else None
+            if before is not None and self._store.owner(before) in self._store.merged:
+                # It was merged in the block, and is active again once it is unmerged.
+                before, self._was_active = None, before
+            self._runtime.active = before if before is not None and self._has(before) else None
 
     @named_as_in_peft
     def save_pretrained(self, path: str | os.PathLike[str], name: str | None = None) -> None:
-        """Saves one adapter (the active one by default) as reft_config.json and reft_model.safetensors."""
+        """Saves one adapter (the active one by default) as reft_config.json and reft_model.safetensors.
+
+        Of "adapter/subspace" the subspace's rows, as an adapter of their own.
+        """
         name = self.active_adapter if name is None else name
         if name is None:
             raise ValueError("name: no adapter is active; say which to save")
-        self._known(name).save_pretrained(path)
+        self._named(name).save_pretrained(path)
+
+    def _has(self, name: str) -> bool:
+        """Whether a call may name it: an adapter, or a subspace."""
+        return name in self._store.adapters or name in self._store.subspaces
+
+    def _named(self, name: object) -> Adapter:
+        """The adapter, or the subspace, of that name. Raises ValueError."""
+        known = isinstance(name, str) and name in self._store.subspaces
+        return self._store.find(str(name)) if known else self._known(name)
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters train, of how many there are."""
@@ -304,6 +326,9 @@ class Reft(Names, Merges, nn.Module):
         self._runtime.forget_compiled()
 
     def _detach(self) -> None:
+        for name in self._store.adapters:  # before anything is undone
+            with unused(self._runtime, name):
+                pass
         self.unmerge_adapter()
         for name in list(self._store.adapters):
             self.delete_adapter(name)

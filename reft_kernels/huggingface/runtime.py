@@ -14,6 +14,7 @@ from torch import nn
 
 from ..batch import AdapterStore, BatchPlan, Planner, Selection, SiteKey
 from ..batch.stacks import RowNames
+from ..ops import launch
 from .blocks import Blocks
 from .fused_norm import FusedNorms
 from .slips import Told
@@ -127,7 +128,8 @@ class Runtime:
 
     Attributes:
         active: the adapter of calls that name none; None for the bare model.
-        plan: of the forward under way, None when there is nothing to do in it.
+        plan: of the forward under way, None when there is nothing to do in it. Set by `take`.
+        cell: tells the stand-ins of it on the short way; None where there is none.
         prepared: whether generate has made the plan of the forward to come.
         depth: forwards of the model under way.
         logits_to_keep: of the forward under way: how many of the last columns go on to the language-model
@@ -147,6 +149,7 @@ class Runtime:
 
     def _rest(self) -> None:
         """Nothing is under way."""
+        self.cell = launch.cell()
         self.plan: BatchPlan | None = None
         self.prepared = False
         self.depth = 0
@@ -154,12 +157,18 @@ class Runtime:
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        under_way = ("plan", "prepared", "depth", "lock", "logits_to_keep")
+        under_way = ("cell", "plan", "prepared", "depth", "lock", "logits_to_keep")
         return {name: value for name, value in self.__dict__.items() if name not in under_way}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._rest()
+
+    def take(self, plan: BatchPlan | None) -> None:
+        """Runs under this plan from now on."""
+        self.plan = plan
+        if self.cell is not None:
+            self.cell.hold(False if plan is None else plan.launches)
 
     @property
     def scope(self) -> GenerateScope | None:
@@ -177,18 +186,20 @@ class Runtime:
         finally:
             _scopes.stack.pop()
             if scope.keeps_lock:
-                self.plan, self.prepared = None, False
+                self.take(None)
+                self.prepared = False
             scope.close()
 
     @contextlib.contextmanager
     def using(self, plan: BatchPlan | None) -> Iterator[None]:
         """Runs a block again under the plan that its forward had."""
         with self.lock:
-            before, self.plan = self.plan, plan
+            before = self.plan
+            self.take(plan)
             try:
                 yield
             finally:
-                self.plan = before
+                self.take(before)
 
     def check_seen(self, plan: BatchPlan | None) -> None:
         """Raises RuntimeError where a forward ran under the plan past modules at which it edits."""

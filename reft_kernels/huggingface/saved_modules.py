@@ -35,7 +35,8 @@ def share_modules(selection: Selection, repeat: int) -> dict[str, list[Share]]:
     for path in paths:
         rows_of: dict[str | None, list[int]] = {}
         for row, taken in enumerate(selection.names):
-            owners = [term.name for term in terms_of(taken) if path in copies.get(term.name, ())]
+            named = [term.name for term in terms_of(taken) if path in copies.get(term.name, ())]
+            owners = list({id(copies[name][path]): name for name in named}.values())  # subspaces share theirs
             if len(owners) > 1:
                 raise ValueError(
                     f"adapter_names: row {row} has {taken!r}, and {', '.join(map(repr, owners))} each have a "

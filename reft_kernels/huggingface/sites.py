@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..batch import BatchPlan, DecodeWorkspace, SiteKey, edit
 from ..batch.edit import site_of
+from ..batch.tables import numbers_of
 from ..ops import launch
 from ..sites import has_layers, is_path
 from .compiled_step import layout_of, run_site
@@ -19,6 +20,9 @@ from .locate import Location, Locator
 from .runtime import Runtime
 from .standin import StandIn
 
+#: In place of a site's number.
+NO_SITE, SEVERAL = -1, -2
+
 
 class SiteForward(StandIn):
     """Edits what goes into a module and what comes out of it. Idle, it is one check.
@@ -26,8 +30,8 @@ class SiteForward(StandIn):
     inputs, outputs: sites at this module (each head of attention is one).
     places: where each of them is, and whether its tensor is one of its own.
     norm: the norm that takes a block's output, where it is fused with the edit.
-    key: for the short way (python_bindings/standin.cpp, which reads it and calls `after`): the one site,
-        False where there is none, None where a call takes more than one edit of the whole output.
+    index: for the short way (python_bindings/standin.cpp, which reads it and calls `after`): the number of
+        the one site, or NO_SITE, or SEVERAL where a call takes more than one edit of the whole output.
     quick: the one site, where it is the whole output and may be edited in place with gradients, too.
     number: its name among the model's stand-ins, a number.
     """
@@ -40,14 +44,18 @@ class SiteForward(StandIn):
         self.places: dict[SiteKey, Location] = {}
         self.norm: NextNorm | None = None
         self.number = ""
-        self.key: SiteKey | bool | None = False
+        self.index = NO_SITE
         self.quick: SiteKey | None = None
 
     def use(self, inputs: tuple[SiteKey, ...], outputs: tuple[SiteKey, ...]) -> None:
         """Edits at these sites from now on."""
         self.inputs, self.outputs = inputs, outputs
         one = outputs[0] if len(outputs) == 1 and self._simple(outputs[0]) else None
-        self.key = None if inputs else (one if outputs else False)
+        if inputs or (outputs and one is None):
+            self.index = SEVERAL
+        else:
+            self.index = NO_SITE if one is None else numbers_of(self.runtime.store.places)[one]
+        launch.bind_anew(self)
         self.quick = one if one is not None and has_layers(one.site) and not self.places[one].kept else None
 
     def _simple(self, key: SiteKey) -> bool:

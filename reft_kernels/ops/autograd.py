@@ -15,7 +15,8 @@ from .schema import BACKENDS, INTERVENE_, INTERVENE_BACKWARD, NAMESPACE, _librar
 _ROWS = len(PoolRows._fields)
 
 
-def _selected(h: Tensor, rows: Tensor) -> Tensor:
+def selected(h: Tensor, rows: Tensor) -> Tensor:
+    """The rows of h [..., d] that a plan names, [n, d]; anything where they are padding."""
     flat = h.reshape(-1, h.shape[-1])
     if flat.shape[0] == 0:  # only padding can name rows of an empty h
         return flat.new_zeros(rows.shape[0], flat.shape[1])
@@ -27,7 +28,7 @@ def _register(backend: str) -> None:
 
     def setup_context(ctx, inputs, output) -> None:
         h, *tables = inputs
-        ctx.save_for_backward(_selected(h, tables[_ROWS]), *tables)
+        ctx.save_for_backward(selected(h, tables[_ROWS]), *tables)
 
     def backward(ctx, grad):
         need = ctx.needs_input_grad
@@ -59,7 +60,7 @@ class InterveneInPlace(torch.autograd.Function):
     def forward(ctx, h, *tables_and_backend):
         """h, the tensors of a `PoolRows` and a `Plan`, and the backend's name."""
         *tables, ctx.backend = tables_and_backend
-        ctx.save_for_backward(_selected(h, tables[_ROWS]), *tables)
+        ctx.save_for_backward(selected(h, tables[_ROWS]), *tables)
         INTERVENE_[ctx.backend](h, *tables[:-1])
         ctx.mark_dirty(h)
         return h

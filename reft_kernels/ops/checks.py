@@ -127,6 +127,40 @@ def check_scales(h: Tensor, pool: ScaleRows, plan: Plan, backend: str, name: str
         _check_tensor(label, tensor, shape, dtype, h, name)
 
 
+def check_source(source: Tensor, pool: PoolRows, plan: Plan) -> None:
+    """Refuses a source that does not lie beside the plan's rows as `ops.source` says. Ranks are not read."""
+    n, dtype, device = plan.rows.numel(), pool.bias.dtype, pool.bias.device
+    if source.dim() != 2 or source.shape[0] != n or source.dtype is not dtype or not source.is_contiguous():
+        raise ValueError(
+            f"source: must be a contiguous [{n}, s] of {dtype}, was {list(source.shape)} of {source.dtype}, "
+            f"strides {source.stride()}"
+        )
+    if source.device != device:
+        raise ValueError(f"source: is on {source.device}, but the pool is on {device}")
+
+
+def check_norms(h: Tensor, norms: Tensor, plan: Plan, backend: str | None = None, name: str = "h") -> None:
+    """`check_tables` of a plan without a pool, and of the norms [n] of its rows.
+
+    backend: None for one that computes in float64, too.
+
+    Raises ValueError that begins with the argument's name.
+    """
+    if backend is not None:
+        _check_dtype(h, backend, name)
+    if h.dim() < 1:
+        raise ValueError(f"{name}: must be [..., d], had no dimension")
+    n_tiles, n_segments = (t.shape[0] if t.dim() else 0 for t in (plan.tiles, plan.spans))
+    dtype = torch.float64 if h.dtype is torch.float64 else torch.float32
+    for label, tensor, shape, wanted in (
+        ("norms", norms, (plan.rows.numel(),), dtype),
+        ("rows", plan.rows, (plan.rows.numel(),), torch.int32),
+        ("tiles", plan.tiles, (n_tiles, 3), torch.int32),
+        ("spans", plan.spans, (n_segments, 2), torch.int32),
+    ):
+        _check_tensor(label, tensor, shape, wanted, h, name)
+
+
 def check_norm(h: Tensor, weight: Tensor, shift: Tensor | None, eps: float, norm: int) -> None:
     """Refuses what `intervene_norm_` takes beside h [..., d], pool and plan, where it does not fit h.
 

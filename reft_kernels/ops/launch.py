@@ -112,9 +112,37 @@ def blank(cls: type) -> Any:
     return made.__new__(made)  # type: ignore[call-overload]
 
 
-def plan_rows(rows: Tensor, tiles: Tensor, tokens: int) -> Any:
-    """A plan's rows [n] and tiles [n_tiles, 3] for h of `tokens` rows, by address, or None."""
-    return None if _module is None else _module.plan_rows(rows, tiles, tokens)
+def bind_anew(stand_in: Any) -> None:
+    """To be called when the sites of a stand-in became others."""
+    if type(stand_in) in _PLAIN:
+        _module.unbind(stand_in)
+
+
+def table(count: int, sites: list[tuple[int, Any, Tensor, int, torch.dtype]]) -> Any:
+    """What a table does at its sites, by address.
+
+    count: of the sites that there are. sites: (number, pool or None where its op is called by name, spans,
+    slot, dtype of hidden states) of those at which something is done.
+    """
+    return _module.table(count, sites)
+
+
+def plan(table: Any, rows: list[tuple[Tensor, Tensor]], tokens: int) -> Any:
+    """A plan's rows [n] and tiles [n_tiles, 3] for each slot, for h of `tokens` rows, by address, beside its
+    table. Its `close()` says that the sites are others now."""
+    return _module.plan(table, rows, tokens)
+
+
+def cell() -> Any:
+    """What tells the stand-ins of one model about the plan that it is under. Its `hold` takes False for none,
+    None for one whose ops are called by name, or a plan by address. None where there is no short way."""
+    return None if _module is None else _module.cell()
+
+
+def pool_moved() -> None:
+    """To be called when a pool got other tensors: what holds addresses of any looks again."""
+    if _module is not None:
+        _module.moved()
 
 
 @contextlib.contextmanager

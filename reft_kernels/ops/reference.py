@@ -99,19 +99,37 @@ def _pre_activation(x: Tensor, down: Tensor, bias: Tensor, kind: Tensor) -> Tens
     return torch.where(bare, bias, x @ down.masked_fill(bare[:, None], 0).T + bias)
 
 
-def _edited(flat: Tensor, index: Tensor, pool: PoolRows, span: slice) -> Tensor:
+def _of_span(source: Tensor, z: Tensor) -> Tensor:
+    """The part of a source [m, s] that belongs to z [m, r]."""
+    rank = z.shape[1]
+    if source.shape[1] < rank:
+        raise ValueError(f"source: must have a column for each of {rank} pool rows, has {source.shape[1]}")
+    return source[:, :rank].to(z.dtype)
+
+
+def _edited(flat: Tensor, index: Tensor, pool: PoolRows, span: slice, source: Tensor | None) -> Tensor:
     down, up, bias, kind = pool
     dtype = wide(flat)
     x = flat[index].to(dtype)
     z = _pre_activation(x, down[span].to(dtype), bias[span].to(dtype), kind[span])
+    if source is not None:
+        z = z + _of_span(source, z)
     return (x + activate(z, kind[span]) @ up[span].to(dtype)).to(flat.dtype)
 
 
-def intervene_(h: Tensor, pool: PoolRows, plan: Plan) -> None:
+def edit_rows(h: Tensor, pool: PoolRows, plan: Plan, source: Tensor | None = None) -> None:
+    """`intervene_`, and `source.intervene_source_` with a source [n, s]."""
     flat = h.view(-1, h.shape[-1])
-    edits = [(index, _edited(flat, index, pool, span)) for _, index, span in _segments(plan)]
+    edits = [
+        (index, _edited(flat, index, pool, span, None if source is None else source[places]))
+        for places, index, span in _segments(plan)
+    ]
     for index, value in edits:
         flat[index] = value
+
+
+def intervene_(h: Tensor, pool: PoolRows, plan: Plan) -> None:
+    edit_rows(h, pool, plan)
 
 
 def intervene_sum_(h: Tensor, addend: Tensor, pool: PoolRows, plan: Plan) -> None:
@@ -152,8 +170,25 @@ def intervene(h: Tensor, pool: PoolRows, plan: Plan) -> Tensor:
 def intervene_backward(
     grad: Tensor, hs: Tensor, pool: PoolRows, plan: Plan, need_h: bool, need_pool: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dc = Σ p, dD = Σ p hᵀ, dU = Σ v gᵀ, dh = g + Dᵀ p, with v = φ(Dh + c) and p = φ′ ⊙ (U g)."""
+    dh, ddown, dup, dbias, _ = gradients(grad, hs, pool, plan, need_h, need_pool)
+    return dh, ddown, dup, dbias
+
+
+def gradients(
+    grad: Tensor,
+    hs: Tensor,
+    pool: PoolRows,
+    plan: Plan,
+    need_h: bool,
+    need_pool: bool,
+    source: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dc = Σ p, dD = Σ p hᵀ, dU = Σ v gᵀ, dh = g + Dᵀ p, with v = φ(Dh + c) and p = φ′ ⊙ (U g).
+
+    The last is p of each row, like `source`; no elements where there is none.
+    """
     down, up, bias, kind = pool
+    dsource = grad.new_empty(0) if source is None else torch.zeros_like(source)
     dtype = wide(grad)
     dh = grad.clone(memory_format=torch.contiguous_format) if need_h else grad.new_empty(0)
     if need_pool:
@@ -168,7 +203,11 @@ def intervene_backward(
         d, u, c, k = down[span].to(dtype), up[span].to(dtype), bias[span].to(dtype), kind[span]
         d = d.masked_fill(((k & NO_PRODUCT) != 0)[:, None], 0)
         z = _pre_activation(x, d, c, k)
+        if source is not None:
+            z = z + _of_span(source[places], z)
         p = activation_slope(z, k) * (g @ u.T)
+        if source is not None:
+            dsource[places, : len(k)] = p.to(source.dtype)
         if need_h:
             out[index] = (g + p @ d).to(grad.dtype)
         if need_pool:
@@ -181,7 +220,7 @@ def intervene_backward(
         ddown[start:stop] += a.to(ddown.dtype)
         dup[start:stop] += b.to(dup.dtype)
         dbias[start:stop] += c.to(dbias.dtype)
-    return dh, ddown, dup, dbias
+    return dh, ddown, dup, dbias, dsource
 
 
 implement(

@@ -133,3 +133,22 @@ def _register(backend: str) -> None:
 
 for _backend in BACKENDS:
     _register(_backend)
+
+
+class ScaleShiftInPlace(torch.autograd.Function):
+    """`scale_shift` that edits h itself, as `InterveneInPlace` does and for the same h."""
+
+    @staticmethod
+    def forward(ctx, h, *tables_and_backend):
+        """h, the tensors of a `ScaleRows` and a `Plan`, and the backend's name."""
+        *tables, ctx.backend = tables_and_backend
+        ctx.save_for_backward(_selected(h, tables[len(ScaleRows._fields)]), *tables)
+        SCALE_SHIFT_[ctx.backend](h, *tables[:-1])
+        ctx.mark_dirty(h)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        need = ctx.needs_input_grad
+        found = SCALE_SHIFT_BACKWARD[ctx.backend](grad, *ctx.saved_tensors, need[0], need[1] or need[2])
+        return (*(it if wanted else None for it, wanted in zip(found, need)), *(None,) * (len(need) - 3))

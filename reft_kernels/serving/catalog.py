@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapter import Adapter
+from ..adapter import SUBSPACE_MARK, Adapter
 from ..batch import intervals_of
 from ..batch.names import unknown
 from ..batch.steps import most_together
 from ..positions import Positions
-from .config import ServingConfig, Source, check_name, check_scale
+from .config import SUBSPACE, ServingConfig, Source, check_name, check_scale
 from .ticket import Part, Ticket, combined, content_of, read
 
 #: Position groups of one adapter, and how many of them may name one token.
@@ -30,11 +33,12 @@ class Model(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """An adapter that was read. stamp: what its files looked like then."""
+    """An adapter that was read. stamp: what its files looked like then. fresh: until when it holds."""
 
     stamp: tuple
     part: Part
     groups: tuple[Positions, ...]
+    fresh: float
 
 
 class Catalog:
@@ -64,14 +68,14 @@ class Catalog:
     def add(self, name: str, source: Source) -> Ticket:
         """Learns a name, in place of what it meant before. Raises ValueError and keeps what it meant."""
         check_name(name, "name")
-        known = self._look(source)
+        known = self._look(source, anew=True)
         with self._lock:
             self._sources[name] = source
         return Ticket((known.part,), 1.0, known.groups)
 
     def of_source(self, source: Source) -> Ticket:
-        """The ticket of a folder that has no name here. Raises ValueError."""
-        known = self._look(source)
+        """The ticket of what lies in a folder now, which needs no name here. Raises ValueError."""
+        known = self._look(source, anew=True)
         return Ticket((known.part,), 1.0, known.groups)
 
     def remove(self, name: str) -> None:
@@ -81,15 +85,23 @@ class Catalog:
                 raise ValueError(f"name: {unknown(name, self.names, 'known are')}")
 
     def source(self, name: Any) -> Source:
-        """Raises ValueError for an unknown name."""
+        """name: an adapter's, or "adapter/subspace". Raises ValueError for an unknown one."""
+        found = self._sources.get(name) if isinstance(name, str) else None
+        if found is not None:
+            return found
+        name, mark, subspace = name.partition(SUBSPACE_MARK) if isinstance(name, str) else (name, "", "")
+        found = self._sources.get(name) if isinstance(name, str) else None
         check_name(name, NAME)
-        found = self._sources.get(name)
         if found is None and self.config.directory is not None:
             folder = Path(self.config.directory) / name
             found = Source(str(folder)) if folder.is_dir() else None
         if found is None:
             raise ValueError(f"{NAME}: {unknown(name, self.names, 'known are')}")
-        return found
+        if not mark:
+            return found
+        if SUBSPACE in found.options:
+            raise ValueError(f"{NAME}: {name!r} is a subspace already, and has no {subspace!r}")
+        return dataclasses.replace(found, options={**found.options, SUBSPACE: subspace})
 
     def ticket(self, arguments: Mapping[str, Any], prompt_length: int | None = None) -> Ticket | None:
         """What a request's arguments ask for; None for the bare model. A name may also be a `Source`.
@@ -124,17 +136,22 @@ class Catalog:
         self._check(both, " + ".join(one.part.source.path for one in known))
         return both.groups
 
-    def _look(self, source: Source) -> _Known:
-        """Reads an adapter, or remembers it if its files look as they did."""
-        key = (source.path, repr(sorted(source.options.items(), key=lambda item: item[0])))
-        stamp = _stamp(source.path)
-        known = self._known.get(key)
+    def _look(self, source: Source, anew: bool = False) -> _Known:
+        """Reads an adapter, or remembers it if its files look as they did. They are looked at if `anew`, and
+        else every `recheck` seconds."""
+        key = source.key
+        known, now = self._known.get(key), time.monotonic()
+        if known is not None and now < known.fresh and not anew:
+            return known
+        stamp, fresh = _stamp(source.path), now + self.config.recheck
         if known is None or known.stamp != stamp:
             adapter = read(source)
             self._check(adapter, source.path)
-            known = _Known(stamp, Part(source, content_of(adapter)), adapter.groups)
-            with self._lock:
-                self._known[key] = known
+            known = _Known(stamp, Part(source, content_of(adapter)), adapter.groups, fresh)
+        else:
+            known = known._replace(fresh=fresh)
+        with self._lock:
+            self._known[key] = known
         return known
 
     def _check(self, adapter: Adapter, where: str) -> None:
@@ -150,6 +167,13 @@ class Catalog:
         for one in adapter.interventions:
             if one.site != "block_output":
                 raise ValueError(f"{where}: edits {one.site!r}; served is 'block_output'")
+            if one.form != "low_rank":
+                raise ValueError(
+                    f"{where}: {one.method} edits element by element, which is not served; of low rank are "
+                    "LoReFT and its kin, vectors, ablations and bottleneck adapters"
+                )
+            if one.keeps_norm:
+                raise ValueError(f"{where}: {one.method} keeps the norm of each token, which is not served")
             if one.layer >= model.layers:
                 raise ValueError(f"{where}: edits layer {one.layer}, the model has {model.layers}")
             rows[one.layer] = rows.get(one.layer, 0) + one.pool_rows
@@ -178,9 +202,21 @@ class Catalog:
 
 def _stamp(path: str) -> tuple:
     """What the files of a folder look like; () for what is no folder (a hub's name)."""
-    root = Path(path)
-    if root.is_file():
-        files = [root]
-    else:
-        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
-    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    found: list[tuple[str, int, int]] = []
+    folders = [path]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        folders.append(entry.path)
+                    else:
+                        status = entry.stat()
+                        found.append((entry.path, status.st_mtime_ns, status.st_size))
+        except NotADirectoryError:
+            status = os.stat(folder)
+            found.append((folder, status.st_mtime_ns, status.st_size))
+        except FileNotFoundError:
+            pass
+    return tuple(sorted(found))

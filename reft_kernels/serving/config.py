@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 #: What `Adapter.from_pretrained` may be told about a folder.
 READING = ("positions", "act_fn", "dropout", "last_position")
+#: Which of its subspaces is meant, by name; the whole adapter where it is not given.
+SUBSPACE = "subspace"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +22,11 @@ class Source:
     path: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def key(self) -> tuple[str, str]:
+        """Equal for sources that are read the same way."""
+        return self.path, repr(sorted(self.options.items(), key=lambda item: item[0]))
+
     @classmethod
     def parse(cls, given: Any, where: str) -> Source:
         """From a path, or from {"path": …, "positions": …}. Raises ValueError that begins with `where`."""
@@ -27,10 +35,11 @@ class Source:
         if not isinstance(given, Mapping) or not isinstance(given.get("path"), str) or not given["path"]:
             raise ValueError(f'{where}: must be a folder, or {{"path": folder, …}}, was {given!r}')
         options = {name: value for name, value in given.items() if name != "path"}
-        unknown = sorted(set(options) - set(READING))
+        allowed = (*READING, SUBSPACE)
+        unknown = sorted(set(options) - set(allowed))
         if unknown:
             raise ValueError(
-                f"{where}: unknown {unknown[0]!r}; beside 'path' allowed are {', '.join(READING)}"
+                f"{where}: unknown {unknown[0]!r}; beside 'path' allowed are {', '.join(allowed)}"
             )
         return cls(given["path"], options)
 
@@ -48,6 +57,7 @@ class ServingConfig:
         max_adapters: how many lie in device memory at a time; None for as many as the engine runs requests.
         max_rank: pool rows of one adapter at one layer, all its position groups together.
         staged: how many adapters wait in host memory, read but not in device memory.
+        recheck: seconds in which a folder's files are not looked at again.
     """
 
     adapters: Mapping[str, Source] = dataclasses.field(default_factory=dict)
@@ -55,6 +65,7 @@ class ServingConfig:
     max_adapters: int | None = None
     max_rank: int = 16
     staged: int = 1024
+    recheck: float = 1.0
 
     @classmethod
     def parse(cls, given: Any) -> ServingConfig:
@@ -83,6 +94,12 @@ class ServingConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"reft.{name}: must be an integer from 1 up, was {value!r}")
             numbers[name] = value
+        recheck = given.get("recheck")
+        if recheck is not None:
+            real = isinstance(recheck, int | float) and not isinstance(recheck, bool)
+            if not real or not math.isfinite(recheck) or recheck < 0:
+                raise ValueError(f"reft.recheck: must be a number of seconds from 0 up, was {recheck!r}")
+            numbers["recheck"] = float(recheck)
         return cls(sources, directory, **numbers)
 
 

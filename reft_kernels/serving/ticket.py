@@ -7,15 +7,17 @@ data, so that every engine's own messages can carry it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..adapter import Adapter, Intervention
+from ..adapter import Adapter
+from ..adapter.compose import folded
 from ..positions import Positions
-from .config import Source
+from .config import SUBSPACE, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Ticket:
     scale: float
     groups: tuple[Positions, ...]
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Equal for equal edits, whatever they are called and wherever they lie."""
         text = "+".join(part.content for part in self.parts)
@@ -77,9 +79,22 @@ class Ticket:
         return combined(adapters, self.scale)
 
 
+def ticket_of(source: Source, adapter: Adapter) -> Ticket:
+    """The ticket of an adapter that was read from there, alone and unscaled."""
+    return Ticket((Part(source, content_of(adapter)),), 1.0, adapter.groups)
+
+
 def read(source: Source) -> Adapter:
     """Raises ValueError that names the file and what is wrong with it."""
-    return Adapter.from_pretrained(source.path, **source.options)
+    options = dict(source.options)
+    subspace = options.pop(SUBSPACE, None)
+    adapter = Adapter.from_pretrained(source.path, **options)
+    if subspace is None:
+        return adapter
+    try:
+        return adapter.select_subspace(adapter.subspace(subspace).rows)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
 
 
 @torch.no_grad()
@@ -101,8 +116,6 @@ def combined(adapters: Sequence[Adapter], scale: float) -> Adapter:
     adapter = adapters[0] if len(adapters) == 1 else Adapter.compose(adapters)
     if scale == 1:
         return adapter
-    scaled = []
-    for one, fold in zip(adapter.interventions, adapter.folds()):
-        tensors = {**fold._asdict(), "up": fold.up * scale}
-        scaled.append(Intervention("folded", one.layer, one.site, one.positions, tensors, head=one.head))
+    parts = zip(adapter.interventions, adapter.folds())
+    scaled = [folded(one, [fold.times(scale)], one.keeps_norm) for one, fold in parts]
     return Adapter(scaled, n_layers=adapter.n_layers, base=adapter.base)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import collections
+import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from .. import ops
 from ..adapter import Adapter
 from ..batch import AdapterStore, Place, SiteKey, StepTables
 from ..pool import PoolFull
+from .beside import Beside
 from .catalog import MOST_GROUPS, MOST_TOGETHER
+from .config import Source
 from .residents import Residents
-from .ticket import Ticket
+from .ticket import Ticket, read, ticket_of
 
 
 class _Read(NamedTuple):
@@ -61,6 +65,9 @@ class Worker:
         # Made now, so that the engine's measurement of free memory sees it.
         self.pool = self.store._pool(place, width)
         self.residents = Residents(max_adapters)
+        #: The ops' arguments of a step, by layer, and the `tables.used` that they are of.
+        self._arguments: dict[int, tuple[Tensor, ...]] = {}
+        self._arguments_of: tuple[int, int] | None = None
         backend = ops.current_backend(place.device)
         self.edit, self.edit_sum = ops.INTERVENE_[backend], ops.INTERVENE_SUM_[backend]
         #: Requests that have an adapter, and their rows in the tables; the last row is everyone else's.
@@ -75,16 +82,21 @@ class Worker:
         self._staged: collections.OrderedDict[str, _Read] = collections.OrderedDict()
         self._most_staged = staged
         self._lock = threading.Lock()
+        self._readers = Beside()
+        self._wanted: set[str] = set()
 
     # Adapters ----------------------------------------------------------------------------------------------
 
-    def stage(self, ticket: Ticket) -> None:
-        """Reads an adapter into host memory. For a thread beside the one that runs the model."""
+    def stage(self, ticket: Ticket, adapter: Adapter | None = None) -> None:
+        """Keeps an adapter in host memory, or what went wrong with it. May run beside the steps.
+
+        adapter: what the ticket's folders hold, where that is known; else they are read.
+        """
         if ticket.key in self._staged:
             return
         try:
-            found = _Read(self._mine(ticket.load()))
-        except (ValueError, OSError) as error:
+            found = _Read(self._mine(ticket.load() if adapter is None else adapter))
+        except Exception as error:
             found = _Read(error=error)
         with self._lock:
             self._staged[ticket.key] = found
@@ -92,7 +104,8 @@ class Worker:
                 self._staged.popitem(last=False)
 
     def staged(self, key: str) -> str | None:
-        """Nothing ("") for an adapter in host or device memory, what went wrong, or None while it is read."""
+        """Nothing ("") for an adapter in host or device memory, what went wrong, or None for one that is not
+        known, or is being read."""
         if key in self.residents:
             return ""
         found = self._staged.get(key)
@@ -101,6 +114,34 @@ class Worker:
         with self._lock:
             self._staged.pop(key, None)  # the folder may be put right
         return str(found.error) or type(found.error).__name__
+
+    def stage_beside(self, key: str, given: dict[str, Any]) -> str | None:
+        """What `staged` says of an adapter; where that is nothing, a thread reads it. given: its ticket."""
+        state = self.staged(key)
+        if state is None:
+            with self._lock:
+                wanted = key not in self._wanted
+                self._wanted.add(key)
+            if wanted:
+                self._readers.put(functools.partial(self._stage_wanted, key, given), urgent=True)
+        return state
+
+    def _stage_wanted(self, key: str, given: dict[str, Any]) -> None:
+        try:
+            self.stage(Ticket.from_dict(given))
+        finally:
+            with self._lock:
+                self._wanted.discard(key)
+
+    def stage_first(self, sources: Sequence[Source]) -> None:
+        """Has a thread read these, so that they are there when they are first asked for. Those that can't be
+        read are errors of whoever asks for them."""
+        for source in sources[: self._most_staged]:
+            self._readers.put(functools.partial(self._stage_source, source))
+
+    def _stage_source(self, source: Source) -> None:
+        adapter = read(source)
+        self.stage(ticket_of(source, adapter), adapter)
 
     def _mine(self, adapter: Adapter) -> Adapter | None:
         """What of an adapter is edited in this process. None for nothing."""
@@ -219,7 +260,26 @@ class Worker:
             find, bare = self._rows.get, self._bare
             rows = np.fromiter((find(one, bare) for one in batch), dtype=np.int64, count=len(batch))
             self._batch = (list(batch), rows)
-        self.tables.fill(self._batch[1], starts.astype(np.int64), counts.astype(np.int64))
+        self.tables.fill(
+            self._batch[1], starts.astype(np.int64, copy=False), counts.astype(np.int64, copy=False)
+        )
+
+    def arguments(self, tokens: int, captured: bool = False) -> dict[int, tuple[Tensor, ...]]:
+        """What the ops take in the forward to come, by layer: of the pool, rows, tiles, spans.
+
+        tokens: rows of hidden states. captured: for a graph, whose tables have sizes that follow from it.
+        """
+        tables, pool = self.tables, self.pool
+        if captured or tables.used is not self._arguments_of:
+            rows, tiles = tables.tables(tokens, captured)
+            before = (pool.down, pool.up, pool.bias, pool.kind, rows, tiles)
+            found: dict[int, tuple[Tensor, ...]] = {
+                layer: (*before, tables.spans[site]) for layer, site in self.sites.items()
+            }
+            if captured:
+                return found
+            self._arguments, self._arguments_of = found, tables.used
+        return self._arguments
 
     def idle(self) -> None:
         """The next forward is nobody's: a warm-up, or a measurement."""

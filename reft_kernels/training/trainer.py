@@ -25,6 +25,8 @@ class ReftTrainer(Trainer):
       that was interrupted, to the bit; a LoRA of PEFT's on the same model is saved as PEFT does;
     - the columns prompt_lengths, adapter_names and reft_adapter_names reach the model;
     - the default collator is `ReftCollator`;
+    - the loss that is trained on has the penalties (`Adapter.penalty`) of the adapters that a batch's rows
+      name; evaluation's has not;
     - what would train nothing, or train and not be saved, is an error.
 
     Raises ValueError: the model is not patched, no adapter trains, or parameters train that no adapter holds.
@@ -67,16 +69,51 @@ class ReftTrainer(Trainer):
                 "adapters only; freeze it, or name its module in ReftConfig(modules_to_save=[...])"
             )
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Trainer's loss; in training also the penalties of the adapters that train and that rows name."""
+        named = self._named_in(inputs)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not (model.training and torch.is_grad_enabled()):
+            return result
         loss = result[0] if isinstance(result, tuple) else result
-        if model.training and torch.is_grad_enabled() and not loss.requires_grad:
+        if not loss.requires_grad:
             raise RuntimeError(
                 "the loss has no gradient: no row of the batch was edited by an adapter that trains. The "
                 f"active adapter is {self.reft.active_adapter!r} (reft.set_adapter); adapter_names in the "
                 "batch name one for each row"
             )
-        return result
+        penalties = [
+            adapter.penalty()
+            for name, adapter in checkpoints.trainable_adapters(self.reft).items()
+            if name in named and any(one.has_penalty for one in adapter.interventions)
+        ]
+        if penalties:
+            share = self._share_of_step(num_items_in_batch)
+            loss = loss + share * torch.stack([one.to(loss.device) for one in penalties]).sum()
+        return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+    def _named_in(self, inputs: dict[str, Any]) -> set[str]:
+        """The adapters of a batch's rows."""
+        given = next((inputs[key] for key in NAMES if inputs.get(key) is not None), None)
+        if given is None:
+            return {self.reft.active_adapter} - {None}  # type: ignore[return-value]
+        rows = ([row] if isinstance(row, str | None) else row for row in given)
+        return {name for row in rows for name in row if name is not None}
+
+    def _share_of_step(self, num_items_in_batch: Any) -> float:
+        """What one batch's penalty counts, so that over the batches of a step (gradient accumulation) it is
+        once: 1 where Trainer divides the loss by their number, else its share."""
+        divided = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5 lets a trainer say it
+        if divided is None:
+            by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            divided = by_items or self.compute_loss_func is not None
+        return 1 / getattr(self, "current_gradient_accumulation_steps", 1) if divided else 1.0
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -13,6 +13,7 @@ from reft_kernels.ops.reference import activate
 from reft_kernels.ops.schema import NO_PRODUCT
 from reft_kernels.pool import Fold
 from reft_kernels.positions import Positions
+from reft_kernels.scale_pool import ScaleFold
 from reft_kernels.sites import HEAD_SITE
 
 D, R = 12, 3
@@ -25,7 +26,9 @@ def parameters(
     return formulas.parameters(method, R, D, dtype, seed, options)
 
 
-def apply(fold: Fold, h: Tensor) -> Tensor:
+def apply(fold: Fold | ScaleFold, h: Tensor) -> Tensor:
+    if isinstance(fold, ScaleFold):
+        return h * (1 + fold.scale_less_one[0]) + fold.shift[0]
     z = torch.where((fold.kind & NO_PRODUCT) != 0, fold.bias, h @ fold.down.T + fold.bias)
     return h + activate(z, fold.kind) @ fold.up
 
@@ -58,8 +61,8 @@ def test_a_fold_is_its_formula(method: str, act_fn: str | None, options: dict) -
     # gelu_fast writes sqrt(2/π) with ten digits.
     wanted = formulas.written_out(method, p, act, h, options)
     torch.testing.assert_close(apply(fold, h), wanted, rtol=1e-8, atol=1e-8)
-    assert fold.rank == one.pool_rows
-    assert fold.kind.dtype is torch.int32
+    assert (fold.rank, fold.form) == (one.pool_rows, one.form)
+    assert isinstance(fold, ScaleFold) or fold.kind.dtype is torch.int32
 
 
 def test_a_noreft_without_its_second_bias() -> None:
@@ -82,12 +85,21 @@ def test_a_noreft_without_its_second_bias() -> None:
         ("lobireft", None, R),
         ("vector", None, R),
         ("adapter", "gelu", R + 1),  # the bias behind it is a row
-        ("sae", None, 2 * R),
+        ("sae", None, 3 * R),  # with a threshold
+        ("red", None, 1),
     ],
 )
 def test_pool_rows(method: str, act_fn: str | None, rows: int) -> None:
     one = intervention(method, parameters(method), act_fn)
     assert (one.pool_rows, one.rank, one.width) == (rows, R, D)
+
+
+def test_a_red_of_half_precision_keeps_its_digits() -> None:
+    """1 − 2⁻⁸ times 1 − 2⁻⁸, say, is 1 − 2⁻⁷ in bfloat16. And without a bias nothing is shifted."""
+    scaling = torch.full((1, D), 1 - 2**-8, dtype=torch.bfloat16)
+    fold = intervention("red", {"scaling": scaling}).fold()
+    assert isinstance(fold, ScaleFold)
+    assert (fold.scale_less_one == -(2**-8)).all() and not fold.shift.any()
 
 
 def test_lobireft_never_multiplies_h() -> None:
@@ -112,7 +124,7 @@ def test_the_difference_is_taken_in_float32(dtype: torch.dtype) -> None:
     ("method", "act_fn"),
     [("loreft", None), ("loreft", "gelu"), ("direft", None), ("direft", "silu"), ("noreft", "tanh"),
      ("consreft", None), ("lobireft", None), ("nodireft", "sigmoid"), ("vector", None), ("lofit", None),
-     ("ablation", None), ("concept", None), ("adapter", "gelu")],
+     ("ablation", None), ("concept", None), ("adapter", "gelu"), ("red", None), ("jola", None)],
 )  # fmt: skip
 def test_gradients(method: str, act_fn: str | None) -> None:
     one = intervention(method, parameters(method), act_fn).requires_grad_(True)
@@ -124,7 +136,7 @@ def test_gradients(method: str, act_fn: str | None) -> None:
 @pytest.mark.parametrize("method", METHODS_WITH_FORMULA)
 def test_a_fold_of_half_precision_parameters_is_float32(method: str) -> None:
     fold = intervention(method, parameters(method, torch.bfloat16)).fold()
-    assert {fold.down.dtype, fold.up.dtype, fold.bias.dtype} == {torch.float32}
+    assert {tensor.dtype for tensor in fold if tensor.is_floating_point()} == {torch.float32}
 
 
 def test_an_unknown_activation_lists_the_known() -> None:

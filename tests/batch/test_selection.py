@@ -11,6 +11,7 @@ from support import position_oracle
 
 from reft_kernels import Positions
 from reft_kernels.batch import Prompts, Selection, read_prompts, select
+from reft_kernels.batch.stacks import Term, row_of, segment_of, terms_of
 
 SPECS = {
     "untied": ("f2", "l3"),
@@ -103,6 +104,64 @@ def test_chunks_of_a_flat_batch(chosen: list[str | None], data: st.DataObject) -
 
 #: A prompt of one token has no two tokens to list.
 GROUPS_FOR_SHORT = GROUPS | {"listed": (Positions.parse([-1]),)}
+
+
+#: What a row may take: adapters of which some share a spec, alone, several together, and times a number.
+TERMS = [Term(name, scale) for name in GROUPS_FOR_SHORT for scale in (1.0, 0.5)]
+taken = st.lists(
+    st.one_of(
+        st.sampled_from([*GROUPS_FOR_SHORT, None]),
+        st.lists(st.sampled_from(TERMS), max_size=3, unique_by=lambda term: term.name).map(row_of),
+    ),
+    max_size=8,
+)
+
+
+def pairs(segments, counts, *arrays) -> list[tuple]:
+    """(segment, …) of arrays that are sorted by segment, in their order."""
+    owners = [segment for segment, count in zip(segments, counts.tolist()) for _ in range(count)]
+    assert all(len(array) == len(owners) for array in arrays)
+    return list(zip(owners, *(array.tolist() for array in arrays)))
+
+
+@given(taken, st.data())
+def test_a_selection_lists_what_each_row_says_in_order(rows: list, data: st.DataObject) -> None:
+    """Row by row and position by position; segments by name, scale and group, rows and columns ascending."""
+    lengths = [data.draw(st.integers(1, 6)) for _ in rows]
+    listed = {}
+    for row, names in enumerate(rows):
+        if isinstance(names, str) and data.draw(st.booleans()):
+            columns = st.sets(st.integers(0, lengths[row] - 1)).map(sorted)
+            listed[row] = tuple(np.array(data.draw(columns), dtype=np.int64) for _ in GROUPS_FOR_SHORT[names])
+    terms = sorted({term for names in rows for term in terms_of(names)})
+    segments, prompt, late, asked = [], [], [], []
+    for term in terms:
+        for group, positions in enumerate(GROUPS_FOR_SHORT[term.name]):
+            segments.append(segment_of(term, group))
+            # Rows that are given a list come first.
+            for row in sorted(range(len(rows)), key=lambda row: row not in listed):
+                length = lengths[row]
+                if term not in terms_of(rows[row]):
+                    continue
+                if row in listed:
+                    prompt += [(segments[-1], row, column) for column in listed[row][group].tolist()]
+                elif positions.dynamic:
+                    asked.append((id(positions), segments[-1], row))
+                else:
+                    prompt += [(segments[-1], row, column) for column in positions.resolve(length).tolist()]
+                    late += [(segments[-1], row)] if positions.generated else []
+    grid = Prompts(np.array(lengths, dtype=np.int64), np.array(lengths, dtype=np.int64), 9)
+    found = select(rows, grid, GROUPS_FOR_SHORT.__getitem__, listed)
+    assert list(found.segments) == segments and found.batch == len(rows)
+    assert pairs(segments, found.counts, found.rows, found.columns) == prompt
+    assert pairs(segments, found.generated_counts, found.generated) == late
+    by_spec = [
+        (id(one.positions), segments[owner], row)
+        for one in found.asked
+        for owner, row in zip(one.owners.tolist(), one.rows.tolist())
+    ]
+    assert all(np.all(np.diff(one.owners) >= 0) for one in found.asked)
+    assert sorted(by_spec, key=str) == sorted(asked, key=str)
 
 
 def test_rows_that_share_a_spec_are_resolved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

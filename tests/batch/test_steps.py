@@ -118,7 +118,7 @@ def test_segments_are_given_back_and_moved_adapters_found_again() -> None:
     steps.renew()
     segment = steps._segments[name][0]
     ranges = store.ranges(((name, 0),))
-    for key, number in store.numbers.items():
+    for (key, *_), number in store.numbers.items():
         assert steps.spans[steps.sites[key], segment].tolist() == ranges[number, 0].tolist()
     with pytest.raises(RuntimeError, match="max_segments"):
         for _ in range(40):
@@ -142,3 +142,47 @@ def test_how_many_groups_may_meet() -> None:
     assert most_together([parse("f2"), parse("l2")]) == 1
     assert most_together([parse("f2"), parse("l2"), parse("all")]) == 3  # a bound
     assert most_together([]) == 0
+
+
+MOVES = st.sampled_from(["on", "on", "on", "skip", "put", "leave"])
+
+
+@hypothesis.given(batches(), st.lists(MOVES, max_size=14))
+def test_decode_steps_that_go_on_are_those_that_are_made_anew(batch: tuple, moves: list[str]) -> None:
+    """Requests that decode, skip a token, take another adapter or leave, against tables without a memory."""
+    names, prompts, starts, _, rows = batch
+    (_, going_on), (_, anew) = tables(), tables()
+    rows, starts = np.array(rows, dtype=np.int64), np.array(starts, dtype=np.int64)
+    for row, name, length in zip(rows, names, prompts):
+        for one in (going_on, anew):
+            one.clear(row) if name is None else one.put(row, name, length)
+    for move in moves:
+        if move == "skip":
+            starts = starts + 1
+        elif move == "put":
+            for one in (going_on, anew):
+                one.put(rows[0], "all", 2)
+        elif move == "leave" and len(rows) > 1:
+            rows, starts = rows[1:], starts[1:]
+        going_on.fill(rows, starts, np.ones_like(starts))
+        anew._fill(rows, starts, np.ones_like(starts))
+        for mine, theirs in zip(going_on.tables(9), anew.tables(9)):
+            assert torch.equal(mine, theirs)
+        starts = starts + 1
+
+
+def test_tables_are_written_only_where_an_edit_begins_or_ends() -> None:
+    _, steps = tables()
+    steps.put(0, "all", 4)
+    steps.put(1, "f3+l2", 4)  # two tokens by the one group, two by the other, and nothing behind
+    steps.clear(2)
+    written = []
+    write, steps._write = steps._write, lambda *it: (written.append(len(it[0])), write(*it))
+    for position in range(12):
+        steps.fill(np.arange(3), np.full(3, position), np.ones(3, dtype=np.int64))
+    assert written == [2, 2, 1]
+    steps.idle()
+    steps.idle()
+    assert written[3:] == [0]
+    steps.fill(np.arange(3), np.full(3, 12), np.ones(3, dtype=np.int64))
+    assert written[-1] == 1 and steps.used == (1, 1)

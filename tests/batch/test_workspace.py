@@ -7,7 +7,7 @@ import torch
 from support.adapters import random_adapter
 
 import reft_kernels as rk
-from reft_kernels.batch import AdapterStore, DecodeWorkspaces, Place, Planner, Prompts, workspace
+from reft_kernels.batch import AdapterStore, DecodeWorkspaces, Place, Planner, Prompts, SiteKey, workspace
 
 WIDTH = 16
 
@@ -41,3 +41,24 @@ def test_a_workspace_says_which_rows_take_which_range():
     found = DecodeWorkspaces(store).of(_planned(planner, 2))
     assert found is not None and found.rows.tolist() == [0, 1]
     assert (found.spans[:, 0] == found.spans[:, 1]).all() and (found.spans[:, :, 1] > 0).all()
+
+
+def test_ranges_of_adapters_that_came_before_others_sites():
+    store = AdapterStore()
+    place = Place(torch.device("cpu"), torch.float32)
+    made = {"early": ([1], "f2+l2"), "late": ([0, 1, 2], "all"), "later": ([2], "l1")}
+    for seed, (name, (layers, positions)) in enumerate(made.items()):
+        config = rk.ReftConfig(r=seed + 2, layers=layers, positions=positions, share_weights=False)
+        store.add(name, random_adapter(config, 8, seed=seed), place)
+    order = (("late", 0), ("early", 1), ("early", 0), ("early", 1), ("later", 0), ("early", 0))
+    got = store.ranges(order)
+    assert got.dtype == np.int32 and got.flags.c_contiguous
+    for key, number in store.numbers.items():
+        for index, (name, group) in enumerate(order):
+            spans = [
+                tuple(span)
+                for one, (_, span) in zip(store.adapters[name].interventions, store._laid[name])
+                if (SiteKey.of(one), one.group) == (key.site, group)
+            ]
+            assert got[number, index].tolist() == list(spans[0] if spans else (0, 0))
+    assert store.ranges(()).shape == (3, 0, 2)

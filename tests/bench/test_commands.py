@@ -60,6 +60,29 @@ def test_overhead_records_every_phase_with_attributed_time(recorded):
     assert any("9 layers are to be edited, the model has 2" in note for note in results.notes)
 
 
+def test_overhead_of_methods_at_a_site(tmp_path, bench):
+    """A case a method; what it was is in the record and in the report's sentences."""
+    site, words = "head_attention_value_output", ("--method", "vector,lofit", "--positions", "all")
+    tiny = ("--device", "cpu", "--model", "tiny", "--batch", "2", "--prompt", "8", "--rounds", "3")
+    systems = ("--systems", "reft_kernels native,bare model,eager hooks", "--phases", "decode")
+    status, _ = bench(
+        "overhead", *tiny, *words, "--site", site, *systems, "--new-tokens", "2", "--out", tmp_path
+    )
+    results = record.load(tmp_path)
+    assert status == 0 and results.finished
+    assert [(c.params["method"], c.params["rank"], c.params["heads"]) for c in results.cases] == [
+        ("vector", 1, 1),
+        ("lofit", 1, 1),
+    ]
+    for case in results.cases:
+        assert case.params["site"] == site and case.id.endswith("heads=1")
+        assert {"merged LoRA", "bare model", "merged LoRA (A/A)", "reft_kernels native"} == set(case.systems)
+        assert "block_output" in case.left_out["eager hooks"]
+        assert case.systems["reft_kernels native"].error < 1e-3
+    status, _ = bench("report", tmp_path)
+    assert status == 0 and f"lofit, at {site}, 1 head: ReFT" in (tmp_path / "report.md").read_text()
+
+
 def test_train_records_peak_memory(recorded):
     (case,) = record.load(recorded / "train").cases
     for name, system in case.systems.items():
@@ -116,6 +139,13 @@ def test_resume_of_a_complete_run_measures_nothing(recorded, bench, monkeypatch)
         (("overhead", *TINY, "--positions", "x9"), "--positions"),
         (("overhead", *TINY, "--phases", "odd"), "unknown 'odd'"),
         (("overhead", *TINY, "--new-tokens", "1"), "at least 2"),
+        (("overhead", *TINY, "--method", "loreft,folded"), "--method: must be among loreft, noreft"),
+        (("overhead", *TINY, "--method", "lofit"), "--site block_output: site: lofit means something at"),
+        (("overhead", *TINY, "--site", "mlp_ouput"), "--site: site: must be one of"),
+        (("overhead", *TINY, "--site", "*.attn.output"), "--site *.attn.output: site:"),
+        (("overhead", *TINY, "--site", "head_key_output", "--heads", "5"), "the model has 4 heads"),
+        (("overhead", *TINY, "--heads", "2"), "heads: needed for the sites of one head"),
+        (("overhead", *TINY, "--site", "lm_head_input", "--layers", "1"), "is in no layer"),
         (("overhead", *TINY[:2], "--model", "."), "can't be loaded"),
         (("overhead", *TINY[:2], "--model", "llama-100x2"), "multiple of 64"),
         (("train", *TINY, "--completion", "0"), "at least 1"),

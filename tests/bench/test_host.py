@@ -17,7 +17,7 @@ from reft_bench.systems.host import HostSystem, Setups, all_systems
 
 TINY = ("host", "--layers", "1,2", "--rounds", "3", "--steps", "2", "--batch", "2", "--rank", "2")
 EAGER = (*TINY, "--modes", "generate,forward")
-SYSTEMS = "reft_kernels idle,reft_kernels mixed,reft_kernels fused one adapter,eager hooks"
+SYSTEMS = "reft_kernels idle,reft_kernels mixed,reft_kernels fused one adapter,one torch op,eager hooks"
 POINT = Point(batch=2, prompt=8, rank=2, layers=2, positions="all", adapters=2)
 
 

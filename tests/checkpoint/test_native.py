@@ -59,8 +59,11 @@ def interventions(draw) -> list[Intervention]:
         spec, rank = METHODS[method], draw(st.integers(1, 3))
         tensors = {}
         for name in spec.shapes:
-            if name in spec.optional and draw(st.booleans()):
-                continue
+            if name in spec.optional:
+                # The modes of concept say which of its own there are.
+                wanted = spec.has(name, spec.resolve(None)) if method == "concept" else draw(st.booleans())
+                if not wanted:
+                    continue
             shape = spec.shape(name, rank, D)
             dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
             tensors[name] = torch.randn(shape, dtype=torch.float64).to(dtype)

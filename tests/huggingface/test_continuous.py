@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from support.adapters import patch_with_mixed, random_adapter
+from support.adapters import elementwise_adapters, patch_with_mixed, random_adapter
 from support.models import make_model
 from transformers import GenerationConfig
 
@@ -15,6 +15,8 @@ from reft_kernels.huggingface import continuous
 pytestmark = pytest.mark.models
 PROMPTS = [[5, 6, 7, 8, 11, 3], [9, 10], [5, 6, 7, 8, 20, 30, 40], [5, 6, 7, 8], [12, 13, 14], [5, 6, 7, 8]]
 NAMES = ["tied", "untied", "generated", "everywhere", "__base__", "late"]
+PROMPTS += [[5, 6, 7, 8], [20, 21, 22, 23, 24], [9, 10, 11]]
+NAMES += ["red", "red ends", "jola"]
 
 needs_requests = pytest.mark.skipif(
     continuous.why_not() is not None, reason="this transformers does not say which tokens are whose"
@@ -39,6 +41,8 @@ def patched(**options):
     }
     for seed, (name, config) in enumerate(extra.items()):
         reft.add_adapter(name, random_adapter(config, 32, seed=seed))
+    for name, adapter in elementwise_adapters().items():
+        reft.add_adapter(name, adapter)
     return model
 
 
@@ -140,6 +144,50 @@ def test_several_answers_to_a_request(model):
     found = answers(model.generate_batch(PROMPTS[:2], config, sizes, adapter_names=["tied", "untied"]))
     want = [alone(model, prompt, name) for prompt, name in zip(PROMPTS, ["tied", "untied"])]
     assert found == [want[0], want[0], want[1], want[1]]
+
+
+@needs_requests
+def test_an_adapter_in_use_is_not_deleted():
+    """Neither while its request waits in the queue, nor while it runs; the others are answered."""
+    model = patched()
+    reft = model.reft
+    manager = model.init_continuous_batching(*settings())
+    waiting = manager.add_request(PROMPTS[0], adapter_name="untied", max_new_tokens=3)
+    with pytest.raises(ValueError, match=rf"'untied' has 1 unfinished request.*{waiting}.*cancel_request"):
+        reft.delete_adapter("untied")
+    with pytest.raises(ValueError, match="'untied' has 1 unfinished request"):
+        rk.unpatch(model)
+    reft.delete_adapter("late")
+    with pytest.raises(ValueError, match="there is no adapter 'late'"):
+        manager.add_request([3, 4], adapter_name="late")
+    long = manager.add_request(PROMPTS[1], adapter_name="tied", max_new_tokens=40, streaming=True)
+    manager.start()
+    try:
+        done, refused = {}, 0
+        while len(done) < 2:
+            result = manager.get_result(timeout=60)
+            assert result is not None and result.error is None
+            if result.is_finished():
+                done[result.request_id] = result.generated_tokens
+            elif len(result.generated_tokens) < 20:  # the rest may be there before the answer to this
+                with pytest.raises(ValueError, match=rf"'tied' has 1 unfinished request.*{long}"):
+                    reft.delete_adapter("tied")
+                refused += 1
+        assert refused
+        want = {waiting: alone(model, PROMPTS[0], "untied", 3), long: alone(model, PROMPTS[1], "tied", 40)}
+        assert done == want
+        cancelled = manager.add_request(PROMPTS[0], adapter_name="untied", max_new_tokens=100)
+        manager.cancel_request(cancelled)
+        left = manager.add_request(PROMPTS[2], adapter_name="everywhere", max_new_tokens=2)
+        assert manager.get_result(timeout=60).request_id == left
+        for name in ("tied", "untied", "everywhere"):
+            reft.delete_adapter(name)
+        with pytest.raises(ValueError, match="there is no adapter 'tied'"):
+            manager.add_request([3, 4], adapter_name="tied")
+        manager.add_request([3, 4], adapter_name="__base__", max_new_tokens=2)
+        assert manager.get_result(timeout=60).error is None
+    finally:
+        manager.stop(block=True)
 
 
 @needs_requests

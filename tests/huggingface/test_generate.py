@@ -7,19 +7,22 @@ import copy
 import pytest
 import torch
 from support import model_oracle as oracle
-from support.adapters import mixed_adapters, patch_with_mixed
+from support.adapters import elementwise_adapters, mixed_adapters, patch_with_mixed
 from support.models import VOCABULARY, batch_of, make_model, row_alone
 
 pytestmark = pytest.mark.models
-LENGTHS = [8, 3, 6, 5]
-NAMES = ["untied", "everywhere", "__base__", "generated"]
+LENGTHS = [8, 3, 6, 5, 7, 4]
+NAMES = ["untied", "everywhere", "__base__", "generated", "red", "red ends"]
+BASE = ["__base__"] * len(NAMES)
 STEPS = 5
 
 
 @pytest.fixture(scope="module")
 def patched():
     model, bare = make_model(), make_model()
-    patch_with_mixed(model)
+    reft = patch_with_mixed(model)
+    for name, adapter in elementwise_adapters().items():
+        reft.add_adapter(name, adapter)
     return model, bare
 
 
@@ -56,7 +59,7 @@ def test_right_padding_gives_the_same_edit(patched):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 8, 20])
 def test_chunked_prefill(patched, chunk):
     model, bare = patched
-    batch = batch_of([6, 6, 6, 6])  # without padding: transformers 4.57 ignores it in chunks
+    batch = batch_of([6] * len(NAMES))  # without padding: transformers 4.57 ignores it in chunks
     want = expected(bare, model, batch, NAMES)
     assert generate(model, batch, NAMES, prefill_chunk_size=chunk) == want
 
@@ -77,13 +80,13 @@ def test_beams_equal_beams_of_each_row_alone(patched):
     for row, name in enumerate(NAMES):
         alone = generate(model, row_alone(batch, row), [name], num_beams=3)
         assert together[row] == alone[0], name
-    assert together != generate(model, batch, ["__base__"] * 4, num_beams=3)
+    assert together != generate(model, batch, BASE, num_beams=3)
 
 
 def test_beams_without_an_active_edit_equal_the_bare_model(patched):
     model, bare = patched
     batch = batch_of(LENGTHS)
-    got = generate(model, batch, ["__base__"] * 4, num_beams=3)
+    got = generate(model, batch, BASE, num_beams=3)
     width = batch["input_ids"].shape[1]
     want = bare.generate(**batch, max_new_tokens=STEPS, do_sample=False, num_beams=3)[:, width:].tolist()
     assert got == want
@@ -109,7 +112,7 @@ def test_inputs_embeds(patched):
     assert got == expected(bare, model, batch, NAMES)
 
 
-@pytest.mark.parametrize("name", ["untied", "everywhere", "generated"])
+@pytest.mark.parametrize("name", ["untied", "everywhere", "generated", "red ends"])
 def test_assisted_decoding_and_prompt_lookup(patched, name):
     model, bare = patched
     batch = batch_of([9])
@@ -234,7 +237,7 @@ def test_a_decode_step_that_edits_nothing_has_no_plan(patched, monkeypatch):
     for name, op in list(ops.INTERVENE_.items()):
         monkeypatch.setitem(ops.INTERVENE_, name, lambda *a, op=op: calls.append(a[0].shape) or op(*a))
     with launch.long_way():  # where ops are called by name
-        generate(model, batch_of(LENGTHS), ["untied", "__base__", "tied", "tied"], max_new_tokens=6)
+        generate(model, batch_of(LENGTHS[:4]), ["untied", "__base__", "tied", "tied"], max_new_tokens=6)
     assert packs == [1]
     assert len(calls) == 3 and all(shape[1] == max(LENGTHS) for shape in calls)
 

@@ -16,7 +16,10 @@ from reft_kernels.sites import HEAD_SITE
 
 pytestmark = pytest.mark.models
 WIDTH, HEAD_WIDTH = 32, 8
-LINEAR = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft", "vector", "ablation", "adapter")
+LINEAR = (
+    "loreft", "noreft", "consreft", "red", "lobireft", "direft", "nodireft", "vector", "ablation", "adapter",
+    "folded_scale",
+)  # fmt: skip
 
 
 def one(
@@ -37,7 +40,7 @@ def behind(seed: int = 0) -> rk.Adapter:
 
 def heads(seed: int = 0) -> rk.Adapter:
     """In front of the attention's projection."""
-    methods = (("lofit", 0), ("consreft", 3), ("adapter", 1))
+    methods = (("lofit", 0), ("consreft", 3), ("adapter", 1), ("jola", 2))
     return rk.Adapter([one(method, HEAD_SITE, 2, seed, head=head) for method, head in methods])
 
 
@@ -145,6 +148,54 @@ def test_others_work_on_top_and_it_is_named_no_more():
     with pytest.raises(ValueError, match="'mine' is not merged"):
         reft.unmerge_adapter("mine")
     reft.delete_adapter("mine")
+
+
+@pytest.mark.parametrize("unmerged_inside", [False, True])
+def test_the_active_one_may_be_merged_while_it_is_disabled(unmerged_inside):
+    model, reft = patched()
+    reft.add_adapter("mine", behind())
+    edited = logits(model)
+    with reft.disable_adapter():
+        reft.merge_adapter("mine")
+        if unmerged_inside:
+            reft.unmerge_adapter("mine")
+    assert reft.active_adapter == ("mine" if unmerged_inside else None)
+    torch.testing.assert_close(logits(model), edited, rtol=1e-9, atol=1e-9)
+    if not unmerged_inside:
+        reft.unmerge_adapter("mine")
+    assert reft.active_adapter == "mine"
+    assert torch.equal(logits(model), edited)
+
+
+def test_names_that_were_right_once_are_looked_at_again():
+    model, reft = patched()
+    reft.add_adapter("mine", behind())
+    names = ["mine", "mine"]
+    edited = logits(model, adapter_names=names)
+    ids = batch_of([6, 6])["input_ids"]
+
+    @torch.no_grad()
+    def step(cache):  # of a loop, whose plan is kept from one to the next
+        with rk.backend("reference"):
+            return model(ids[:, :1], past_key_values=cache, adapter_names=names).past_key_values
+
+    with torch.no_grad(), rk.backend("reference"):
+        cache = model(ids, use_cache=True, adapter_names=names).past_key_values
+    cache = step(step(cache))
+    reft.merge_adapter("mine")
+    with pytest.raises(ValueError, match="'mine' is merged"):
+        step(cache)
+    reft.unmerge_adapter()
+    assert torch.equal(logits(model, adapter_names=names), edited)
+    with pytest.raises(ValueError, match="2 names for a batch of 3 rows"):
+        model(**batch_of([6, 6, 6]), adapter_names=names)
+    names[1] = "__base__"
+    assert torch.equal(
+        logits(model, adapter_names=names)[1], logits(model, adapter_names=["__base__"] * 2)[1]
+    )
+    reft.delete_adapter("mine")
+    with pytest.raises(ValueError, match="'mine'"):
+        logits(model, adapter_names=names)
 
 
 def test_unpatch_gives_the_weights_back_and_copies_are_their_own():

@@ -157,7 +157,7 @@ def test_the_pages_examples_run() -> None:
     batch = batch_of([6, 5, 4])
     names = {"rk": rk, "torch": torch, "d": 32, "model": model, "reft": rk.patch(model), "batch": batch}
     before = {name: p.clone() for name, p in model.named_parameters()}
-    for heading in ("## Examples", "## Several at once", "## Merging"):
+    for heading in ("## Examples", "## Several at once", "## Subspaces", "## Merging"):
         code = page.partition(heading)[2].partition("```python\n")[2].partition("```")[0]
         exec(code, names)
     reft = names["reft"]

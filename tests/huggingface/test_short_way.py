@@ -264,11 +264,44 @@ def test_a_model_cast_after_it_was_used(model, by_name):
     assert by_name == [0] and torch.equal(got, long_logits(model))
 
 
+def test_a_site_that_joins_a_module_that_was_called(model, by_name):
+    want = logits(model)
+    config = rk.ReftConfig(r=2, layers=[1], site="block_input", positions="all")
+    model.reft.add_adapter("before", random_adapter(config, 32, seed=3))
+    names = ["everywhere", "before", "__base__", "before"]
+    got = logits(model, names)
+    assert by_name == [2]  # what goes in, and that module's output
+    assert torch.equal(got, long_logits(model, names)) and not torch.equal(got, want)
+    model.reft.delete_adapter("before")
+    by_name[0] = 0
+    assert torch.equal(logits(model), want) and by_name == [0]
+
+
+def test_a_runtime_with_another_cell(model, by_name):
+    """Memory of a cell is used again: who still points to it must notice."""
+    want = logits(model)
+    runtime = model.reft._runtime
+    runtime.cell = None
+    others = [launch.cell() for _ in range(3)]
+    for other in others:
+        other.hold(False)
+    runtime.cell = launch.cell()
+    assert torch.equal(logits(model), want) and by_name == [0]
+
+
+def test_a_plan_whose_sites_became_others_goes_by_name(site, by_name):
+    h = torch.randn(4, 6, 32)
+    want = site(h)
+    assert by_name == [0]
+    site.runtime.plan.launches.close()
+    assert torch.equal(site(h), want) and by_name == [1]
+
+
 def test_copies_hold_no_addresses(model, by_name):
     want = logits(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         tables = twin.reft._runtime.store._tables.values()
-        assert all(site.launch is None for table in tables for site in table.sites.values())
+        assert len(tables) > 0 and all(table.launches is None for table in tables)
         forward = twin.model.layers[0].__dict__["forward"]
         assert type(forward) is type(model.model.layers[0].__dict__["forward"])
         assert forward.module is twin.model.layers[0]

@@ -77,11 +77,12 @@ SHAPE = {
 }
 
 
-def make_tiny(folder: Path, config: tf.PretrainedConfig) -> Tiny:
+def make_tiny(folder: Path, config: tf.PretrainedConfig, **loading: Any) -> Tiny:
+    """A model of a config, and what Hugging Face, `loading` it so, generates with each adapter."""
     make_model(config).save_pretrained(folder)
     for seed, (name, one) in enumerate(CONFIGS.items()):
         random_adapter(one, WIDTH, LAYERS, 2.0, seed).save_pretrained(folder / "adapters" / name)
-    model = tf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, **loading).eval()
     model.generation_config.eos_token_id = None
     reft = rk.patch(model)
     for name in CONFIGS:

@@ -15,6 +15,7 @@ from support.adapters import random_adapter
 import reft_kernels as rk
 from reft_kernels.batch import intervals_of
 from reft_kernels.positions import Positions
+from reft_kernels.serving import catalog as catalog_module
 from reft_kernels.serving.block_key import BlockKeys
 from reft_kernels.serving.catalog import Catalog, Model
 from reft_kernels.serving.config import ServingConfig, Source
@@ -50,6 +51,8 @@ def catalog(config: dict) -> Catalog:
         ({"directory": "/nowhere/at/all"}, "reft.directory"),
         ({"max_adapters": 0}, "reft.max_adapters"),
         ({"max_rank": True}, "reft.max_rank"),
+        ({"recheck": -1}, "reft.recheck"),
+        ({"recheck": float("nan")}, "reft.recheck"),
     ],
 )
 def test_a_wrong_config_is_named(given: object, text: str) -> None:
@@ -92,7 +95,7 @@ def test_positions_that_a_prompt_lacks_are_refused(tmp_path: Path) -> None:
 
 def test_a_ticket_travels_as_plain_data_and_finds_a_changed_folder_out(tmp_path: Path) -> None:
     path = save(tmp_path / "a", positions="l2", last_position="length-1")
-    names = catalog({"adapters": {"a": path}})
+    names = catalog({"adapters": {"a": path}, "recheck": 0})
     ticket = names.ticket({"reft_adapter": "a", "reft_scale": 3})
     assert ticket is not None
     again = Ticket.from_dict(json.loads(json.dumps(ticket.to_dict())))
@@ -104,6 +107,32 @@ def test_a_ticket_travels_as_plain_data_and_finds_a_changed_folder_out(tmp_path:
         again.load()
     renewed = names.ticket({"reft_adapter": "a", "reft_scale": 3})
     assert renewed is not None and renewed.key != ticket.key and renewed.load()
+
+
+def test_files_are_looked_at_every_so_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at once where a name is learnt anew."""
+    now, looks = [100.0], []
+    monkeypatch.setattr("reft_kernels.serving.catalog.time.monotonic", lambda: now[0])
+    stamp = catalog_module._stamp
+    monkeypatch.setattr(catalog_module, "_stamp", lambda path: looks.append(path) or stamp(path))
+    path = save(tmp_path / "a")
+    names = catalog({"adapters": {"a": path}, "recheck": 2.5})
+
+    def key() -> str:
+        ticket = names.ticket({"reft_adapter": "a"})
+        assert ticket is not None
+        return ticket.key
+
+    first = key()
+    save(tmp_path / "a", seed=1)
+    now[0] += 2
+    assert key() == first and len(looks) == 1
+    now[0] += 1
+    second = key()
+    assert second != first and key() == second and len(looks) == 2
+    save(tmp_path / "a", seed=2)
+    assert names.add("a", Source(path)).key == key() not in (first, second)
+    assert names.of_source(Source(path)).key == key()
 
 
 def test_a_list_of_names_is_the_sum_of_edits(tmp_path: Path) -> None:
@@ -135,6 +164,8 @@ def test_adapters_that_the_model_can_not_have_are_refused(tmp_path: Path) -> Non
         str(tmp_path / "deep"): "6 layers",
         save(tmp_path / "rank", r=9, positions="f1+l1"): "18 pool rows at one layer",
         save(tmp_path / "site", site="mlp_output"): "'mlp_output'",
+        save(tmp_path / "norm", options={"keep_norm": True}): "keeps the norm of each token, which is not",
+        save(tmp_path / "scales", method="red", r=1): "red edits element by element, which is not served",
         str(tmp_path / "nothing"): "nothing",
     }
     for path, text in cases.items():
@@ -166,6 +197,33 @@ def test_edits_that_meet_at_a_token_are_refused(tmp_path: Path) -> None:
     both.save_pretrained(tmp_path / "both")
     with pytest.raises(ValueError, match="would edit the same token at one place"):
         catalog({"adapters": {"both": str(tmp_path / "both")}}).ticket({"reft_adapter": "both"})
+
+
+def test_a_subspace_is_asked_for_by_name(tmp_path: Path) -> None:
+    """As an adapter of these rows alone: by the request, in a sum, and under a name of its own."""
+    config = rk.ReftConfig(r=4, layers=[0], positions="all", subspaces={"x": [3, 0], "y": [1]})
+    adapter = rk.Adapter.from_config(config, LAYERS, WIDTH)
+    adapter.trainable = False
+    adapter.save_pretrained(tmp_path / "a")
+    part = {"path": str(tmp_path / "a"), "subspace": "x"}
+    names = catalog({"adapters": {"a": str(tmp_path / "a"), "x": part}})
+    found = names.ticket({"reft_adapter": "a/x"})
+    assert found.key == names.ticket({"reft_adapter": "x"}).key != names.ticket({"reft_adapter": "a"}).key
+    fold, (want,) = (
+        Ticket.from_dict(found.to_dict()).load().folds()[0],
+        adapter.select_subspace([3, 0]).folds(),
+    )
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(fold, want))
+    both = names.ticket({"reft_adapter": ["a/x", "a/y"]}).load().folds()[0]
+    assert torch.equal(both.up, adapter.interventions[0].R[[3, 0, 1]])
+    for name, words in {
+        "a/z": "'z'; it has 'x', 'y'",
+        "b/x": "no adapter 'b'",
+        "x/y": "'x' is a subspace already",
+        "../a": "without '/'",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            names.ticket({"reft_adapter": name})
 
 
 def test_names_come_and_go(tmp_path: Path) -> None:

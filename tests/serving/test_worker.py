@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import reft_kernels as rk
 from reft_kernels.batch import Place
 from reft_kernels.ops import NO_PRODUCT  # noqa: F401  (the ops are registered)
 from reft_kernels.serving.catalog import Catalog, Model
-from reft_kernels.serving.config import ServingConfig
+from reft_kernels.serving.config import ServingConfig, Source
 from reft_kernels.serving.worker import Worker
 
 WIDTH, LAYERS = 16, 3
@@ -168,3 +170,41 @@ def test_what_was_read_ahead_is_kept_up_to_a_number(tickets: dict) -> None:
     for name in "bcd":
         worker.stage(tickets[name])
     assert [worker.staged(tickets[name].key) for name in "bcd"] == [None, "", ""]
+
+
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_adapters_are_read_beside_the_steps(tickets: dict, tmp_path: Path) -> None:
+    """Each once; those of the config before anyone asks, and a bad one is the error of who asks for it."""
+    worker = make()
+    reads = []
+    stage = worker.stage
+    worker.stage = lambda ticket, *more: (reads.append(ticket.key), stage(ticket, *more))  # type: ignore[method-assign, assignment]
+    (tmp_path / "a" / "reft_config.json").write_text("{")
+    worker.stage_first([Source(str(tmp_path / name)) for name in "ab"])
+    until(lambda: worker.staged(tickets["b"].key) == "")
+    for name in "ca":
+        assert worker.stage_beside(tickets[name].key, tickets[name].to_dict()) is None
+    until(lambda: worker.stage_beside(tickets["c"].key, tickets["c"].to_dict()) == "")
+    until(lambda: bool(worker.staged(tickets["a"].key) is not None))
+    assert reads.count(tickets["b"].key) == reads.count(tickets["c"].key) == 1
+    worker.add("one", tickets["b"], 4)
+    worker.add("two", tickets["c"], 4)
+    step(worker, ["one", "two"], [0, 0], [1, 1])
+    wanted = torch.stack([expected(tickets[name], 0) for name in "bc"])
+    torch.testing.assert_close(edits(worker, 0, 2), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_arguments_of_a_step_are_those_of_its_tables(tickets: dict) -> None:
+    worker = make()
+    worker.add("one", tickets["d"], 4)  # edits positions 2 and 3
+    for start, count in ((0, 3), (3, 1), (0, 4), (2, 1), (3, 1)):
+        step(worker, ["one"], [start], [count])
+        h = torch.ones(count, WIDTH)
+        worker.edit(h, *worker.arguments(count)[1])
+        assert torch.equal(h - 1, edits(worker, 1, count)) and h.ne(1).any()

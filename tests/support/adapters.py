@@ -16,9 +16,9 @@ def random_adapter(config: rk.ReftConfig, width: int, n_layers: int = 3, scale: 
     adapter.trainable = False
     for intervention in adapter.interventions:
         for name in intervention.names:
-            if name in ("W", "b"):
+            if name in ("W", "b", "scaling", "bias", "A", "v"):
                 tensor = getattr(intervention, name)
-                tensor.data = torch.randn(tensor.shape, generator=generator) * scale
+                tensor.data = torch.randn(tensor.shape, generator=generator) * scale + (name == "scaling")
     return adapter
 
 
@@ -32,6 +32,22 @@ def mixed_adapters(width: int, n_layers: int = 3) -> dict[str, rk.Adapter]:
     }
     return {
         name: random_adapter(config, width, n_layers, 0.3, seed)
+        for seed, (name, config) in enumerate(configs.items())
+    }
+
+
+def elementwise_adapters(n_layers: int = 3) -> dict[str, rk.Adapter]:
+    """Adapters that scale and shift, of a model whose width is 32 and its heads' 8."""
+    configs = {
+        "red": rk.ReftConfig(method="red", layers=[0, 2], positions="all"),
+        "red ends": rk.ReftConfig(method="red", layers=[1], positions="f2+l1+generated", share_weights=False),
+        "jola": rk.ReftConfig(
+            method="jola", layers=[1], positions="all", site="head_attention_value_output", heads=[0, 3]
+        ),
+    }
+    widths = {"jola": 8}
+    return {
+        name: random_adapter(config, widths.get(name, 32), n_layers, 0.3, seed)
         for seed, (name, config) in enumerate(configs.items())
     }
 

@@ -58,7 +58,8 @@ def _ablation(p: Mapping[str, Tensor], h: Tensor) -> Tensor:
 
 
 def _sae(p: Mapping[str, Tensor], h: Tensor, mode: str) -> Tensor:
-    a = torch.relu(h @ p["w_enc"].T + p["b_enc"])
+    z = h @ p["w_enc"].T + p["b_enc"]
+    a = torch.relu(z) * (z > p["threshold"]) if "threshold" in p else torch.relu(z)  # JumpReLU
     wanted = p["target"] if mode == "clamp" else torch.maximum(a, p["target"])
     return h + (wanted - a) @ p["w_dec"]
 
@@ -109,6 +110,13 @@ def written_out(
         return _sae(p, h, mode)
     if method == "concept":
         return _concept(p, h, mode)
+    if method == "red":
+        return h + sum((s * h + b) - h for s, b in zip(p["scaling"], p["bias"]))
+    if method == "jola":
+        gates = [torch.clamp(torch.sigmoid(p[f"log_g{i}"]) * (1.1 - -0.1) + -0.1, 0, 1) for i in (1, 2)]
+        return h + sum(g2 * A * h + g1 * v for A, v, g1, g2 in zip(p["A"], p["v"], *gates))
+    if method == "folded_scale":
+        return h + sum(less * h + v for less, v in zip(p["scale_less_one"], p["shift"]))
     if method == "adapter":
         return h + act(h @ p["W_down"].T + p.get("b_down", 0)) @ p["W_up"] + p.get("b_up", 0)
     raise NotImplementedError(method)

@@ -26,6 +26,8 @@ def formula(intervention, h: torch.Tensor) -> torch.Tensor:
         return h + (act(h @ p["W"].T + p["b"]) - h @ p["R"].T) @ p["R"]
     if intervention.method == "direft":
         return h + act(h @ p["W"].T + p["b"]) @ p["R"]
+    if intervention.method == "red":
+        return h * p["scaling"] + p["bias"]
     raise NotImplementedError(intervention.method)
 
 

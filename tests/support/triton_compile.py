@@ -16,12 +16,18 @@ import sys
 import tempfile
 from unittest import mock
 
+try:
+    from support import triton_more
+except ImportError:  # as a program of its own
+    import triton_more
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One kernel as `launch` compiles it for tensors of these dtypes."""
 
-    #: "forward", "fold", "norm", "layer_norm", "rows", "pool", "pool_parts", "add", "scale" or "scale_sums".
+    #: "forward", "fold", "norm", "layer_norm", "rows", "pool", "pool_parts", "add", "scale" or "scale_sums",
+    #: or one of `triton_more.KERNELS`.
     kernel: str
     h: str  # torch's names of dtypes
     pool: str
@@ -84,6 +90,8 @@ def request(variant: Variant) -> tuple:
     """What is compiled: (kernel, signature, constants, arguments divisible by 16, options)."""
     if variant.kernel.startswith("scale"):
         return _scale_request(variant)
+    if variant.kernel in triton_more.KERNELS:
+        return triton_more.request(variant.kernel, variant.h, variant.pool, variant.d, variant.aligned)
     import torch
 
     from reft_kernels.ops.triton_ops import kernels_backward, kernels_forward, kernels_norm

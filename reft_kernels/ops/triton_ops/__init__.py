@@ -3,6 +3,8 @@
 kernels_forward    intervene_, in place, and intervene_sum_
 kernels_norm       intervene_norm_
 kernels_scale_shift  scale_shift_, its dh and the gradients of its pool
+kernels_source     intervene_source_ and its gradients
+kernels_keep_norm  row_norms, restore_norms_ and its gradients
 kernels_backward   dh and the gradients of the pool
 activations        φ and φ′
 blocks             loads and products that both directions share
@@ -11,6 +13,8 @@ checks             what arguments must be, beside `ops.checks`
 launcher           one kernel's launches: by Triton, then directly
 launch             the ops
 scale_shift        the elementwise ops
+source             the ops with a source for each row
+keep_norm          the ops that keep norms
 
 This package imports without Triton; `why_not` then says what is missing. The interpreter
 (TRITON_INTERPRET=1, set before Python starts) runs the same kernels in numpy on CPU tensors: slow, for
@@ -19,11 +23,15 @@ tests.
 
 from __future__ import annotations
 
+from typing import Any
+
+from .. import keep_norm as norms
 from .. import scale_shift as elementwise
+from .. import source as sourced
 from ..schema import implement
 
 try:
-    from . import launch, scale_shift
+    from . import keep_norm, launch, scale_shift, source
     from .blocks import INTERPRETING
 
     _missing = None
@@ -69,3 +77,21 @@ if _missing is None:
                 "scale_shift_backward": scale_shift.scale_shift_backward,
             },
         )
+
+    _KEEP_NORM: dict[str, Any] = {
+        "row_norms": keep_norm.row_norms,
+        "restore_norms_": keep_norm.restore_norms_,
+        "restore_norms": keep_norm.restore_norms,
+        "restore_norms_backward": keep_norm.restore_norms_backward,
+    }
+    _SOURCE: dict[str, Any] = {
+        "intervene_source_": source.intervene_source_,
+        "intervene_source": source.intervene_source,
+        "intervene_source_backward": source.intervene_source_backward,
+    }
+    for _key in ("CUDA", "CPU") if INTERPRETING else ("CUDA",):
+        norms.implement("triton", _key, _KEEP_NORM)
+        sourced.implement("triton", _key, _SOURCE)
+    # There are none in CUDA C++, so `native` takes these on a GPU.
+    norms.implement("native", "CUDA", _KEEP_NORM)
+    sourced.implement("native", "CUDA", _SOURCE)

@@ -5,6 +5,7 @@ there unless the server was started with `additional_config={"reft": {…}}`.
 
 install     the places at which vLLM is hooked, all of them
 frontend    the process that takes requests in: which adapter, and refusals
+staging     adapters read by all workers before a request for them is scheduled
 http        the same of the HTTP server: adapters by `model`, loaded and unloaded at run time
 engine      the process that schedules: keys of the prefix cache, and whether all workers are there
 layers      the process that runs the model: finds its layers and what they return

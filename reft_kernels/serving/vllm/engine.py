@@ -113,4 +113,19 @@ def wrap_core(core_class: Any) -> None:
         check_reports(self.model_executor.collective_rpc("reft_report"), depth)
         return __version__
 
+    def reft_stage(self: Any, tickets: dict[str, dict[str, Any]]) -> tuple[str, dict[str, str | None]]:
+        """The plugin's version, and `Worker.staged` of each in all workers, which begin to read them."""
+        return __version__, states_of(self.model_executor.collective_rpc("reft_stage", args=(tickets,)))
+
     core_class.__init__, core_class.reft_report = __init__, reft_report
+    core_class.reft_stage = reft_stage
+
+
+def states_of(workers: list[dict[str, str | None]]) -> dict[str, str | None]:
+    """What all workers say of adapters: one's error, else None while one of them reads, else ""."""
+    found: dict[str, str | None] = {}
+    for key in workers[0]:
+        states = [worker[key] for worker in workers]
+        errors = [state for state in states if state]
+        found[key] = errors[0] if errors else None if None in states else ""
+    return found

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from ... import __version__
-from ..ticket import Ticket
 from ..worker import Worker
 from .model import worker_of
 
@@ -26,14 +24,8 @@ class WorkerExtension:
         worker = self.reft_worker()
         return {"plugin": __version__, "layers": None if worker is None else list(worker.layers)}
 
-    def reft_stage(self, given: dict[str, Any]) -> None:
-        """Reads an adapter beside the steps."""
+    def reft_stage(self, tickets: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+        """See `Worker.staged`; those of which nothing is known are read beside the steps from now on."""
         worker = self.reft_worker()
         assert worker is not None
-        threading.Thread(target=worker.stage, args=(Ticket.from_dict(given),), daemon=True).start()
-
-    def reft_staged(self, key: str) -> str | None:
-        """See `Worker.staged`."""
-        worker = self.reft_worker()
-        assert worker is not None
-        return worker.staged(key)
+        return {key: worker.stage_beside(key, given) for key, given in tickets.items()}

@@ -15,9 +15,7 @@ from .extension import NAME as EXTENSION
 from .guard import asked_for, wrong_request
 from .layers import Unsupported
 from .runner import FIELD
-
-#: Seconds between two questions whether an adapter was read.
-_PATIENCE = 0.002
+from .staging import Staging, check_version
 
 
 def check_config(config: Any) -> None:
@@ -161,7 +159,7 @@ def wrap_engines(engine_class: Any, async_class: Any) -> None:
         if asked_for(self.vllm_config):
             core = self.engine_core
             inner = getattr(core, "engine_core", None)
-            _check_answer(inner.reft_report() if inner is not None else core.call_utility("reft_report"))
+            check_version(inner.reft_report() if inner is not None else core.call_utility("reft_report"))
 
     @functools.wraps(add_lora)
     def add_lora_or_adapter(self: Any, lora_request: Any) -> bool:
@@ -178,7 +176,7 @@ def wrap_engines(engine_class: Any, async_class: Any) -> None:
     async def _add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         extra = getattr(request.sampling_params, "extra_args", None)
         if extra and FIELD in extra:
-            await _stage(self, Ticket.from_dict(extra[FIELD]))
+            await _staging(self).have(Ticket.from_dict(extra[FIELD]))
         return await add(self, request, *args, **kwargs)
 
     @functools.wraps(add_lora_async)
@@ -187,38 +185,15 @@ def wrap_engines(engine_class: Any, async_class: Any) -> None:
         if catalog is None or not is_adapter(lora_request.lora_path):
             return await add_lora_async(self, lora_request)
         ticket = await asyncio.to_thread(catalog.of_source, Source(lora_request.lora_path))
-        await _stage(self, ticket)
+        await _staging(self).have(ticket)
         return True
 
     async_class._add_request, async_class.add_lora = _add_request, add_lora_or_adapter_async
 
 
-def _check_answer(answer: Any) -> None:
-    if answer != __version__:
-        raise RuntimeError(f"reft: the engine's core answers {answer!r}; wanted is the plugin {__version__}")
-
-
-async def _stage(engine: Any, ticket: Ticket) -> None:
-    """Has all workers read an adapter before a request for it is scheduled, so that no step waits for a disk.
-
-    Raises vLLM's error of a wrong request where one of them can't.
-    """
-    staged: dict[str, None] = engine.__dict__.setdefault("reft_staged", {})
-    if ticket.key in staged:
-        return
-    if not staged:
-        _check_answer(await engine.engine_core.call_utility_async("reft_report"))
-    await engine.collective_rpc("reft_stage", args=(ticket.to_dict(),))
-    while True:
-        answers = await engine.collective_rpc("reft_staged", args=(ticket.key,))
-        errors = [answer for answer in answers if answer]
-        if errors:
-            raise wrong_request(errors[0])
-        if None not in answers:
-            break
-        await asyncio.sleep(_PATIENCE)
-    staged[ticket.key] = None
-    # Workers keep as many, read but not in use; beyond that an adapter is read again.
-    most = ServingConfig.parse(engine.vllm_config.additional_config["reft"]).staged
-    while len(staged) > most:
-        del staged[next(iter(staged))]
+def _staging(engine: Any) -> Staging:
+    found = engine.__dict__.get("reft_staging")
+    if found is None:
+        config = ServingConfig.parse(engine.vllm_config.additional_config["reft"])
+        found = engine.reft_staging = Staging(engine.engine_core, config.staged)
+    return found

@@ -21,26 +21,24 @@ _library.define("edit_(Tensor(a!) h, int layer) -> ()")
 _library.define("edit_sum_(Tensor(a!) h, Tensor(b!) addend, int layer) -> ()")
 
 
-def _tables(worker: Worker, h: Tensor, layer: int) -> tuple[Tensor, ...] | None:
+def _arguments(worker: Worker, h: Tensor, layer: int) -> tuple[Tensor, ...] | None:
     """What the op takes beside h; None where it has nothing to do."""
-    tables, pool = worker.tables, worker.pool
     captured = h.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not captured and not tables.used[1]:
+    if not captured and not worker.tables.used[1]:
         return None
-    rows, tiles = tables.tables(h.shape[0], captured)
-    return pool.down, pool.up, pool.bias, pool.kind, rows, tiles, tables.spans[worker.sites[layer]]
+    return worker.arguments(h.shape[0], captured)[layer]
 
 
 def _edit_(h: Tensor, layer: int) -> None:
     worker = _current
-    if worker is not None and (tables := _tables(worker, h, layer)) is not None:
-        worker.edit(h, *tables)
+    if worker is not None and (arguments := _arguments(worker, h, layer)) is not None:
+        worker.edit(h, *arguments)
 
 
 def _edit_sum_(h: Tensor, addend: Tensor, layer: int) -> None:
     worker = _current
-    if worker is not None and (tables := _tables(worker, h, layer)) is not None:
-        worker.edit_sum(h, addend, *tables)
+    if worker is not None and (arguments := _arguments(worker, h, layer)) is not None:
+        worker.edit_sum(h, addend, *arguments)
 
 
 for _name, _function in (("edit_", _edit_), ("edit_sum_", _edit_sum_)):
@@ -86,6 +84,7 @@ def attach(model: nn.Module, vllm_config: Any) -> Worker:
     )
     for number, layer in layers.modules.items():
         layer.register_forward_hook(_Edit(number, layers.summed))
+    worker.stage_first(list(config.adapters.values()))
     model.__dict__["reft_worker"] = worker
     use(worker)
     return worker
