@@ -37,7 +37,8 @@ from torch import Tensor
 
 from .arguments import Plan, declared
 from .autograd import selected
-from .schema import BACKENDS, NAMESPACE, _library, overload
+from .families import define, fake, fake_in_place, flattened, overloads, trace_as
+from .schema import BACKENDS, NAMESPACE, _library
 
 _TABLES = declared(Plan)
 
@@ -50,14 +51,12 @@ _SCHEMAS = {
     "restore_norms_backward": f"(Tensor grad, Tensor hs, Tensor norms, {_TABLES}) -> (Tensor, Tensor)",
 }
 
-for _name, _schema in _SCHEMAS.items():
-    for _backend in BACKENDS:
-        _library.define(f"{_name}.{_backend}{_schema}")
+define(_SCHEMAS)
 
-ROW_NORMS = {backend: overload("row_norms", backend) for backend in BACKENDS}
-RESTORE_NORMS_ = {backend: overload("restore_norms_", backend) for backend in BACKENDS}
-RESTORE_NORMS = {backend: overload("restore_norms", backend) for backend in BACKENDS}
-RESTORE_NORMS_BACKWARD = {backend: overload("restore_norms_backward", backend) for backend in BACKENDS}
+ROW_NORMS = overloads("row_norms")
+RESTORE_NORMS_ = overloads("restore_norms_")
+RESTORE_NORMS = overloads("restore_norms")
+RESTORE_NORMS_BACKWARD = overloads("restore_norms_backward")
 
 #: How many arguments each op takes before the plan's.
 _BEFORE = {"row_norms": 1, "restore_norms_": 2, "restore_norms": 2, "restore_norms_backward": 3}
@@ -66,11 +65,8 @@ _BEFORE = {"row_norms": 1, "restore_norms_": 2, "restore_norms": 2, "restore_nor
 def implement(backend: str, key: str, functions: dict[str, Any]) -> None:
     """Adds a backend in Python: functions by the ops' names, which take a `Plan`."""
     for name, function in functions.items():
-        _library.impl(f"{name}.{backend}", _with_plan(function, _BEFORE[name]), key)
-
-
-def _with_plan(function: Any, before: int) -> Any:
-    return lambda *arguments: function(*arguments[:before], Plan(*arguments[before:]))
+        flat = flattened(function, _BEFORE[name], in_place=True)  # none of them takes offsets
+        _library.impl(f"{name}.{backend}", flat, key)
 
 
 def norm_dtype(h: Tensor) -> torch.dtype:
@@ -80,14 +76,6 @@ def norm_dtype(h: Tensor) -> torch.dtype:
 
 def _fake_norms(h: Tensor, rows: Tensor, *_: Any) -> Tensor:
     return h.new_empty(rows.shape, dtype=norm_dtype(h))
-
-
-def _fake_in_place(h: Tensor, *_: Any) -> None:
-    return None
-
-
-def _fake(h: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
 def _fake_backward(grad: Tensor, hs: Tensor, norms: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -146,13 +134,15 @@ def _register(backend: str) -> None:
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}.{backend}", formula, setup_context=save, lib=_library
         )
-    for name, fake in (
-        ("row_norms", _fake_norms),
-        ("restore_norms_", _fake_in_place),
-        ("restore_norms", _fake),
-        ("restore_norms_backward", _fake_backward),
-    ):
-        torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_library)
+    trace_as(
+        backend,
+        {
+            "row_norms": _fake_norms,
+            "restore_norms_": fake_in_place,
+            "restore_norms": fake,
+            "restore_norms_backward": _fake_backward,
+        },
+    )
 
 
 for _backend in BACKENDS:

@@ -33,7 +33,9 @@ import torch
 from torch import Tensor
 
 from .arguments import Plan, declared
-from .schema import BACKENDS, NAMESPACE, _library, overload
+from .autograd import selected
+from .families import define, fake, fake_in_place, flattened, overloads, trace_as
+from .schema import BACKENDS, NAMESPACE, _library
 
 
 class ScaleRows(NamedTuple):
@@ -57,40 +59,22 @@ _SCHEMAS = {
     ),
 }
 
-for _name, _schema in _SCHEMAS.items():
-    for _backend in BACKENDS:
-        _library.define(f"{_name}.{_backend}{_schema}")
+define(_SCHEMAS)
 
-SCALE_SHIFT_ = {backend: overload("scale_shift_", backend) for backend in BACKENDS}
-SCALE_SHIFT = {backend: overload("scale_shift", backend) for backend in BACKENDS}
-SCALE_SHIFT_BACKWARD = {backend: overload("scale_shift_backward", backend) for backend in BACKENDS}
+SCALE_SHIFT_ = overloads("scale_shift_")
+SCALE_SHIFT = overloads("scale_shift")
+SCALE_SHIFT_BACKWARD = overloads("scale_shift_backward")
 
 
 def _flat(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which takes a `ScaleRows` and a `Plan`, as torch calls the op: with their tensors."""
-    first = 2 if name == "scale_shift_backward" else 1
-    middle = first + len(ScaleRows._fields)
-    end = middle + len(Plan._fields) - (name == "scale_shift_")
-
-    def flattened(*arguments: Any) -> Any:
-        pool, plan = ScaleRows(*arguments[first:middle]), Plan(*arguments[middle:end])
-        return function(*arguments[:first], pool, plan, *arguments[end:])
-
-    return flattened
+    before = 2 if name == "scale_shift_backward" else 1
+    return flattened(function, before, ScaleRows, in_place=name == "scale_shift_")
 
 
 def implement(backend: str, key: str, functions: dict[str, Callable[..., Any]]) -> None:
     """Adds a backend in Python: functions by the ops' names, which take `ScaleRows` and `Plan`."""
     for name, function in functions.items():
         _library.impl(f"{name}.{backend}", _flat(name, function), key)
-
-
-def _fake_in_place(h: Tensor, *_: Any) -> None:
-    return None
-
-
-def _fake(h: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
 def _fake_backward(
@@ -100,16 +84,9 @@ def _fake_backward(
     return (dh, *(torch.empty_like(t) if need_pool else t.new_empty(0) for t in pool))
 
 
-def _selected(h: Tensor, rows: Tensor) -> Tensor:
-    flat = h.reshape(-1, h.shape[-1])
-    if flat.shape[0] == 0:  # only padding can name rows of an empty h
-        return flat.new_zeros(rows.shape[0], flat.shape[1])
-    return flat.index_select(0, rows.clamp(0, flat.shape[0] - 1))
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     h, scale_less_one, shift, rows, *rest = inputs
-    ctx.save_for_backward(_selected(h, rows), scale_less_one, shift, rows, *rest)
+    ctx.save_for_backward(selected(h, rows), scale_less_one, shift, rows, *rest)
 
 
 def _register(backend: str) -> None:
@@ -123,12 +100,10 @@ def _register(backend: str) -> None:
     torch.library.register_autograd(
         f"{NAMESPACE}::scale_shift.{backend}", backward, setup_context=_save, lib=_library
     )
-    for name, fake in (
-        ("scale_shift_", _fake_in_place),
-        ("scale_shift", _fake),
-        ("scale_shift_backward", _flat("scale_shift_backward", _fake_backward)),
-    ):
-        torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_library)
+    backward_fake = _flat("scale_shift_backward", _fake_backward)
+    trace_as(
+        backend, {"scale_shift_": fake_in_place, "scale_shift": fake, "scale_shift_backward": backward_fake}
+    )
 
 
 for _backend in BACKENDS:
@@ -142,7 +117,7 @@ class ScaleShiftInPlace(torch.autograd.Function):
     def forward(ctx, h, *tables_and_backend):
         """h, the tensors of a `ScaleRows` and a `Plan`, and the backend's name."""
         *tables, ctx.backend = tables_and_backend
-        ctx.save_for_backward(_selected(h, tables[len(ScaleRows._fields)]), *tables)
+        ctx.save_for_backward(selected(h, tables[len(ScaleRows._fields)]), *tables)
         SCALE_SHIFT_[ctx.backend](h, *tables[:-1])
         ctx.mark_dirty(h)
         return h

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from .arguments import Plan, PoolRows, declared
 from .autograd import selected
-from .schema import BACKENDS, NAMESPACE, _library, overload
+from .families import define, fake, fake_in_place, flattened, overloads, trace_as
+from .schema import BACKENDS, NAMESPACE, _library
 
 _TABLES = f"{declared(PoolRows)}, {declared(Plan)}"
 
@@ -45,43 +46,25 @@ _SCHEMAS = {
     ),
 }
 
-for _name, _schema in _SCHEMAS.items():
-    for _backend in BACKENDS:
-        _library.define(f"{_name}.{_backend}{_schema}")
+define(_SCHEMAS)
 
-INTERVENE_SOURCE_ = {backend: overload("intervene_source_", backend) for backend in BACKENDS}
-INTERVENE_SOURCE = {backend: overload("intervene_source", backend) for backend in BACKENDS}
-INTERVENE_SOURCE_BACKWARD = {backend: overload("intervene_source_backward", backend) for backend in BACKENDS}
+INTERVENE_SOURCE_ = overloads("intervene_source_")
+INTERVENE_SOURCE = overloads("intervene_source")
+INTERVENE_SOURCE_BACKWARD = overloads("intervene_source_backward")
 
 #: Where a plan's rows stand among the source and the tensors of pool and plan.
 _ROWS = 1 + len(PoolRows._fields)
 
 
 def _flat(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which takes a `PoolRows` and a `Plan`, as torch calls the op: with their tensors."""
-    first = 3 if name == "intervene_source_backward" else 2
-    middle = first + len(PoolRows._fields)
-    end = middle + len(Plan._fields) - (name == "intervene_source_")
-
-    def flattened(*arguments: Any) -> Any:
-        pool, plan = PoolRows(*arguments[first:middle]), Plan(*arguments[middle:end])
-        return function(*arguments[:first], pool, plan, *arguments[end:])
-
-    return flattened
+    before = 3 if name == "intervene_source_backward" else 2
+    return flattened(function, before, PoolRows, in_place=name == "intervene_source_")
 
 
 def implement(backend: str, key: str, functions: dict[str, Callable[..., Any]]) -> None:
     """Adds a backend in Python: functions by the ops' names, which take `PoolRows` and `Plan`."""
     for name, function in functions.items():
         _library.impl(f"{name}.{backend}", _flat(name, function), key)
-
-
-def _fake_in_place(h: Tensor, *_: Any) -> None:
-    return None
-
-
-def _fake(h: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
 def _fake_backward(
@@ -109,12 +92,15 @@ def _register(backend: str) -> None:
     torch.library.register_autograd(
         f"{NAMESPACE}::intervene_source.{backend}", backward, setup_context=_save, lib=_library
     )
-    for name, fake in (
-        ("intervene_source_", _fake_in_place),
-        ("intervene_source", _fake),
-        ("intervene_source_backward", _flat("intervene_source_backward", _fake_backward)),
-    ):
-        torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_library)
+    backward_fake = _flat("intervene_source_backward", _fake_backward)
+    trace_as(
+        backend,
+        {
+            "intervene_source_": fake_in_place,
+            "intervene_source": fake,
+            "intervene_source_backward": backward_fake,
+        },
+    )
 
 
 for _backend in BACKENDS:
