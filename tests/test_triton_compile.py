@@ -97,6 +97,7 @@ def _compiled(variants: list[Variant]) -> dict[Variant, dict]:
         lines = worker.stdout.read().splitlines()
         errors = worker.stderr.read()
         assert worker.wait() == 0, errors
+        assert "FP_FUSION" not in errors, errors  # whether products and sums are fused was left open
         results |= {variant: json.loads(line) for variant, line in zip(part, lines, strict=True)}
     return results
 
@@ -142,8 +143,9 @@ def test_every_variant_compiles_without_spills(variant: Variant, slow: dict[Vari
     _check(variant, slow[variant])
 
 
-def test_elementwise_kernels_compile_without_spills() -> None:
-    kinds = itertools.product(("scale", "scale_sums"), ("bfloat16", "float16", "float32"), ARCHS)
+def test_small_kernels_compile_without_spills() -> None:
+    """Of the elementwise edit, and of a sum of two tensors."""
+    kinds = itertools.product(("scale", "scale_sums", "fold"), ("bfloat16", "float16", "float32"), ARCHS)
     for variant, made in _compiled(
         [Variant(kernel, h, "float32", arch) for kernel, h, arch in kinds]
     ).items():

@@ -9,8 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from reft_kernels.ops.triton_ops import launch
+from reft_kernels.ops.triton_ops.launcher import Launcher
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -56,3 +60,17 @@ def test_kernel_and_arguments_are_those_that_triton_chooses(cases: dict[str, dic
 )
 def test_what_is_launched_directly(cases: dict[str, dict], case: str, direct: int) -> None:
     assert cases[case]["direct"] == direct
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers"), [(("row_stride", "n_rows"), (8, 1)), (("n_rows", "row_stride"), (8,))]
+)
+def test_numbers_that_are_not_the_kernels_are_refused(
+    names: tuple[str, ...], numbers: tuple[int, ...]
+) -> None:
+    launcher = Launcher(launch.intervene_kernel, launch.options.forward_options, names)
+    dtypes = (torch.float32, torch.float32)
+    with pytest.raises(
+        TypeError, match=r"numbers: the kernel takes \('n_rows', 'row_stride'\) after 8 tensors"
+    ):
+        launcher.launch((1, 1, 1), dtypes, 8, (None,) * 8, numbers)

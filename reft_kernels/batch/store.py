@@ -274,8 +274,7 @@ class AdapterStore(Names):
         # An adapter that came before others knows of fewer stages.
         found = [padded(one, stages) if one.shape[1] < stages else one for one in found]
         by_segment = np.concatenate(found) if found else np.zeros((0, stages, 2), dtype=np.int32)
-        # (A pair is moved as one number.)
-        by_stage = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)
+        by_stage = np.ascontiguousarray(by_segment.view(np.int64)[:, :, 0].T)  # a pair as one number
         return by_stage[:, :, None].view(np.int32)
 
     # Stacks ----------------------------------------------------------------------------------------------

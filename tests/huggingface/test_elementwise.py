@@ -199,6 +199,21 @@ def test_what_was_trained_and_then_frozen_is_seen(name):
     assert not model.reft._store.stale({name: adapter})
 
 
+def test_dropout_falls_on_the_rows_of_its_adapter_whatever_their_form():
+    model = make_model()
+    reft, seen = rk.patch(model), []
+    for name, method, dropout in (("red", "red", 0.5), ("low", "direft", 0.0), ("both", "direft", 0.25)):
+        config = rk.ReftConfig(method=method, layers=[1], positions="all", dropout=dropout)
+        reft.add_adapter(name, config)
+    model.train()
+    model.model.layers[2].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    torch.manual_seed(0)
+    model(**batch_of([40] * 4), adapter_names=["red", "low", "both", "__base__"])
+    dropped = (seen[0] == 0).float().mean((1, 2)).tolist()
+    assert dropped[1] == dropped[3] == 0
+    assert abs(dropped[0] - 0.5) < 0.1 and abs(dropped[2] - 0.25) < 0.1
+
+
 def test_both_forms_on_a_token_are_refused_before_anything_runs():
     model = patched()
     with pytest.raises(ValueError, match="adapter_names: 'everywhere' .direft. and 'red' .red."):

@@ -26,10 +26,9 @@ except ImportError:  # as a program of its own
 class Variant:
     """One kernel as `launch` compiles it for tensors of these dtypes."""
 
-    kernel: (
-        str  # "forward", "norm", "layer_norm", "rows", "pool", "pool_parts", "add", "scale" or "scale_sums",
-        # or one of `triton_more.KERNELS`
-    )
+    #: "forward", "fold", "norm", "layer_norm", "rows", "pool", "pool_parts", "add", "scale" or "scale_sums",
+    #: or one of `triton_more.KERNELS`.
+    kernel: str
     h: str  # torch's names of dtypes
     pool: str
     arch: int  # compute capability, 90 for 9.0
@@ -84,7 +83,7 @@ def _scale_request(variant: Variant) -> tuple:
     }
     strides = ("source_stride", "out_stride", "grad_stride")
     divisible = [name for name in signature if variant.aligned and (name in (*of_h, *of_pool, *strides))]
-    return kernel, signature, constants, divisible, {"num_warps": 4}
+    return kernel, signature, constants, divisible, scale_shift.OPTIONS
 
 
 def request(variant: Variant) -> tuple:
@@ -101,6 +100,7 @@ def request(variant: Variant) -> tuple:
 
     kernel, options_of = {
         "forward": (kernels_forward.intervene_kernel, of.forward_options),
+        "fold": (kernels_forward.fold_kernel, of.fold_options),
         "norm": (kernels_norm.intervene_norm_kernel, of.norm_options),
         "layer_norm": (kernels_norm.intervene_norm_kernel, of.norm_options),
         "rows": (kernels_backward.backward_rows_kernel, of.rows_options),
@@ -109,12 +109,12 @@ def request(variant: Variant) -> tuple:
         "add": (kernels_backward.backward_add_kernel, of.add_options),
     }[variant.kernel]
     short = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-    types = dict.fromkeys(("h", "grad", "dh", "hs", "out", "weight", "shift"), short[variant.h])
+    types = dict.fromkeys(("h", "addend", "grad", "dh", "hs", "out", "weight", "shift"), short[variant.h])
     types |= dict.fromkeys(("down", "up", "ddown", "dup"), short[variant.pool])
     types |= dict.fromkeys(("bias", "dbias", "p_kept", "v_kept"), "*fp32")
     types |= dict.fromkeys(("kind", *BATCH_TABLES), "*i32")
     flags = ("norm", "need_h", "need_pool")
-    types |= dict.fromkeys((*BATCH_SIZES, *flags, "row_stride", "grad_stride"), "i32")
+    types |= dict.fromkeys((*BATCH_SIZES, *flags, "row_stride", "addend_stride", "grad_stride"), "i32")
 
     types |= dict.fromkeys(("parts_d", "parts_u", "parts_c"), "*fp32")
     if variant.kernel == "pool_parts":

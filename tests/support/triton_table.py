@@ -19,8 +19,13 @@ KERNELS = {
     "intervene_norm_kernel": "norm",
     "backward_rows_kernel": "rows",
     "backward_pool_kernel": "pool",
+    "fold_kernel": "fold",
+    "scale_rows_kernel": "scale",
+    "scale_sums_kernel": "scale_sums",
 }
 DTYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+#: Kernels that know h's dtype alone: the elementwise pool is float32, and a sum has none.
+SMALL = ("fold", "scale", "scale_sums")
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -36,8 +41,11 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, kernel in KERNELS.items():
         for row, (h, pool) in enumerate(DTYPES):
+            if kernel in SMALL and row == 1:
+                continue
             cells = [entry(kernel, h, pool, arch) for arch in ARCHS]
             label = "" if row else f"`{name}`"
+            pool = "float32" if kernel.startswith("scale") else pool
             print(f"| {label} | {SHORT[h]}, {SHORT[pool]} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -20,12 +20,16 @@ from .launcher import Launcher, on
 _CENTRED = int(Norm.CENTRED)
 
 
-_edit = Launcher(intervene_kernel, options.forward_options)
-_fold = Launcher(fold_kernel, options.fold_options)
-_edit_and_norm = Launcher(intervene_norm_kernel, options.norm_options)
-_rows = Launcher(backward_rows_kernel, options.rows_options)
-_pool = Launcher(backward_pool_kernel, options.pool_options)
-_add = Launcher(backward_add_kernel, options.add_options)
+_edit = Launcher(intervene_kernel, options.forward_options, ("n_rows", "row_stride"))
+_fold = Launcher(fold_kernel, options.fold_options, ("n_rows", "row_stride", "addend_stride"))
+_edit_and_norm = Launcher(
+    intervene_norm_kernel, options.norm_options, ("n_rows", "row_stride", "eps", "norm")
+)
+_rows = Launcher(backward_rows_kernel, options.rows_options, ("n_rows", "grad_stride", "need_h", "need_pool"))
+_pool = Launcher(
+    backward_pool_kernel, options.pool_options, ("n_rows", "grad_stride", "n_pool", "n_segments")
+)
+_add = Launcher(backward_add_kernel, options.add_options, ("n_pool", "n_segments", "n_splits"))
 
 
 def intervene_(h: Tensor, pool: PoolRows, plan: Plan) -> None:
@@ -36,13 +40,12 @@ def intervene_(h: Tensor, pool: PoolRows, plan: Plan) -> None:
     if n_tiles == 0 or entries == 0 or n_pool == 0:
         return
     with on(h.device):
-        _edit(
-            grid=(n_tiles, 1, 1),
-            dtypes=(h.dtype, pool.down.dtype),
-            d=d,
-            tensors=(h, *pool, *plan[:-1]),
-            n_rows=entries // d,
-            row_stride=stride,
+        _edit.launch(
+            (n_tiles, 1, 1),
+            (h.dtype, pool.down.dtype),
+            d,
+            (h, *pool, *plan[:-1]),
+            (entries // d, stride),
         )
 
 
@@ -55,14 +58,12 @@ def intervene_sum_(h: Tensor, addend: Tensor, pool: PoolRows, plan: Plan) -> Non
     if n_tiles == 0 or entries == 0 or n_pool == 0:
         return
     with on(h.device):
-        _fold(
-            grid=(n_tiles, 1, 1),
-            dtypes=(h.dtype, pool.down.dtype),
-            d=d,
-            tensors=(h, addend, plan.rows, plan.tiles, plan.spans),
-            n_rows=entries // d,
-            row_stride=stride,
-            addend_stride=other,
+        _fold.launch(
+            (n_tiles, 1, 1),
+            (h.dtype, pool.down.dtype),
+            d,
+            (h, addend, plan.rows, plan.tiles, plan.spans),
+            (entries // d, stride, other),
         )
     intervene_(h, pool, plan)
 
@@ -85,16 +86,13 @@ def intervene_norm_(
         h.copy_(copy)
         return out
     with on(h.device):
-        _edit_and_norm(
-            grid=(plan.tiles.shape[0], 1, 1),
-            dtypes=(h.dtype, pool.down.dtype),
-            d=d,
-            tensors=(h, out, weight, shift, *pool, *plan[:-1]),
-            variant={"CENTRED": bool(norm & _CENTRED)},
-            n_rows=h.numel() // d,
-            row_stride=stride,
-            eps=eps,
-            norm=norm,
+        _edit_and_norm.launch(
+            (plan.tiles.shape[0], 1, 1),
+            (h.dtype, pool.down.dtype),
+            d,
+            (h, out, weight, shift, *pool, *plan[:-1]),
+            (h.numel() // d, stride, eps, norm),
+            {"CENTRED": bool(norm & _CENTRED)},
         )
     return out
 
@@ -128,15 +126,12 @@ def intervene_backward(
     stride, n_rows, dtypes = row_stride(grad, "grad"), grad.numel() // d, (grad.dtype, pool.down.dtype)
     kept = torch.empty((2, n if need_pool else 0, LOW_RANK), dtype=torch.float32, device=grad.device)
     with on(grad.device):
-        _rows(
-            grid=(plan.tiles.shape[0], 1, 1),
-            dtypes=dtypes,
-            d=d,
-            tensors=(grad, dh, hs, *pool, kept[0], kept[1], *plan[:-1]),
-            n_rows=n_rows,
-            grad_stride=stride,
-            need_h=int(need_h),
-            need_pool=int(need_pool),
+        _rows.launch(
+            (plan.tiles.shape[0], 1, 1),
+            dtypes,
+            d,
+            (grad, dh, hs, *pool, kept[0], kept[1], *plan[:-1]),
+            (n_rows, stride, int(need_h), int(need_pool)),
         )
         if need_pool:
             _sum_of_pool(grad, hs, pool, plan, kept, (ddown, dup, dbias), stride)
@@ -152,25 +147,20 @@ def _sum_of_pool(
     block = options.pool_options(*dtypes, d)["BLOCK"]
     splits = options.pool_splits(n, n_pool, d)
     parts = sums if splits == 1 else tuple(pool.bias.new_empty(splits, *t.shape) for t in sums)
-    _pool(
-        grid=(triton.cdiv(n_pool, 16), triton.cdiv(d, block), splits),
-        dtypes=dtypes,
-        d=d,
-        tensors=(grad, hs, *pool, kept[0], kept[1], *parts, plan.rows, plan.spans, plan.offsets),
-        variant={"in_float32": splits > 1},
-        n_rows=grad.numel() // d,
-        grad_stride=stride,
-        n_pool=n_pool,
-        n_segments=n_segments,
+    _pool.launch(
+        (triton.cdiv(n_pool, 16), triton.cdiv(d, block), splits),
+        dtypes,
+        d,
+        (grad, hs, *pool, kept[0], kept[1], *parts, plan.rows, plan.spans, plan.offsets),
+        (grad.numel() // d, stride, n_pool, n_segments),
+        {"in_float32": splits > 1},
     )
     if splits > 1:
         columns = options.add_options(*dtypes, d)["BLOCK"]
-        _add(
-            grid=(n_pool, triton.cdiv(d, columns), 1),
-            dtypes=dtypes,
-            d=d,
-            tensors=(*parts, *sums, plan.spans),
-            n_pool=n_pool,
-            n_segments=n_segments,
-            n_splits=splits,
+        _add.launch(
+            (n_pool, triton.cdiv(d, columns), 1),
+            dtypes,
+            d,
+            (*parts, *sums, plan.spans),
+            (n_pool, n_segments, splits),
         )

@@ -57,14 +57,16 @@ class _Ready(NamedTuple):
 class Launcher:
     """Launches `kernel`, whose parameters are tensors, then numbers, then the constexprs of `options`.
 
-    options(h_dtype, pool_dtype, d, aligned): the constexprs and compiler options by name.
+    options(h_dtype, pool_dtype, d, aligned): the constexprs and compiler options by name. numbers: the names
+    of the numbers, in the order of the kernel. A launch gives them by place: a call by keywords costs
+    more than a microsecond more.
     """
 
     #: Whether any launch may go directly.
     direct = _LOOKED_AT and not INTERPRETING and torch.version.hip is None
 
-    def __init__(self, kernel: Any, options: Callable[..., dict]) -> None:
-        self.kernel, self.options = kernel, options
+    def __init__(self, kernel: Any, options: Callable[..., dict], numbers: tuple[str, ...]) -> None:
+        self.kernel, self.options, self.numbers = kernel, options, numbers
         self._ready: dict[tuple, _Ready] = {}
         # Of the kernel's parameters, known with the first call: places of the tensors that Triton compiles
         # for the alignment of, of the numbers that it does for divisibility, and of the integers.
@@ -73,12 +75,12 @@ class Launcher:
         self._divisible: tuple[int, ...] = ()
         self._integers: tuple[int, ...] = ()
 
-    def _learn(self, tensors: tuple[Tensor | None, ...], numbers: dict[str, Any]) -> None:
+    def _learn(self, tensors: tuple[Tensor | None, ...], numbers: tuple) -> None:
         at, kernel = len(tensors), self.kernel
-        names = tuple(kernel.arg_names[at : at + len(numbers)])
-        if names != tuple(numbers):
+        names = tuple(kernel.arg_names[at : at + len(self.numbers)])
+        if names != self.numbers or len(numbers) != len(names):
             raise TypeError(
-                f"numbers: the kernel takes {names} after {at} tensors, was given {tuple(numbers)}"
+                f"numbers: the kernel takes {names} after {at} tensors, was given {self.numbers}: {numbers}"
             )
         if not INTERPRETING:
             after = kernel.params[at : at + len(numbers)]
@@ -87,21 +89,18 @@ class Launcher:
                 for place, parameter in enumerate(kernel.params[:at])
                 if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
             )
-            self._integers = tuple(
-                place for place, value in enumerate(numbers.values()) if type(value) is int
-            )
+            self._integers = tuple(place for place, value in enumerate(numbers) if type(value) is int)
             self._divisible = tuple(place for place in self._integers if not after[place].do_not_specialize)
         self._known = True
 
-    def __call__(
+    def launch(
         self,
-        *,
         grid: tuple[int, int, int],
         dtypes: tuple[torch.dtype, torch.dtype],
         d: int,
         tensors: tuple[Tensor | None, ...],
+        numbers: tuple,
         variant: dict[str, Any] = _NO_VARIANT,
-        **numbers: Any,
     ) -> None:
         """One launch, on the current device and stream.
 
@@ -112,7 +111,6 @@ class Launcher:
         """
         if not self._known:
             self._learn(tensors, numbers)
-        values = tuple(numbers.values())
         bits = every = absent = 0
         for place in self._aligned:
             tensor = tensors[place]
@@ -121,9 +119,9 @@ class Launcher:
             else:
                 bits |= tensor.data_ptr()
         for place in self._divisible:
-            bits |= values[place]
+            bits |= numbers[place]
         for place in self._integers:
-            every |= values[place]
+            every |= numbers[place]
         aligned = bits % 16 == 0
         runtime = knobs.runtime
         key = None
@@ -143,16 +141,16 @@ class Launcher:
             if ready is not None:
                 ready.run(
                     *grid, active.get_current_stream(device), ready.function, ready.metadata,
-                    None, None, None, *tensors, *values, *ready.constants,
+                    None, None, None, *tensors, *numbers, *ready.constants,
                 )  # fmt: skip
                 return
         options = self.options(*dtypes, d, aligned) | {
             name: value for name, value in variant.items() if name in self.kernel.arg_names
         }
-        compiled = self.kernel[grid](*tensors, **numbers, **options)
+        compiled = self.kernel[grid](*tensors, *numbers, **options)
         # A kernel that is still being compiled elsewhere, say, is another class.
         if key is not None and type(compiled) is CompiledKernel:
-            constants = self.kernel.arg_names[len(tensors) + len(values) :]
+            constants = self.kernel.arg_names[len(tensors) + len(numbers) :]
             self._ready[key] = _Ready(
                 compiled.run,
                 compiled.function,

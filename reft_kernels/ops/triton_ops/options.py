@@ -45,7 +45,7 @@ def forward_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, align
 
 def fold_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned: bool = True) -> dict:
     """Meta-parameters of `fold_kernel`."""
-    return {"D": d, "BLOCK": min(triton.next_power_of_2(d), 2048), "num_warps": 4}
+    return {"D": d, "BLOCK": min(triton.next_power_of_2(d), 2048), "num_warps": 4, "enable_fp_fusion": True}
 
 
 def norm_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int, aligned: bool = True) -> dict:
