@@ -366,19 +366,21 @@ class Adapter(Subspaces, nn.Module):
         )
 
     @classmethod
-    def compose(cls, adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
+    def compose(
+        cls, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, in_turn: bool = False
+    ) -> Adapter:
         """The sum of several adapters' edits, each computed from the unedited hidden state.
 
-        The result holds concatenated folds and is not trainable. Warns of adapters that were made for
-        different models.
+        The result is not trainable. Warns of adapters that were made for different models.
 
         Args:
             adapters: at least one.
             weights: what each one's edits are multiplied by; by default 1.
+            in_turn: each edits what those before it have left; of low rank only the last with an activation.
 
         Raises:
             ValueError: no adapters; widths or depths that differ; weights that are no finite numbers, or
-                that a method does not take.
+                that a method does not take; edits that in turn are not one edit.
         """
         if not adapters:
             raise ValueError("adapters: at least one is needed")
@@ -389,7 +391,8 @@ class Adapter(Subspaces, nn.Module):
         if len(depths) > 1:
             raise ValueError(f"adapters: made for models of different depth, {sorted(depths)} layers")
         parts = [(one, w) for adapter, w in zip(adapters, factors) for one in adapter.interventions]
-        return cls(summed(parts), n_layers=depths.pop() if depths else None, base=common_base(adapters))
+        depth = depths.pop() if depths else None
+        return cls(summed(parts, in_turn), n_layers=depth, base=common_base(adapters))
 
     def extra_repr(self) -> str:
         return f"width={self.width}, groups={[str(g) for g in self.groups]}, trainable={self.trainable}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import BaseModel
+from ..ops.reference import activate
+from ..ops.schema import ACT_MASK, NO_PRODUCT, Act
 from ..positions import Positions
-from ..scale_pool import AnyFold
+from ..scale_pool import AnyFold, ScaleFold
 from .intervention import Intervention
 
 if TYPE_CHECKING:
@@ -22,12 +25,12 @@ _METHOD_OF = {"low_rank": "folded", "elementwise": "folded_scale"}
 
 
 @torch.no_grad()
-def summed(interventions: Iterable[tuple[Intervention, float]]) -> list[Intervention]:
+def summed(interventions: Iterable[tuple[Intervention, float]], in_turn: bool = False) -> list[Intervention]:
     """One intervention for each place and positions, whose fold is the concatenation of those there.
 
-    Each comes with what its edit is multiplied by.
+    Each comes with what its edit is multiplied by. in_turn: each edits what those before it have left.
 
-    Raises ValueError for widths that differ at a place.
+    Raises ValueError for widths that differ at a place, and in turn for what has no fold.
     """
     gathered: dict[tuple[str, int, int | None, Positions], list[tuple[Intervention, float]]] = {}
     for one, weight in interventions:
@@ -38,9 +41,52 @@ def summed(interventions: Iterable[tuple[Intervention, float]]) -> list[Interven
         if len(widths) > 1:
             raise ValueError(f"adapters: widths {sorted(widths)} meet at {site} of layer {layer}")
         check_forms([(one.method, one) for one, _ in parts], "adapters")
+        if in_turn:
+            _check_in_turn(parts[0][0], [one for one, _ in parts], gathered)
+            whole = functools.reduce(_behind, [one.fold().times(weight) for one, weight in parts])
+            sums.append(folded(parts[0][0], [whole], parts[0][0].keeps_norm))
+            continue
         keep_norm = any(one.keeps_norm and weight != 0 for one, weight in parts)
         sums.append(folded(parts[0][0], [one.fold().times(weight) for one, weight in parts], keep_norm))
     return sums
+
+
+def _check_in_turn(
+    like: Intervention, parts: list[Intervention], places: Iterable[tuple[str, int, int | None, Positions]]
+) -> None:
+    """Raises ValueError where edits one behind the other are not one edit."""
+    where = f"{like.site} of layer {like.layer}"
+    for site, layer, head, positions in places:
+        alike = (site, layer, head) == (like.site, like.layer, like.head)
+        if alike and positions != like.positions and positions.overlaps(like.positions):
+            raise ValueError(
+                f"adapters: at {where} some tokens are edited by one and some by several, under "
+                f"{str(like.positions)!r} and {str(positions)!r}; name them in the call (Sequence)"
+            )
+    if len(parts) > 1 and any(one.keeps_norm for one in parts):
+        raise ValueError(f"adapters: one at {where} keeps the norm, which no fold does in between")
+
+
+def _behind(first: AnyFold, second: AnyFold) -> AnyFold:
+    """The edit of h that `second` makes of what `first` has left: for z = D₁ h + c₁, D₂ (h + U₁ᵀ z) + c₂ is
+    (D₂ + D₂ U₁ᵀ D₁) h + c₂ + D₂ U₁ᵀ c₁. Raises ValueError where an activation of the first acts on h."""
+    if isinstance(first, ScaleFold) or isinstance(second, ScaleFold):
+        (s, v), (t, w) = tuple(first), tuple(second)  # s − 1 and v of each
+        return ScaleFold(s + t + s * t, (1 + t) * v + w)
+    bare = (first.kind & NO_PRODUCT) != 0
+    if bool((~bare & ((first.kind & ACT_MASK) != Act.NONE)).any()):
+        raise ValueError(
+            "adapters: only the last may have an activation, as no fold holds one of another's result; name "
+            "them in the call (Sequence)"
+        )
+    down = second.down.masked_fill(((second.kind & NO_PRODUCT) != 0)[:, None], 0)
+    through = down @ first.up.mT  # [r₂, r₁]
+    constant = torch.where(bare, activate(first.bias, first.kind), first.bias)
+    own = second._replace(
+        down=second.down + through @ first.down.masked_fill(bare[:, None], 0),
+        bias=second.bias + through @ constant,
+    )
+    return type(first)(*(torch.cat(pair) for pair in zip(first, own)))
 
 
 def folded(like: Intervention, folds: Sequence[AnyFold], keep_norm: bool = False) -> Intervention:

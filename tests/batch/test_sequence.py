@@ -30,9 +30,9 @@ def low(seed: int, positions: str = "all", layers="all", **options) -> rk.Adapte
     return random_adapter(config, WIDTH, LAYERS, seed=seed)
 
 
-def red(seed: int) -> rk.Adapter:
+def red(seed: int, positions: str = "all") -> rk.Adapter:
     tensors = {layer: dict(zip(("scaling", "bias"), draw(2, WIDTH, seed=seed))) for layer in range(LAYERS)}
-    return rk.Adapter.from_tensors("red", tensors)
+    return rk.Adapter.from_tensors("red", tensors, positions=positions)
 
 
 def kept(seed: int) -> rk.Adapter:
@@ -109,6 +109,35 @@ def test_each_times_its_number() -> None:
     assert same_bits(without, one_by_one(store, ("a", "red"), h))
     alone = stepped(store, [rk.Sequence("b")], h)
     assert same_bits(alone, stepped(store, ["b"], h))
+
+
+@pytest.mark.parametrize("names", [("linear", "a"), ("plain", "linear", "a"), ("red", "scales")])
+def test_one_edit_of_several_in_turn(names) -> None:
+    """compose(in_turn=True): in float64 what the sequence gives."""
+    store, h = make_store(torch.float64), draw(2, WIDTH, seed=3, dtype=torch.float64)
+    v = {layer: draw(WIDTH, seed=8) for layer in range(LAYERS)}
+    linear = random_adapter(rk.ReftConfig(r=2, positions="all"), WIDTH, LAYERS, seed=7)
+    more = {"linear": linear, "plain": rk.Adapter.from_tensors("vector", v), "scales": red(6)}
+    for name, adapter in more.items():
+        store.add(name, adapter, Place(CPU, h.dtype))
+    weights = [0.5, -2.0, 3.0][: len(names)]
+    whole = rk.Adapter.compose([store.adapters[name] for name in names], weights, in_turn=True)
+    store.add("whole", whole, Place(CPU, h.dtype))
+    with rk.backend("reference"):
+        for key in SITES:
+            want = stepped(store, [rk.Sequence(*names)] * 2, h, key, [weights] * 2)
+            torch.testing.assert_close(stepped(store, ["whole"] * 2, h, key), want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_one_edit_in_turn_is_refused() -> None:
+    for message, parts in (
+        ("only the last may have an activation", [low(1), low(2)]),
+        ("keeps the norm", [kept(1), low(2)]),
+        ("one of them edits element by element", [red(1), low(2)]),
+        ("some tokens are edited by one", [red(1), red(2, "f1")]),
+    ):
+        with pytest.raises(ValueError, match=f"adapters: .*{message}"):
+            rk.Adapter.compose(parts, in_turn=True)
 
 
 def test_positions_are_each_ones_own() -> None:

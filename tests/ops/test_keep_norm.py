@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -179,6 +180,22 @@ def test_a_row_does_not_know_its_batch(backend: str, device: str) -> None:
         for place, row in kept(case)[:4]:
             alone = case.with_segments([Segment(0, 1, (row,))])
             assert same_bits(restored(alone, norms[[place]], backend).flat[row], together.flat[row])
+
+    check(holds, backend, device, dtypes=DTYPES)
+
+
+def test_where_rows_lie_does_not_matter(backend: str, device: str) -> None:
+    """Another alignment and another stride between rows: the same bits, of norms, rows and gradients."""
+
+    def holds(case: Case) -> None:
+        h = torch.empty(case.h.shape, dtype=case.h.dtype, device=device).copy_(case.h)
+        spec = dataclasses.replace(case.spec, row_pad=0, offset=0)
+        neat = dataclasses.replace(case, spec=spec, storage=h.view(-1), h=h)
+        norms, grad = some_norms(case), gradient_like(case)
+        assert same_bits(norms_of(neat, backend), norms_of(case, backend))
+        assert same_bits(restored(neat, norms, backend).flat, restored(case, norms, backend).flat)
+        for mine, theirs in zip(backward(neat, grad, norms, backend), backward(case, grad, norms, backend)):
+            assert same_bits(mine, theirs)
 
     check(holds, backend, device, dtypes=DTYPES)
 
