@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.adapters import patch_with_mixed
 from support.models import batch_of, make_model, row_alone
-from transformers import CompileConfig
+from support.runs import LENGTHS, check_rows_are_as_among_their_like, logits, recorded_steps, tokens
 
 import reft_kernels as rk
 from reft_kernels.huggingface import sites
@@ -18,7 +18,6 @@ from reft_kernels.ops import launch
 pytestmark = pytest.mark.models
 WIDTH = 32
 NAMES = ["everywhere", "red", "__base__", "tied", "late", "red"]
-LENGTHS = [6, 5, 4, 6, 3, 2]
 
 
 def red(seed: int, layers, positions: str = "all", site: str = "block_output") -> rk.Adapter:
@@ -37,25 +36,11 @@ def patched(dtype: torch.dtype = torch.float32, **options):
     return model
 
 
-@torch.no_grad()
-def logits(model, names=NAMES, lengths=None):
-    lengths = lengths or LENGTHS[: len(names or LENGTHS)]
-    return model(**batch_of(lengths), adapter_names=names).logits
-
-
-def tokens(model, names=NAMES, **options):
-    return model.generate(
-        **batch_of(LENGTHS), adapter_names=names, max_new_tokens=4, do_sample=False, **options
-    )
-
-
 @pytest.mark.parametrize("fuse_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_to_the_bit_what_it_is_among_its_like(dtype, fuse_norm):
     model = patched(dtype, fuse_norm=fuse_norm)
-    found = logits(model)
-    for row, name in enumerate(NAMES):
-        assert torch.equal(found[row], logits(model, [name] * len(NAMES))[row]), name
+    found = check_rows_are_as_among_their_like(model, NAMES)
     assert torch.equal(found[2], logits(model, None)[2])
     assert not torch.equal(found[1], logits(model, None)[1])
 
@@ -82,24 +67,17 @@ def test_the_short_way_is_taken_where_nothing_is_scaled(monkeypatch):
 def test_a_fused_norm_reads_what_was_scaled(backend, fuse_norm):
     plain, fused = patched(), patched(fuse_norm=fuse_norm)
     with rk.backend(backend):
-        torch.testing.assert_close(logits(plain), logits(fused), rtol=1e-4, atol=1e-5)
-        assert torch.equal(tokens(plain), tokens(fused))
+        torch.testing.assert_close(logits(plain, NAMES), logits(fused, NAMES), rtol=1e-4, atol=1e-5)
+        assert torch.equal(tokens(plain, NAMES), tokens(fused, NAMES))
 
 
 @pytest.mark.parametrize("fuse_norm", [False, True])
 def test_compiled_steps(fuse_norm):
     """One graph for every mix, in which each scaled site has one op more, and all it reads stays."""
     torch._dynamo.reset()
-    model, graphs = patched(fuse_norm=fuse_norm, capacity=200), []
-
-    def backend(module, inputs):
-        graphs.append(module.graph)
-        return module
-
-    config = CompileConfig(fullgraph=True, mode=None, backend=backend)
-    config._compile_all_devices = True
+    model, (compiled, graphs) = patched(fuse_norm=fuse_norm, capacity=200), recorded_steps()
     for names in (NAMES, NAMES[::-1], ["red"] * 6, ["everywhere"] * 6):
-        got = tokens(model, names, cache_implementation="static", compile_config=config)
+        got = tokens(model, names, **compiled)
         assert torch.equal(got, tokens(model, names)), names
     assert len(graphs) == 1
     called = [str(node.target) for node in graphs[0].nodes if "reft_kernels" in str(node.target)]
@@ -114,14 +92,14 @@ def test_compiled_steps(fuse_norm):
 
 def test_torch_compile_and_copies():
     model = patched()
-    want = logits(model)
+    want = logits(model, NAMES)
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         got = compiled(**batch_of(LENGTHS), adapter_names=NAMES).logits
     torch.testing.assert_close(got, want)
     torch._dynamo.reset()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(want, logits(twin))
+        assert torch.equal(want, logits(twin, NAMES))
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
@@ -170,10 +148,10 @@ def test_what_was_trained_since_is_seen_and_an_idle_row_has_no_gradient():
     model = patched()
     adapter = model.reft.adapters["red"]
     adapter.trainable = True
-    before = logits(model)
+    before = logits(model, NAMES)
     with torch.no_grad():
         adapter.interventions[0].scaling.mul_(1.5)
-    after = logits(model)
+    after = logits(model, NAMES)
     assert not torch.equal(before[1], after[1]) and torch.equal(before[0], after[0])
     model(**batch_of([4, 4]), adapter_names=["everywhere", "late"]).logits.sum()
     assert all(p.grad is None for p in adapter.parameters())

@@ -6,14 +6,13 @@ import pytest
 import torch
 from support.adapters import patch_with_mixed
 from support.models import batch_of, make_model
-from transformers import CompileConfig
+from support.runs import LENGTHS, check_rows_are_as_among_their_like, logits, recorded_steps, tokens
 
 import reft_kernels as rk
 
 pytestmark = pytest.mark.models
 WIDTH = 32
 NAMES = ["everywhere", "kept", "__base__", "tied", "red", "kept"]
-LENGTHS = [6, 5, 4, 6, 3, 2]
 KEPT = {"keep_norm": True}
 
 
@@ -29,24 +28,11 @@ def patched(dtype: torch.dtype = torch.float32, **options):
     return model
 
 
-@torch.no_grad()
-def logits(model, names=NAMES):
-    return model(**batch_of(LENGTHS), adapter_names=names).logits
-
-
-def tokens(model, names=NAMES, **options):
-    return model.generate(
-        **batch_of(LENGTHS), adapter_names=names, max_new_tokens=4, do_sample=False, **options
-    )
-
-
 @pytest.mark.parametrize("fuse_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_to_the_bit_what_it_is_among_its_like(dtype, fuse_norm):
     model = patched(dtype, fuse_norm=fuse_norm)
-    found = logits(model)
-    for row, name in enumerate(NAMES):
-        assert torch.equal(found[row], logits(model, [name] * len(NAMES))[row]), name
+    found = check_rows_are_as_among_their_like(model, NAMES)
     assert torch.equal(found[2], logits(model, None)[2])
     assert not torch.equal(found[1], logits(model, None)[1])
 
@@ -56,24 +42,17 @@ def test_a_row_is_to_the_bit_what_it_is_among_its_like(dtype, fuse_norm):
 def test_a_fused_norm_reads_what_kept_its_norm(backend, fuse_norm):
     plain, fused = patched(), patched(fuse_norm=fuse_norm)
     with rk.backend(backend):
-        torch.testing.assert_close(logits(plain), logits(fused), rtol=1e-4, atol=1e-5)
-        assert torch.equal(tokens(plain), tokens(fused))
+        torch.testing.assert_close(logits(plain, NAMES), logits(fused, NAMES), rtol=1e-4, atol=1e-5)
+        assert torch.equal(tokens(plain, NAMES), tokens(fused, NAMES))
 
 
 @pytest.mark.parametrize("fuse_norm", [False, True])
 def test_compiled_steps(fuse_norm):
     """One graph for every mix, in which each site that keeps norms has two ops more."""
     torch._dynamo.reset()
-    model, graphs = patched(fuse_norm=fuse_norm, capacity=200), []
-
-    def backend(module, inputs):
-        graphs.append(module.graph)
-        return module
-
-    config = CompileConfig(fullgraph=True, mode=None, backend=backend)
-    config._compile_all_devices = True
+    model, (compiled, graphs) = patched(fuse_norm=fuse_norm, capacity=200), recorded_steps()
     for names in (NAMES, NAMES[::-1], ["kept"] * 6, ["everywhere"] * 6):
-        got = tokens(model, names, cache_implementation="static", compile_config=config)
+        got = tokens(model, names, **compiled)
         assert torch.equal(got, tokens(model, names)), names
     assert len(graphs) == 1
     called = [str(node.target) for node in graphs[0].nodes if "reft_kernels" in str(node.target)]
@@ -84,7 +63,7 @@ def test_compiled_steps(fuse_norm):
 def test_torch_compile():
     torch._dynamo.reset()
     model = patched()
-    want = logits(model)
+    want = logits(model, NAMES)
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager")
         got = compiled(**batch_of(LENGTHS), adapter_names=NAMES).logits

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.adapters import patch_with_mixed
 from support.models import batch_of, make_model
-from transformers import CompileConfig
+from support.runs import LENGTHS, check_rows_are_as_among_their_like, logits, recorded_steps, tokens
 
 import reft_kernels as rk
 
@@ -22,7 +22,6 @@ NAMES = [
     "tied",
     "kept",
 ]
-LENGTHS = [6, 5, 4, 6, 3, 2]
 
 
 def patched(dtype: torch.dtype = torch.float32, **options):
@@ -37,24 +36,11 @@ def patched(dtype: torch.dtype = torch.float32, **options):
     return model
 
 
-@torch.no_grad()
-def logits(model, names=NAMES, **options):
-    return model(**batch_of(LENGTHS), adapter_names=names, **options).logits
-
-
-def tokens(model, names=NAMES, **options):
-    return model.generate(
-        **batch_of(LENGTHS), adapter_names=names, max_new_tokens=4, do_sample=False, **options
-    )
-
-
 @pytest.mark.parametrize("fuse_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_to_the_bit_what_it_is_among_its_like(dtype, fuse_norm):
     model = patched(dtype, fuse_norm=fuse_norm)
-    found = logits(model)
-    for row, name in enumerate(NAMES):
-        assert torch.equal(found[row], logits(model, [name] * len(NAMES))[row]), name
+    found = check_rows_are_as_among_their_like(model, NAMES)
     assert torch.equal(found[2], logits(model, None)[2])
     turned = logits(model, [rk.Sequence("red", "everywhere")] * 6)
     assert not torch.allclose(turned[0], found[0], atol=1e-3)
@@ -80,18 +66,11 @@ def test_blocks_apply_one_after_another():
 @pytest.mark.parametrize("fuse_norm", [False, True])
 def test_compiled_steps(fuse_norm):
     torch._dynamo.reset()
-    model, graphs = patched(fuse_norm=fuse_norm, capacity=200), []
-
-    def backend(module, inputs):
-        graphs.append(module.graph)
-        return module
-
-    config = CompileConfig(fullgraph=True, mode=None, backend=backend)
-    config._compile_all_devices = True
+    model, (compiled, graphs) = patched(fuse_norm=fuse_norm, capacity=200), recorded_steps()
     # A form in a turn in which none was before is a stage more, and compiled for anew.
     more = [rk.Sequence("kept", "tied", "red")] * 6
     for names, count in ((NAMES, 1), (NAMES[::-1], 1), (["kept"] * 6, 1), (more, 2), (NAMES, 2)):
-        got = tokens(model, names, cache_implementation="static", compile_config=config)
+        got = tokens(model, names, **compiled)
         assert torch.equal(got, tokens(model, names)), names
         assert len(graphs) == count, names
 

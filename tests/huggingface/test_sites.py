@@ -10,7 +10,7 @@ from support import model_oracle
 from support import site_oracle as oracle
 from support.adapters import patch_with_mixed, random_adapter
 from support.models import batch_of, make_model
-from transformers import CompileConfig
+from support.runs import recorded_steps
 
 import reft_kernels as rk
 from reft_kernels import sites
@@ -119,16 +119,9 @@ def test_the_compiled_decode_step(family):
              "lm_head_input", "embedding_output", "head_attention_value_output"]  # fmt: skip
     for site in names:
         reft.add_adapter(site, adapter_at(bare, family, site, positions="all")[0])
-    graphs: list = []
-
-    def backend(module, inputs):
-        graphs.append(module.graph)
-        return module
-
-    config = CompileConfig(fullgraph=True, mode=None, backend=backend)
-    config._compile_all_devices = True
+    compiled, graphs = recorded_steps()
     call = {**batch_of([5] * 8), "adapter_names": names, "max_new_tokens": 4, "do_sample": False}
-    got = model.generate(**call, cache_implementation="static", compile_config=config)
+    got = model.generate(**call, **compiled)
     assert graphs and torch.equal(got, model.generate(**call))
 
 

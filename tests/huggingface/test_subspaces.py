@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from support import model_oracle
 from support.models import batch_of, make_model, row_alone
-from transformers import CompileConfig
+from support.runs import recorded_steps
 
 import reft_kernels as rk
 from reft_kernels.adapter.orthonormal import orthonormal_rows
@@ -149,20 +149,12 @@ def test_the_compiled_decode_step_and_copies():
     torch._dynamo.reset()
     model = make_model(gain=1.0)
     rk.patch(model).add_adapter("style", adapter_of(None, torch.float32, positions="all"))
-    graphs: list = []
-
-    def backend(module, inputs):
-        graphs.append(module.graph)
-        return module
-
-    config = CompileConfig(fullgraph=True, mode=None, backend=backend)
-    config._compile_all_devices = True
+    compiled, graphs = recorded_steps()
     call = {**batch_of([5] * 3), "max_new_tokens": 4, "do_sample": False}
-    static = {"cache_implementation": "static", "compile_config": config}
     other = copy.deepcopy(model)
     for names in (["style/happy", "style/odd", "style"], ["style", "style/formal", "style/happy"]):
         wanted = model.generate(**call, adapter_names=names)
-        assert torch.equal(model.generate(**call, adapter_names=names, **static), wanted)
+        assert torch.equal(model.generate(**call, adapter_names=names, **compiled), wanted)
         assert torch.equal(other.generate(**call, adapter_names=names), wanted)
     assert len(graphs) == 1
 
