@@ -38,7 +38,7 @@ KERNELS = (
 def request(name: str, h: str, pool: str, d: int, aligned: bool) -> Asked:
     import torch
 
-    from reft_kernels.ops.triton_ops import keep_norm, kernels_keep_norm, kernels_source, options
+    from reft_kernels.ops.triton_ops import keep_norm, kernels_keep_norm, kernels_source, options, source
 
     dtypes = getattr(torch, h), getattr(torch, pool)
     if "norms" in name:
@@ -46,7 +46,7 @@ def request(name: str, h: str, pool: str, d: int, aligned: bool) -> Asked:
         free = (*kernels_keep_norm.SIZES, *kernels_keep_norm.TABLES)
     else:
         kernel = getattr(kernels_source, f"{name.removesuffix('_backward')}_kernel")
-        of = options.pool_options if name == "source_pool" else options.rows_options
+        of = source.pool_options if name == "source_pool" else options.rows_options
         found = of(*dtypes, d) | {"PRODUCTS": False, "BACKWARD": name.endswith("backward")}
         if "BLOCK" not in found:
             found["BLOCK"] = found["UP_BLOCK" if name == "source_expand" else "DOWN_BLOCK"]

@@ -18,6 +18,12 @@ from .launcher import on
 _CHUNK = 16  # pool rows of a program
 
 
+def pool_options(h_dtype: torch.dtype, pool_dtype: torch.dtype, d: int) -> dict[str, Any]:
+    """Meta-parameters of `source_pool_kernel`: `backward_pool_kernel`'s, with blocks that don't spill."""
+    found = options.pool_options(h_dtype, pool_dtype, d)
+    return found | {"BLOCK": 32} if found["FULL"] else found
+
+
 def _options(of: Any, h: Tensor, pool: PoolRows, *names: str) -> dict[str, Any]:
     """Those of another kernel's meta-parameters that are asked for."""
     known = of(h.dtype, pool.down.dtype, h.shape[-1])
@@ -98,7 +104,7 @@ def intervene_source_backward(
         if need_h:
             _expand(grad, dh, pool.down, p, pool, plan, products=True)
         if need_pool:
-            found = _options(options.pool_options, grad, pool, "ROWS", "BLOCK")
+            found = _options(pool_options, grad, pool, "ROWS", "BLOCK")
             source_pool_kernel[triton.cdiv(n_pool, _CHUNK), triton.cdiv(d, found["BLOCK"])](
                 grad, hs, pool.kind, v, p, *sums, plan.rows, plan.spans, plan.offsets, grad.numel() // d,
                 n_pool, plan.spans.shape[0], row_stride(grad, "grad"), source.shape[1], **found,
